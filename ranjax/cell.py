@@ -1,0 +1,249 @@
+"""The equations of a recurrent additive network, and its cell for Flax.
+
+The letters are those of the paper: x input, c state, h output, i and f the input and the forget gate.
+`u` is the content W_c x, `z` the pre-activation of both gates, `(..., 2, features)`: index 0 is the input
+gate, 1 the forget gate. Parameters are the tree that `RANCell` makes:
+
+    content/kernel            (in, features)
+    gates/kernel              (in, 2, features)
+    gates/recurrent_kernel    (out, 2, features); (2, features) for diagonal gates; absent for input gates
+    gates/bias                (2, features)
+    projection/kernel, bias   (features, out), (out,); only with a projection
+"""
+
+from collections.abc import Callable, Mapping
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import linen as nn
+from flax.core import meta
+from flax.linen.dtypes import promote_dtype
+from flax.typing import Dtype, Initializer
+from jax import Array
+from jaxtyping import Float
+
+from ranjax.scan import state_dtype
+
+Params = Mapping[str, Mapping[str, Array]]
+Vector = Float[Array, "*batch features"]
+Gates = Float[Array, "*batch 2 features"]
+
+GATES = ("recurrent", "diagonal", "input")
+ACTIVATIONS: dict[str, Callable[[Array], Array]] = {"tanh": jnp.tanh, "identity": lambda c: c}
+
+
+def content(params: Params, x: Array) -> Vector:
+    """u = W_c x: what a step offers to the state; linear, without bias, blind to the state."""
+    return jnp.dot(x, params["content"]["kernel"])
+
+
+def gates_of_input(params: Params, x: Array) -> Gates:
+    """W_x x + b: the part of both gates' pre-activations that the input gives."""
+    gates = params["gates"]
+    return jnp.tensordot(x, gates["kernel"], 1) + gates["bias"]
+
+
+def gates_of_state(params: Params, c: Vector, activation: str) -> Gates | None:
+    """W_h h: the part that the last output gives; None where the gates see the input only."""
+    kernel = params["gates"].get("recurrent_kernel")
+    if kernel is None:
+        return None
+    h = output(params, c, activation).astype(kernel.dtype)
+    if kernel.ndim == 2:
+        return h[..., None, :] * kernel
+    return jnp.tensordot(h, kernel, 1)
+
+
+def update(c: Vector, u: Vector, z: Gates) -> Vector:
+    """c_t = i_t * u_t + f_t * c_{t-1}, in the dtype of the state: the sum is never squashed."""
+    i, f = jnp.moveaxis(jax.nn.sigmoid(z.astype(c.dtype)), -2, 0)
+    return i * u.astype(c.dtype) + f * c
+
+
+def output(params: Params, c: Vector, activation: str) -> Array:
+    """h = g(c), or its projection W_p g(c) + b_p."""
+    h = ACTIVATIONS[activation](c)
+    if "projection" not in params:
+        return h
+    kernel, bias = params["projection"]["kernel"], params["projection"]["bias"]
+    return jnp.dot(h.astype(kernel.dtype), kernel) + bias
+
+
+def step(params: Params, c: Vector, x: Array, activation: str = "tanh") -> Vector:
+    r"""One step of a recurrent additive network: the next state.
+
+    .. math::
+        i_t, f_t = \sigma(W_x x_t + W_h h_{t-1} + b), \qquad c_t = i_t \, (W_c x_t) + f_t \, c_{t-1}
+
+    Args:
+      params: the parameters as a `RANCell` makes them; which gates they are is read off their shapes.
+      c: state `(*batch, features)`, float32 or wider.
+      x: input `(*batch, in)`.
+      activation: `"tanh"` or `"identity"`, the g of h = g(c).
+
+    Returns:
+      The next state, `(*batch, features)`, in the dtype of `c`.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, ranjax
+      >>> cell = ranjax.RANCell(features=4)
+      >>> x, c = jnp.ones((2, 3)), jnp.zeros((2, 4))
+      >>> params = cell.init(jax.random.key(0), c, x)["params"]
+      >>> bool(jnp.all(ranjax.cell.step(params, c, x) == cell.apply({"params": params}, c, x)[0]))
+      True
+
+    References:
+      Lee, Levy, Zettlemoyer, "Recurrent Additive Networks", 2017, arXiv 1705.07393.
+    """
+    z, recurrent = gates_of_input(params, x), gates_of_state(params, c, activation)
+    return update(c, content(params, x), z if recurrent is None else z.astype(c.dtype) + recurrent)
+
+
+class RANCell(nn.RNNCellBase):
+    r"""The cell of a recurrent additive network; a drop-in for `nn.LSTMCell`.
+
+    .. math::
+        u_t &= W_c x_t \\
+        i_t &= \sigma(W_{ix} x_t + W_{ih} h_{t-1} + b_i) \\
+        f_t &= \sigma(W_{fx} x_t + W_{fh} h_{t-1} + b_f) \\
+        c_t &= i_t * u_t + f_t * c_{t-1} \\
+        h_t &= g(c_t)
+
+    The carry is the one array c. It is float32 or wider and keeps its dtype; only h takes `dtype`.
+    The recurrence is linear in c once the gates are known, and the gates are known beforehand only with
+    `gates="input"`; the paper's gates read h_{t-1}.
+
+    Attributes:
+      features: size of the state.
+      gates: `"recurrent"` (the paper: a full matrix on h_{t-1}), `"diagonal"` (each gate sees its own
+        h_{t-1} only) or `"input"` (x only, no matrix on h).
+      activation: `"tanh"` or `"identity"`, the g of h = g(c).
+      projection: size of the output, h = W_p g(c) + b_p; the gates then read the projected h. None: no
+        projection.
+      dtype: dtype of the products and of h (default: from the input and the parameters).
+      param_dtype: dtype of the parameters.
+      kernel_init: initialiser of the kernels that read the input, and of the projection.
+      recurrent_kernel_init: initialiser of the weights on h, called for each gate on its own (default:
+        orthogonal; for diagonal gates uniform in +-1/sqrt(features)).
+      bias_init: initialiser of the biases.
+      carry_init: initialiser of the carry.
+
+    Raises:
+      ValueError: for unknown `gates` or `activation`, sizes below 1, diagonal gates with a projection.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, flax.linen as nn, ranjax
+      >>> layer = nn.RNN(ranjax.RANCell(features=64))
+      >>> x = jnp.ones((10, 50, 32))  # (batch, time, in)
+      >>> variables = layer.init(jax.random.key(0), x)
+      >>> layer.apply(variables, x).shape
+      (10, 50, 64)
+
+    References:
+      Lee, Levy, Zettlemoyer, "Recurrent Additive Networks", 2017, arXiv 1705.07393; the variants of the
+      gates: Levy, Lee, FitzGerald, Zettlemoyer, ACL 2018.
+    """
+
+    features: int
+    gates: str = "recurrent"
+    activation: str = "tanh"
+    projection: int | None = None
+    dtype: Dtype | None = None
+    param_dtype: Dtype = jnp.float32
+    kernel_init: Initializer = nn.initializers.lecun_normal()
+    recurrent_kernel_init: Initializer | None = None
+    bias_init: Initializer = nn.initializers.zeros_init()
+    carry_init: Initializer = nn.initializers.zeros_init()
+
+    def __post_init__(self):
+        for name, choices in (("gates", GATES), ("activation", tuple(ACTIVATIONS))):
+            value = getattr(self, name)
+            if value not in choices:
+                raise ValueError(f"`{name}` must be one of {', '.join(map(repr, choices))}; got {value!r}.")
+        for name in ("features", "projection"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"`{name}` must be at least 1; got {value}.")
+        if self.gates == "diagonal" and self.projection is not None:
+            raise ValueError(
+                "`projection` cannot go with gates='diagonal': each gate reads its own feature of h, which a "
+                f"projection mixes; got projection={self.projection}. Use gates='recurrent' or projection=None."
+            )
+        super().__post_init__()
+
+    def __call__(self, carry: Array, inputs: Array) -> tuple[Array, Array]:
+        """One step: the next state c_t, `(*batch, features)`, and the output h_t, `(*batch, out)`."""
+        params, x = self.parameters(inputs)
+        check_carry("carry", carry, (*x.shape[:-1], self.features))
+        c = step(params, carry, x, self.activation)
+        return c, output(params, c, self.activation).astype(x.dtype)
+
+    @nn.compact
+    def parameters(self, inputs: Array) -> tuple[Params, Array]:
+        """The parameters for inputs `(..., in)`, and the inputs, both in the dtype of the products."""
+        size, out = inputs.shape[-1], self.projection or self.features
+        gates = {"kernel": (self.kernel_init, (size, self.features)), "bias": (self.bias_init, (self.features,))}
+        if self.gates == "recurrent":
+            init = self.recurrent_kernel_init or nn.initializers.orthogonal()
+            gates["recurrent_kernel"] = (init, (out, self.features))
+        elif self.gates == "diagonal":
+            init = self.recurrent_kernel_init or _symmetric_uniform(self.features**-0.5)
+            gates["recurrent_kernel"] = (init, (self.features,))
+        content = {"kernel": (self.kernel_init, (size, self.features))}
+        projection = {"kernel": (self.kernel_init, (self.features, out)), "bias": (self.bias_init, (out,))}
+        tree = {
+            "content": self.param("content", _drawn, content, self.param_dtype),
+            "gates": self.param("gates", _drawn_for_both_gates, gates, self.param_dtype),
+        }
+        if self.projection is not None:
+            tree["projection"] = self.param("projection", _drawn, projection, self.param_dtype)
+        leaves, structure = jax.tree.flatten(tree)
+        x, *leaves = promote_dtype(inputs, *leaves, dtype=self.dtype)
+        return jax.tree.unflatten(structure, leaves), x
+
+    @nn.nowrap
+    def initialize_carry(self, rng: Array, input_shape: tuple[int, ...]) -> Array:
+        """The state before the first step, `(*batch, features)`, for inputs of shape `(*batch, in)`."""
+        return self.carry_init(rng, (*input_shape[:-1], self.features), state_dtype(self.param_dtype))
+
+    @property
+    def num_feature_axes(self) -> int:
+        return 1
+
+
+def check_carry(name: str, c: Array, shape: tuple[int, ...]) -> None:
+    """A carry is one float32-or-wider state per sequence."""
+    if not isinstance(c, (jax.Array, np.ndarray)):
+        raise TypeError(f"`{name}` must be the one array c, of shape {shape}; got a {type(c).__name__}.")
+    if c.shape != shape:
+        raise ValueError(
+            f"`{name}` must have the shape (*batch, features) = {shape}; got {c.shape}. "
+            "`initialize_carry(key, inputs.shape)` makes one that fits."
+        )
+    if not jnp.issubdtype(c.dtype, jnp.floating) or c.dtype != state_dtype(c.dtype):
+        raise TypeError(
+            f"`{name}` must be float32 or wider, for a sum over many steps loses narrower digits; got {c.dtype}. "
+            f"Convert it with `{name}.astype(jnp.float32)`."
+        )
+
+
+def _drawn(key: Array, shapes: Mapping[str, tuple[Initializer, tuple[int, ...]]], dtype: Dtype) -> dict[str, Array]:
+    keys = jax.random.split(key, len(shapes))
+    return {name: init(k, shape, dtype) for k, (name, (init, shape)) in zip(keys, shapes.items(), strict=True)}
+
+
+def _drawn_for_both_gates(key: Array, shapes: Mapping, dtype: Dtype) -> dict[str, Array]:
+    """Each gate's block drawn by itself (its fan is its own), then stacked on an axis before the features."""
+    i, f = (_drawn(k, shapes, dtype) for k in jax.random.split(key))
+    both = jax.tree.map(lambda i, f: jnp.stack([i, f], axis=-2), i, f)
+    return meta.add_axis(both, -1, {meta.PARTITION_NAME: None})
+
+
+def _symmetric_uniform(bound: float) -> Initializer:
+    """Uniform in [-bound, bound)."""
+
+    def init(key, shape, dtype=jnp.float32):
+        return jax.random.uniform(key, shape, dtype, -bound, bound)
+
+    return init

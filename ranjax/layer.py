@@ -1,0 +1,159 @@
+"""RAN: a cell over a whole sequence, in place of `flax.linen.RNN`."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+from flax.linen.recurrent import flip_sequences
+from flax.typing import Dtype
+from jax import Array, lax
+
+from ranjax.cell import RANCell, check_carry, content, gates_of_input, output
+from ranjax.gated import Steps, states
+from ranjax.scan import SOLVERS, state_dtype
+
+
+class RAN(nn.Module):
+    r"""A recurrent additive network over a sequence; a drop-in for `nn.RNN(cell)`.
+
+    .. math::
+        c_t = i_t * (W_c x_t) + f_t * c_{t-1}, \qquad h_t = g(c_t)
+
+    The parameters are those of `nn.RNN(cell)`, so either loads the other's. The products with x are made for
+    the whole sequence at once. With `gates="input"` the states are one linear recurrence, solved by
+    `ranjax.linear_recurrence`; the other gates read h_{t-1} and are walked through step by step.
+
+    Attributes:
+      cell: a `RANCell`.
+      solver: for `gates="input"` a solver of `ranjax.linear_recurrence`; for the other gates `"auto"` or
+        `"sequential"`.
+      time_major: axes are `(time, *batch, in)` instead of `(*batch, time, in)`.
+      return_carry: return `(carry, outputs)` instead of the outputs alone.
+      reverse: process from the last step to the first; the outputs come in the order of processing.
+      keep_order: with `reverse`, return the outputs in the order of the inputs.
+
+    Raises:
+      TypeError: for a `cell` that is not a `RANCell`.
+      ValueError: for a `solver` that does not fit the gates.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, ranjax
+      >>> layer = ranjax.RAN(ranjax.RANCell(features=64, gates="input"), return_carry=True)
+      >>> x = jnp.ones((10, 50, 32))  # (batch, time, in)
+      >>> variables = layer.init(jax.random.key(0), x)
+      >>> carry, h = layer.apply(variables, x)
+      >>> carry.shape, h.shape
+      ((10, 64), (10, 50, 64))
+    """
+
+    cell: RANCell
+    solver: str = "auto"
+    time_major: bool = False
+    return_carry: bool = False
+    reverse: bool = False
+    keep_order: bool = False
+
+    def __post_init__(self):
+        if not isinstance(self.cell, RANCell):
+            raise TypeError(
+                f"`cell` must be a ranjax.RANCell; got a {type(self.cell).__name__}. Use nn.RNN for other cells."
+            )
+        parallel = self.cell.gates == "input"
+        allowed = tuple(SOLVERS) if parallel else ("auto", "sequential")
+        if self.solver not in allowed:
+            why = "" if parallel else " These gates read h_{t-1}, so this is not one linear recurrence; gates='input' is."
+            raise ValueError(
+                f"`solver` must be one of {', '.join(map(repr, allowed))} for gates={self.cell.gates!r}; "
+                f"got {self.solver!r}.{why}"
+            )
+        super().__post_init__()
+
+    def __call__(
+        self,
+        inputs: Array,
+        *,
+        initial_carry: Array | None = None,
+        init_key: Array | None = None,
+        seq_lengths: Array | None = None,
+        segment_starts: Array | None = None,
+        return_carry: bool | None = None,
+        time_major: bool | None = None,
+        reverse: bool | None = None,
+        keep_order: bool | None = None,
+    ) -> Any:
+        """Runs the cell over the sequence; arguments that are not None replace the attributes.
+
+        Args:
+          inputs: `(*batch, time, in)`, or `(time, *batch, in)` if time-major.
+          initial_carry: the state before the first step, `(*batch, features)`, float32 or wider. Default:
+            what the cell's `initialize_carry` makes, zeros unless told otherwise.
+          init_key: key for `initialize_carry`; zeros need none.
+          seq_lengths: integers `(*batch)`, the number of valid steps of each sequence. The rest is padding,
+            whatever it holds: the state passes through it and its outputs repeat the last valid one.
+          segment_starts: bool, `(*batch, time)` or `(time, *batch)` as the inputs: True where a new segment
+            begins, which sees nothing of what came before it. With `reverse` each segment is processed from
+            its own end, and sees nothing of what comes after it.
+          return_carry, time_major, reverse, keep_order: as the attributes.
+
+        Returns:
+          The outputs h, `(*batch, time, out)` in the layout of the inputs, or `(carry, h)` where the carry
+          `(*batch, features)` is the state after the last valid step.
+
+        Raises:
+          ValueError, TypeError: for a shape or a dtype that does not fit.
+        """
+        time_major = self.time_major if time_major is None else time_major
+        reverse = self.reverse if reverse is None else reverse
+        time = 0 if time_major else inputs.ndim - 2
+        batch = inputs.shape[:time] + inputs.shape[time + 1 : -1]
+        _check("seq_lengths", seq_lengths, jnp.integer, batch)
+        _check("segment_starts", segment_starts, jnp.bool_, inputs.shape[:-1])
+
+        def flip(x):
+            return flip_sequences(x, seq_lengths, num_batch_dims=len(batch), time_major=time_major)
+
+        if reverse:
+            inputs = flip(inputs)
+            segment_starts = None if segment_starts is None else _starts_in_reverse(flip(segment_starts), time)
+        padding = None
+        if seq_lengths is not None:
+            padding = lax.broadcasted_iota(jnp.int32, inputs.shape[:-1], time) >= jnp.expand_dims(seq_lengths, time)
+            inputs = jnp.where(padding[..., None], 0, inputs)  # before any product: padding may hold NaN
+
+        params, x = self.cell.parameters(inputs)
+        c0 = self._initial(initial_carry, init_key, (*batch, x.shape[-1]), x.dtype)
+        u, z = content(params, x).astype(c0.dtype), gates_of_input(params, x).astype(c0.dtype)
+        steps = jax.tree.map(lambda a: jnp.moveaxis(a, time, 0), Steps(u, z, segment_starts, padding))
+        c = states(params, steps, c0, activation=self.cell.activation, solver=self.solver)
+        h = jnp.moveaxis(output(params, c, self.cell.activation).astype(x.dtype), 0, time)
+
+        if reverse and (self.keep_order if keep_order is None else keep_order):
+            h = flip(h)
+        carry = c[-1] if len(c) else c0
+        return (carry, h) if (self.return_carry if return_carry is None else return_carry) else h
+
+    def _initial(self, carry: Array | None, key: Array | None, shape: tuple[int, ...], dtype: Dtype) -> Array:
+        """The carry given, checked, or the cell's own, as wide as what it will sum."""
+        if carry is not None:
+            check_carry("initial_carry", carry, (*shape[:-1], self.cell.features))
+            return jnp.asarray(carry)
+        c0 = self.cell.initialize_carry(jax.random.key(0) if key is None else key, shape)
+        return c0.astype(state_dtype(c0, dtype))
+
+
+def _starts_in_reverse(flipped: Array, time: int) -> Array:
+    """Where segments start for a walk from the end: right after the step that began one."""
+    first = jnp.arange(flipped.shape[time]) == 0
+    first = first.reshape(first.shape + (1,) * (flipped.ndim - 1 - time))
+    return jnp.roll(flipped, 1, axis=time) & ~first
+
+
+def _check(name: str, array: Array | None, kind: Any, shape: tuple[int, ...]) -> None:
+    """A mask or a list of lengths, if there is one, has the kind of dtype and the shape that the inputs ask for."""
+    if array is None:
+        return
+    if not jnp.issubdtype(array.dtype, kind):
+        raise TypeError(f"`{name}` must be of dtype {kind.__name__}; got {array.dtype}. Convert it with `.astype`.")
+    if array.shape != shape:
+        raise ValueError(f"`{name}` must have the shape {shape} to fit the inputs; got {array.shape}.")
