@@ -1,0 +1,64 @@
+"""Saving and loading of trees of arrays: the only file that knows orbax."""
+
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from ranjax.errors import UserError
+
+
+class Checkpoints:
+    """The two checkpoints of a run: the latest full training state, and the parameters that validated best.
+
+    Both are written beside the old one and replace it only when complete, so that a kill at any moment leaves
+    one to go on from.
+
+    Args:
+      directory: of the run; absolute.
+    """
+
+    def __init__(self, directory: Path):
+        self.directory = directory / "checkpoints"
+
+    def save(self, kind: str, step: int, tree: Any) -> None:
+        """Saves `tree` as the newest checkpoint of its kind, `"latest"` or `"best"`, and drops the older ones."""
+        with self._open(kind) as checkpointer:
+            if step not in [saved.step for saved in checkpointer.checkpoints]:
+                checkpointer.save_checkpointables(step, {"tree": tree}, force=True)
+
+    def load(self, kind: str, like: Any) -> Any:
+        """Loads the newest checkpoint of a kind.
+
+        Args:
+          kind: `"latest"` or `"best"`.
+          like: a tree of arrays or of `jax.ShapeDtypeStruct`, as it was saved.
+
+        Raises:
+          UserError: if there is none, or if it is not a tree of these shapes.
+        """
+        if not (self.directory / kind).is_dir():
+            raise UserError(f"{self.directory.parent} has no {kind} checkpoint yet. Train it first, without --resume.")
+        with self._open(kind) as checkpointer:
+            if checkpointer.latest is None:
+                raise UserError(f"{self.directory / kind} is empty; the run ended before its first checkpoint.")
+            saved = checkpointer.checkpointables_metadata(checkpointer.latest).metadata["tree"]
+            _check_shapes(self.directory / kind, jax.tree.leaves(saved), jax.tree.leaves(like))
+            abstract = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype), like)
+            return checkpointer.load_checkpointables(checkpointer.latest, {"tree": abstract})["tree"]
+
+    def _open(self, kind: str):
+        from orbax.checkpoint import v1 as ocp
+
+        keep = ocp.training.preservation_policies.LatestN(1)
+        return ocp.training.Checkpointer(self.directory / kind, preservation_policy=keep)
+
+
+def _check_shapes(path: Path, saved: list, expected: list) -> None:
+    """Orbax's own message for a tree that does not fit does not say what differs."""
+    have, want = sorted(a.shape for a in saved), sorted(a.shape for a in expected)
+    if have != want:
+        raise UserError(
+            f"{path} does not fit the configuration beside it: expected arrays of {want}, got {have}. "
+            "Restore the config.json the run was made with."
+        )

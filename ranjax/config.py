@@ -1,0 +1,179 @@
+"""The settings of a training run: defaults, the papers' presets, and how flags are read."""
+
+import argparse
+import dataclasses
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Literal
+
+from ranjax.errors import UserError
+
+
+@dataclass(frozen=True)
+class Config:
+    """Trains a recurrent language model, evaluates it, and saves it.
+
+    The loss is the sum over a window's time steps, averaged over the batch: learning rate and clipping are
+    relative to that. What is reported is per token.
+    """
+
+    dataset: str = "python-docs"
+    """Name of a corpus (python-docs, markov, wikitext-2, ptb, text8, enwik8, ...), or a path to text."""
+    data_dir: str | None = None
+    """Folder that holds the data set's folder, or that folder itself; without it a named data set is downloaded."""
+    tokenizer: Literal["word", "character", "byte", "bpe"] | None = None
+    """How text becomes tokens; the data set's usual way if not given."""
+    out: str | None = None
+    """Directory of the run, which must not exist yet; runs/DATASET-CELL if not given."""
+    resume: bool = False
+    """Go on with the run in --out, up to --epochs."""
+    preset: Literal["ptb-small", "ptb-medium", "ptb-large", "text8"] | None = None
+    """Settings of a paper; flags given explicitly win over it."""
+    cell: Literal["ran", "lstm", "gru", "rnn"] = "ran"
+    """The recurrent cell."""
+    gates: Literal["recurrent", "diagonal", "input"] = "recurrent"
+    """What a RAN's gates see: the whole last output, their own feature of it, or the input only."""
+    activation: Literal["tanh", "identity"] = "tanh"
+    """A RAN's output h = g(c)."""
+    layers: int = 2
+    """Number of recurrent layers."""
+    features: tuple[int, ...] = (256,)
+    """Size of the state: one number, or one for each layer."""
+    embedding: int | None = None
+    """Size of the embedding; that of the first layer, or of a tied output, if not given."""
+    projection: int | None = None
+    """Size of a RAN's projected output."""
+    dropout: float = 0.2
+    """Rate on the embedding and on every layer's output."""
+    tie: bool = True
+    """Output layer = the embedding transposed."""
+    epochs: int = 4
+    """Passes over the training text."""
+    batch_size: int = 20
+    """Columns of text trained on side by side."""
+    steps: int = 35
+    """Truncation length: tokens that a gradient reaches back at most."""
+    optimizer: Literal["sgd", "adamw"] = "adamw"
+    """The update rule."""
+    learning_rate: float = 2e-3
+    """Learning rate at its highest."""
+    weight_decay: float = 0.0
+    """Of adamw."""
+    schedule: Literal["constant", "cosine", "decay"] = "cosine"
+    """constant; cosine: --warmup steps up, then down to a hundredth; decay: constant, then times --decay each epoch."""
+    warmup: int = 200
+    """Steps of linear warm-up (cosine)."""
+    decay: float = 0.5
+    """Factor per epoch (decay)."""
+    decay_after: int = 4
+    """Epochs at the full rate (decay)."""
+    clip: float = 5.0
+    """Largest global norm of the gradient."""
+    init_scale: float | None = None
+    """All weights uniform in +- this; the cells' own initialisers if not given."""
+    solver: Literal["auto", "sequential", "associative"] = "auto"
+    """How a RAN layer solves its recurrence."""
+    seed: int = 0
+    """Seed of the weights and of dropout."""
+
+    def __post_init__(self):
+        for name in ("layers", "epochs", "batch_size", "steps", "embedding", "projection"):
+            _require(name, getattr(self, name), lambda v: v is None or v >= 1, "at least 1")
+        _require("features", self.features, lambda v: v and min(v) >= 1, "one or more numbers of at least 1")
+        for name in ("learning_rate", "clip"):
+            _require(name, getattr(self, name), lambda v: v > 0, "above 0")
+        _require("dropout", self.dropout, lambda v: 0 <= v < 1, "in [0, 1)")
+
+    @property
+    def directory(self) -> Path:
+        """Where the run is kept, absolute."""
+        out = self.out or f"runs/{Path(self.dataset).stem}-{self.cell}"
+        return Path(out).expanduser().resolve()
+
+
+def _require(name: str, value: object, holds, expected: str) -> None:
+    if not holds(value):
+        raise UserError(f"--{name.replace('_', '-')} must be {expected}; got {value}.")
+
+
+_ZAREMBA = Config(optimizer="sgd", schedule="decay", tie=False, dataset="ptb", activation="tanh", warmup=0)
+
+# Lee et al. 2017 (the authors' code) for medium, large and text8; Zaremba et al. 2014's small network, as in
+# TensorFlow's tutorial. text8 there has a dropout of 0.1 on whole embedding rows and 0.4 on outputs; here 0.4 on both.
+PRESETS = {
+    "ptb-small": dataclasses.replace(
+        _ZAREMBA, preset="ptb-small", features=(200,), dropout=0.0, learning_rate=1.0, decay=0.5, decay_after=4,
+        epochs=13, batch_size=20, steps=20, clip=5.0, init_scale=0.1,
+    ),
+    "ptb-medium": dataclasses.replace(
+        _ZAREMBA, preset="ptb-medium", features=(650,), dropout=0.5, learning_rate=1.0, decay=0.8, decay_after=6,
+        epochs=39, batch_size=20, steps=35, clip=5.0, init_scale=0.05,
+    ),
+    "ptb-large": dataclasses.replace(
+        _ZAREMBA, preset="ptb-large", features=(1500,), dropout=0.65, learning_rate=0.8, decay=1 / 1.15,
+        decay_after=14, epochs=55, batch_size=20, steps=35, clip=10.0, init_scale=0.04,
+    ),
+    "text8": dataclasses.replace(
+        _ZAREMBA, preset="text8", dataset="text8", layers=3, features=(1024, 1024, 2048), embedding=128, dropout=0.4,
+        learning_rate=0.2, decay=1 / 1.03, decay_after=5, epochs=500, batch_size=128, steps=100, clip=10.0,
+        init_scale=0.04,
+    ),
+}  # fmt: skip
+
+# What may differ between a run and its resumption.
+_FREE = {"out", "resume", "data_dir", "epochs"}
+
+
+def parse(argv: list[str] | None = None) -> Config:
+    """Reads the flags; with --preset or --resume the preset or the saved settings are their defaults."""
+    import tyro
+
+    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    first.add_argument("--preset")
+    first.add_argument("--out")
+    first.add_argument("--resume", action="store_true")
+    known, _ = first.parse_known_args(argv)
+    if known.preset is not None and known.preset not in PRESETS:
+        raise UserError(f"--preset must be one of {', '.join(PRESETS)}; got {known.preset!r}.")
+    default = PRESETS.get(known.preset or "", Config())
+    saved = None
+    if known.resume:
+        if known.out is None:
+            raise UserError("--resume needs --out, the directory of the run to go on with.")
+        saved = default = load_config(Path(known.out))
+    config = tyro.cli(Config, args=argv, default=default, prog="python -m ranjax.train")
+    if saved is not None:
+        _check_same(config, saved)
+    return config
+
+
+def _check_same(config: Config, saved: Config) -> None:
+    """A run goes on with the settings it began with."""
+    now, then = dataclasses.asdict(config), dataclasses.asdict(saved)
+    changed = [f"--{name.replace('_', '-')} {then[name]} -> {now[name]}" for name in now if now[name] != then[name]]
+    changed = [text for name, text in zip([n for n in now if now[n] != then[n]], changed) if name not in _FREE]
+    if changed:
+        raise UserError(
+            f"the run in {config.directory} was made with another configuration ({'; '.join(changed)}). "
+            "Resume without these flags, or start a run of its own with another --out."
+        )
+
+
+def save_config(config: Config, directory: Path) -> None:
+    """Writes the settings beside the checkpoints."""
+    text = json.dumps(dataclasses.asdict(config), indent=2)
+    (directory / "config.json").write_text(text + "\n", "utf-8")
+
+
+def load_config(directory: Path) -> Config:
+    """Reads the settings of a run."""
+    path = directory.expanduser().resolve() / "config.json"
+    if not path.is_file():
+        raise UserError(f"{path.parent} is not a run: it has no config.json. Give the --out directory of a run.")
+    saved = json.loads(path.read_text("utf-8"))
+    fields = {field.name for field in dataclasses.fields(Config)}
+    if set(saved) - fields:
+        unknown = ", ".join(sorted(set(saved) - fields))
+        raise UserError(f"{path} has settings this version does not know: {unknown}. Use the version that wrote it.")
+    return Config(**saved | {"features": tuple(saved["features"])})

@@ -1,0 +1,19 @@
+"""What a user can mend: raised with a message that says how, shown by the programs without a traceback."""
+
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+
+class UserError(ValueError):
+    """Bad input to a program or to a loader of data; the message says what was expected and how to mend it."""
+
+
+@contextmanager
+def exit_with_message() -> Iterator[None]:
+    """Turns a `UserError` into its message on standard error and exit code 1."""
+    try:
+        yield
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        raise SystemExit(1) from None

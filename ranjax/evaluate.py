@@ -1,0 +1,151 @@
+"""Exact evaluation of a language model: `python -m ranjax.evaluate --checkpoint DIR`."""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from ranjax.errors import UserError, exit_with_message
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from ranjax.config import Config
+    from ranjax.lm import LanguageModel
+    from ranjax.vocabulary import Vocabulary
+
+WINDOW = 512  # tokens a call; the state goes on from one to the next, so the result does not depend on it
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What a model makes of a text.
+
+    Attributes:
+      nats: mean cross-entropy of a prediction.
+      tokens: number of predictions, one less than there are tokens in the text.
+    """
+
+    nats: float
+    tokens: int
+
+    @property
+    def perplexity(self) -> float:
+        return math.exp(self.nats) if self.nats < 700 else math.inf
+
+    @property
+    def bits(self) -> float:
+        """Mean bits a prediction."""
+        return self.nats / math.log(2)
+
+
+@dataclass(frozen=True)
+class Run:
+    """A trained model: the best parameters of a run, its settings and its vocabulary."""
+
+    config: "Config"
+    vocabulary: "Vocabulary"
+    model: "LanguageModel"
+    params: Any
+
+
+def load_run(directory: str | Path) -> Run:
+    """Loads the best state of the run that `--out` named.
+
+    Raises:
+      UserError: if the directory is not a run, has no checkpoint yet, or one that does not fit its settings.
+    """
+    import jax
+    import jax.numpy as jnp
+
+    from ranjax.checkpoint import Checkpoints
+    from ranjax.config import load_config
+    from ranjax.train import build_model
+    from ranjax.vocabulary import load_vocabulary
+
+    directory = Path(directory).expanduser().resolve()
+    config = load_config(directory)
+    vocabulary = load_vocabulary(directory / "vocabulary.json")
+    model = build_model(config, len(vocabulary))
+    init = partial(model.init, deterministic=True)
+    like = jax.eval_shape(init, jax.random.key(0), jnp.zeros((1, 1), jnp.int32))["params"]
+    return Run(config, vocabulary, model, Checkpoints(directory).load("best", like))
+
+
+def make_evaluator(model: "LanguageModel") -> Callable[[Any, "np.ndarray"], Evaluation]:
+    """`evaluate(params, ids) -> Evaluation`: the whole text as one stream, every one of its predictions counted."""
+    import jax
+    import jax.numpy as jnp
+    import numpy as np
+
+    from ranjax.lm import cross_entropy
+
+    @partial(jax.jit, donate_argnums=1)
+    def window(params, state, tokens, targets):
+        logits, state = model.apply({"params": params}, tokens, state, deterministic=True)
+        return state, jnp.sum(jnp.where(targets < 0, 0.0, cross_entropy(logits, jnp.maximum(targets, 0))))
+
+    def evaluate(params, ids) -> Evaluation:
+        predictions = len(ids) - 1
+        if predictions < 1:
+            raise UserError(f"a text of at least 2 tokens is needed to predict one from another; got {len(ids)}.")
+        padded = -(-predictions // WINDOW) * WINDOW
+        tokens = np.zeros((padded // WINDOW, 1, WINDOW), np.int32)
+        targets = np.full_like(tokens, -1)
+        tokens.flat[:predictions], targets.flat[:predictions] = ids[:-1], ids[1:]
+        shape = jax.eval_shape(partial(model.apply, deterministic=True), {"params": params}, tokens[0])[1]
+        state = jax.tree.map(lambda c: jnp.zeros(c.shape, c.dtype), shape)
+        losses = []
+        for inputs, outputs in zip(tokens, targets, strict=True):
+            state, loss = window(params, state, inputs, outputs)
+            losses.append(loss)
+        return Evaluation(float(np.sum(jax.device_get(losses), dtype=np.float64)) / predictions, predictions)
+
+    return evaluate
+
+
+@dataclass(frozen=True)
+class Options:
+    """Evaluates the best state of a run on a split: the state is carried over the whole text, every prediction counts."""
+
+    checkpoint: str
+    """The --out directory of a run."""
+    dataset: str | None = None
+    """Another corpus; that of the run if not given. Its text is read with the run's vocabulary."""
+    data_dir: str | None = None
+    """Folder of the data set; that of the run if not given."""
+    split: Literal["train", "valid", "test"] = "test"
+    """Which part of the corpus."""
+
+
+def evaluate_split(options: Options) -> tuple[Evaluation, Run]:
+    """What the program computes."""
+    from ranjax.data import load_split
+
+    run = load_run(options.checkpoint)
+    config = replace(run.config, dataset=options.dataset or run.config.dataset)
+    data_dir = options.data_dir or (run.config.data_dir if options.dataset is None else None)
+    ids = load_split(config.dataset, options.split, run.vocabulary, data_dir)
+    return make_evaluator(run.model)(run.params, ids), run
+
+
+def report(evaluation: Evaluation, unit: str | None) -> str:
+    """One line: perplexity, bits a character or byte, and the number of tokens they are of."""
+    bits = f", {evaluation.bits:.4f} bits per {unit}" if unit else ""
+    return f"perplexity {evaluation.perplexity:.2f}{bits}, {evaluation.nats:.4f} nats, {evaluation.tokens:,} tokens"
+
+
+def main(argv: list[str] | None = None) -> None:
+    """The program."""
+    import tyro
+
+    with exit_with_message():
+        options = tyro.cli(Options, args=argv, prog="python -m ranjax.evaluate")
+        evaluation, run = evaluate_split(options)
+        print(f"{options.dataset or run.config.dataset} {options.split}: {report(evaluation, run.vocabulary.unit)}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,170 @@
+"""A recurrent language model: embedding, layers of cells, output layer."""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import linen as nn
+from flax.typing import Dtype, Initializer
+from jax import Array
+from jaxtyping import Float, Int
+
+from ranjax.cell import RANCell
+from ranjax.layer import RAN
+
+Tokens = Int[Array, "batch time"]
+State = tuple  # one carry per layer
+
+CELLS = ("ran", "lstm", "gru", "rnn")
+
+
+class LanguageModel(nn.Module):
+    r"""Predicts every next token of a text from the ones before it.
+
+    .. math::
+        h^0_t = E_{w_t}, \qquad h^l = \text{layer}_l(h^{l-1}), \qquad
+        p(w_{t+1} \mid w_{\le t}) = \text{softmax}(W_o h^L_t + b_o)
+
+    Dropout falls on the embedding and on the output of every layer, one mask for the whole sequence drawn
+    outside the loop over time; never on the recurrence.
+
+    Attributes:
+      vocabulary: number of tokens.
+      cell: `"ran"`, `"lstm"`, `"gru"` or `"rnn"` (an Elman network).
+      features: size of the state, one number for all layers or one for each.
+      layers: number of layers.
+      embedding: size of the embedding (default: the size of the last output where tied, else of the first
+        layer).
+      projection, gates, activation, solver: of the RAN's cells and layers; see `RANCell` and `RAN`.
+      dropout: rate, in [0, 1).
+      tie: the output layer is the embedding's transpose; the last output must have the embedding's size.
+      init_scale: every weight is uniform in +-init_scale. None: embedding uniform in +-0.1, the cells' own
+        initialisers, LeCun's for the output layer.
+      dtype: dtype of the products; the logits are float32 or wider.
+
+    Raises:
+      ValueError: for an unknown cell, a number of sizes that is not the number of layers, a tied output
+        whose sizes differ, a dropout rate outside [0, 1).
+
+    Example:
+      >>> import jax, jax.numpy as jnp, ranjax
+      >>> model = ranjax.LanguageModel(vocabulary=50, features=16)
+      >>> tokens = jnp.zeros((2, 7), jnp.int32)  # (batch, time)
+      >>> variables = model.init(jax.random.key(0), tokens, deterministic=True)
+      >>> logits, state = model.apply(variables, tokens, deterministic=True)
+      >>> logits.shape, [c.shape for c in state]
+      ((2, 7, 50), [(2, 16), (2, 16)])
+    """
+
+    vocabulary: int
+    cell: str = "ran"
+    features: int | tuple[int, ...] = 200
+    layers: int = 2
+    embedding: int | None = None
+    projection: int | None = None
+    gates: str = "recurrent"
+    activation: str = "tanh"
+    solver: str = "auto"
+    dropout: float = 0.0
+    tie: bool = False
+    init_scale: float | None = None
+    dtype: Dtype | None = None
+
+    def __post_init__(self):
+        if self.cell not in CELLS:
+            raise ValueError(f"`cell` must be one of {', '.join(map(repr, CELLS))}; got {self.cell!r}.")
+        if not 0 <= self.dropout < 1:
+            raise ValueError(f"`dropout` must be a rate in [0, 1); got {self.dropout}.")
+        if self.cell != "ran" and self.projection is not None:
+            raise ValueError(f"`projection` is an option of cell='ran'; got cell={self.cell!r}.")
+        if self.tie and self.embedding_size != self._outputs[-1]:
+            raise ValueError(
+                f"`tie` needs the embedding to be as wide as the last output; got embedding={self.embedding_size} "
+                f"and an output of {self._outputs[-1]}. Make them equal, or leave the output layer untied."
+            )
+        super().__post_init__()
+
+    @property
+    def sizes(self) -> tuple[int, ...]:
+        """The size of each layer's state."""
+        if isinstance(self.features, int):
+            return (self.features,) * self.layers
+        if len(self.features) not in (1, self.layers):
+            raise ValueError(
+                f"`features` must be one number, or one for each of {self.layers} layers; got {self.features}."
+            )
+        return tuple(self.features) * (self.layers // len(self.features))
+
+    @property
+    def _outputs(self) -> tuple[int, ...]:
+        return tuple(self.projection or size for size in self.sizes)
+
+    @property
+    def embedding_size(self) -> int:
+        return self.embedding or (self._outputs[-1] if self.tie else self.sizes[0])
+
+    def setup(self):
+        init = _uniform(self.init_scale or 0.1)
+        self.embed = nn.Embed(self.vocabulary, self.embedding_size, embedding_init=init)
+        self.stack = [self._layer(size) for size in self.sizes]
+        self.drop = nn.Dropout(self.dropout)
+        if self.tie:
+            self.bias = self.param("bias", nn.initializers.zeros_init(), (self.vocabulary,))
+        else:
+            kernel_init = init if self.init_scale else nn.initializers.lecun_normal()
+            self.decode = nn.Dense(self.vocabulary, kernel_init=kernel_init, dtype=self.dtype)
+
+    def _layer(self, features: int) -> nn.Module:
+        """One layer over a sequence, time first, that returns `(carry, outputs)`."""
+        options: dict = {"dtype": self.dtype}
+        if self.init_scale:
+            options |= {"kernel_init": _uniform(self.init_scale), "recurrent_kernel_init": _uniform(self.init_scale)}
+        if self.cell == "ran":
+            cell = RANCell(features, self.gates, self.activation, self.projection, **options)
+            return RAN(cell, self.solver, time_major=True, return_carry=True)
+        cells: dict[str, Callable] = {"lstm": nn.OptimizedLSTMCell, "gru": nn.GRUCell, "rnn": nn.SimpleCell}
+        return nn.RNN(cells[self.cell](features, **options), time_major=True, return_carry=True)
+
+    def hidden(self, tokens: Tokens, state: State | None = None, *, deterministic: bool) -> tuple[Array, State]:
+        """The last layer's outputs, `(batch, time, out)`, and the state; see `__call__`."""
+        h = self.drop(self.embed(tokens.T), deterministic=deterministic)
+        carries = []
+        for layer, carry in zip(self.stack, state or (None,) * self.layers, strict=True):
+            carry, h = layer(h, initial_carry=carry)
+            h = self.drop(h, deterministic=deterministic)
+            carries.append(carry)
+        return jnp.swapaxes(h, 0, 1), tuple(carries)
+
+    def logits(self, hidden: Array) -> Array:
+        """The output layer: `(..., vocabulary)` in float32 or wider."""
+        logits = self.embed.attend(hidden) + self.bias if self.tie else self.decode(hidden)
+        return logits.astype(jnp.result_type(jnp.float32, logits))
+
+    def __call__(self, tokens: Tokens, state: State | None = None, *, deterministic: bool) -> tuple[Array, State]:
+        """The logits of the next token after each token.
+
+        Args:
+          tokens: ids, `(batch, time)`.
+          state: one carry per layer, as an earlier call returned it; None for the beginning of a text.
+          deterministic: no dropout; otherwise a key named `"dropout"` is needed.
+
+        Returns:
+          Logits `(batch, time, vocabulary)`, and the state after the last token.
+        """
+        hidden, state = self.hidden(tokens, state, deterministic=deterministic)
+        return self.logits(hidden), state
+
+
+def cross_entropy(logits: Float[Array, "*n vocabulary"], targets: Int[Array, "*n"]) -> Float[Array, "*n"]:
+    """-log p(target), in nats, of each prediction."""
+    return optax.softmax_cross_entropy_with_integer_labels(logits, targets)
+
+
+def _uniform(scale: float) -> Initializer:
+    """Uniform in [-scale, scale)."""
+
+    def init(key, shape, dtype=jnp.float32):
+        return jax.random.uniform(key, shape, dtype, -scale, scale)
+
+    return init

@@ -1,0 +1,162 @@
+"""What a run tells: a progress bar or plain lines, `metrics.jsonl`, `result.json`, `loss.png`."""
+
+import json
+import math
+import platform
+import time
+from dataclasses import asdict
+from datetime import date
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
+from ranjax.config import Config
+
+if TYPE_CHECKING:
+    from ranjax.data import Corpus
+    from ranjax.evaluate import Evaluation
+    from ranjax.train import TrainState
+
+LOG_SECONDS = 15.0
+
+
+class Report:
+    """Follows one process of a run.
+
+    Args:
+      directory: of the run.
+      config: its settings.
+      windows: steps an epoch.
+      first_step: where this process begins; what an earlier one logged beyond it is dropped.
+    """
+
+    def __init__(self, directory: Path, config: Config, windows: int, first_step: int):
+        self.directory, self.config, self.windows = directory, config, windows
+        self.steps = 0  # of this process
+        self._rows = [row for row in _read_rows(directory / "metrics.jsonl") if row["step"] <= first_step]
+        _write_rows(directory / "metrics.jsonl", self._rows)
+        self._console = Console()
+        columns = "{task.description}", BarColumn(None), "{task.fields[status]}", TimeRemainingColumn()
+        bars = (TextColumn(column) if isinstance(column, str) else column for column in columns)
+        self._bar = Progress(*bars, console=self._console, disable=not self._console.is_terminal)
+        total = config.epochs * windows
+        self._task = self._bar.add_task("epoch 1", total=total, completed=first_step, status="compiling")
+        self._logged = time.monotonic()
+
+    def __enter__(self) -> "Report":
+        self._bar.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._bar.stop()
+
+    def progress(self, state: "TrainState", steps: int, seconds: float) -> None:
+        """After a burst of steps: the bar, and now and then a row and a line."""
+        self.steps += steps
+        speed = steps * self.config.batch_size * self.config.steps / seconds
+        perplexity = _perplexity(float(state.loss) / max(int(state.tokens), 1))
+        status = f"{speed:,.0f} tokens/s, perplexity {perplexity:.1f}"
+        heading = f"epoch {int(state.epoch) + 1}/{self.config.epochs}"
+        self._bar.update(self._task, advance=steps, description=heading, status=status)
+        if time.monotonic() - self._logged > LOG_SECONDS or int(state.step) % self.windows == 0:
+            self._logged = time.monotonic()
+            done = int(state.step) / self.windows - int(state.epoch)
+            self._row(state, train_perplexity=perplexity, tokens_per_second=speed)
+            if not self._console.is_terminal:
+                print(f"{heading} {done:4.0%}: {status}", flush=True)
+
+    def epoch(self, state: "TrainState", evaluation: "Evaluation") -> None:
+        """After a validation."""
+        train = _perplexity(float(state.loss) / max(int(state.tokens), 1))
+        self._row(state, train_perplexity=train, valid_perplexity=evaluation.perplexity)
+        skipped = f", {int(state.bad)} steps skipped" if int(state.bad) else ""
+        self._console.print(
+            f"epoch {int(state.epoch)}: train {train:.2f}, valid {evaluation.perplexity:.2f}, "
+            f"{float(state.seconds) / 60:.1f} minutes of training{skipped}",
+            highlight=False,
+        )
+
+    def interrupted(self, step: int) -> None:
+        """After an interrupt, the state being saved."""
+        self._bar.stop()
+        print(f"Stopped after step {step}, saved. Go on with: python -m ranjax.train --out {self.directory} --resume")
+
+    def result(
+        self, corpus: "Corpus", state: "TrainState", valid: "Evaluation", test: "Evaluation"
+    ) -> dict[str, Any]:
+        """Ends the run: `result.json`, `loss.png` and the last line."""
+        import jax
+
+        from ranjax.evaluate import report
+
+        timed = int(state.timed) * self.config.batch_size * self.config.steps
+        result = {
+            "dataset": corpus.name,
+            "source": corpus.source,
+            "test_perplexity": test.perplexity,
+            "valid_perplexity": valid.perplexity,
+            "test_tokens": test.tokens,
+            "test_nats": test.nats,
+            "test_bits": test.bits,
+            "tokens_per_second": timed / float(state.seconds) if int(state.timed) else None,
+            "training_seconds": float(state.seconds),
+            "skipped_steps": int(state.bad),
+            "parameters": sum(p.size for p in jax.tree.leaves(state.params)),
+            "device": jax.devices()[0].device_kind,
+            "date": date.today().isoformat(),
+            "config": asdict(self.config),
+            "versions": {"python": platform.python_version()}
+            | {name: version(name) for name in ("jax", "flax", "optax", "numpy")},
+        }
+        (self.directory / "result.json").write_text(json.dumps(result, indent=2) + "\n", "utf-8")
+        draw_loss(self._rows, self.windows, self.directory / "loss.png")
+        print(f"test: {report(test, corpus.vocabulary.unit)}; saved in {self.directory}")
+        return result
+
+    def _row(self, state: "TrainState", **values: float) -> None:
+        row = {"step": int(state.step), "epoch": int(state.step) / self.windows, **values}
+        row |= {"skipped_steps": int(state.bad), "training_seconds": float(state.seconds)}
+        self._rows.append(row)
+        with (self.directory / "metrics.jsonl").open("a", encoding="utf-8") as file:
+            file.write(json.dumps(row) + "\n")
+
+
+def draw_loss(rows: list[dict[str, float]], windows: int, path: Path) -> None:
+    """Perplexity against epochs: of the epoch so far in training, and of each validation."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(6.4, 4.0), layout="constrained")
+    axes = figure.subplots()
+    train = [(row["epoch"], row["train_perplexity"]) for row in rows]
+    valid = [(row["epoch"], row["valid_perplexity"]) for row in rows if "valid_perplexity" in row]
+    axes.plot(*zip(*train, strict=True), color="0.6", label="train, the epoch so far")
+    axes.plot(*zip(*valid, strict=True), "o-", color="C0", label="valid")
+    axes.set(xlabel="epoch", ylabel="perplexity", yscale="log")
+    axes.yaxis.set_major_formatter("{x:g}")
+    axes.yaxis.set_minor_formatter("{x:g}")
+    axes.grid(alpha=0.3, which="both")
+    axes.legend(frameon=False)
+    figure.savefig(path, dpi=150)
+
+
+def _perplexity(nats: float) -> float:
+    return math.exp(min(nats, 700.0))
+
+
+def _read_rows(path: Path) -> list[dict[str, float]]:
+    if not path.exists():
+        return []
+    rows = []
+    for line in path.read_text("utf-8").splitlines():
+        try:
+            rows.append(json.loads(line))
+        except json.JSONDecodeError:  # a kill cut the last line short
+            break
+    return rows
+
+
+def _write_rows(path: Path, rows: list[dict[str, float]]) -> None:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), "utf-8")

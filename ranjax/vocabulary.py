@@ -1,0 +1,228 @@
+"""Vocabularies: text to token ids and back. The ids of each are exactly 0 ... len - 1."""
+
+import json
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import ClassVar, Protocol
+
+import numpy as np
+
+from ranjax.errors import UserError
+
+EOS, UNK = "<eos>", "<unk>"
+TOKENIZERS = ("word", "character", "byte", "bpe")
+BPE_SIZE = 4096  # tokens of a byte-pair vocabulary trained on one's own text
+
+
+class Vocabulary(Protocol):
+    """The tokens of a corpus.
+
+    Attributes:
+      tokenizer: `"word"`, `"character"`, `"byte"` or `"bpe"`.
+      unit: what one token is called in a report of bits: `"character"`, `"byte"` or None.
+    """
+
+    tokenizer: ClassVar[str]
+    unit: ClassVar[str | None]
+
+    def __len__(self) -> int: ...
+    def encode(self, text: str) -> np.ndarray:
+        """The int32 ids of a text; a token that is not in the vocabulary and has no `<unk>` is a UserError."""
+        ...
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """The text of some ids."""
+        ...
+
+    def content(self) -> object:
+        """What `from_content` needs to make the same vocabulary again, as JSON."""
+        ...
+
+
+@dataclass(frozen=True)
+class Words:
+    """Whitespace-separated words, one `<eos>` at the end of every line, blank lines included."""
+
+    tokens: tuple[str, ...]
+    tokenizer: ClassVar[str] = "word"
+    unit: ClassVar[str | None] = None
+
+    @classmethod
+    def build(cls, text: str, at_least: int = 1) -> "Words":
+        """Every word seen at least so often, in the order of frequency; the others become `<unk>`."""
+        counts = Counter(text.split())
+        counts[EOS] += len(_lines(text))
+        kept = [word for word, n in counts.most_common() if n >= at_least or word in (EOS, UNK)]
+        if len(kept) < len(counts) and UNK not in kept:
+            kept.append(UNK)
+        return cls(tuple(kept))
+
+    @cached_property
+    def ids(self) -> dict[str, int]:
+        return {token: i for i, token in enumerate(self.tokens)}
+
+    def __len__(self) -> int:
+        return len(self.tokens)
+
+    def encode(self, text: str) -> np.ndarray:
+        words = [word for line in _lines(text) for word in (*line.split(), EOS)]
+        unknown = self.ids.get(UNK)
+        ids = [self.ids.get(word, unknown) for word in words]
+        if unknown is None and None in ids:
+            missing = sorted({word for word in words if word not in self.ids})
+            raise UserError(f"the vocabulary has no {UNK} and not the words {_some(missing)}. Use words it has.")
+        return np.array(ids, np.int32)
+
+    def decode(self, ids: Iterable[int]) -> str:
+        return " ".join(self.tokens[i] for i in ids).replace(f" {EOS} ", "\n").replace(f" {EOS}", "\n")
+
+    def content(self) -> object:
+        return list(self.tokens)
+
+
+@dataclass(frozen=True)
+class Characters:
+    """Single characters of a closed alphabet, in the order of their code points."""
+
+    alphabet: str
+    tokenizer: ClassVar[str] = "character"
+    unit: ClassVar[str | None] = "character"
+
+    @classmethod
+    def build(cls, *texts: str) -> "Characters":
+        return cls("".join(sorted(set().union(*map(set, texts)))))
+
+    @cached_property
+    def _codes(self) -> np.ndarray:
+        return _code_points(self.alphabet)
+
+    def __len__(self) -> int:
+        return len(self.alphabet)
+
+    def encode(self, text: str) -> np.ndarray:
+        codes = _code_points(text)
+        ids = np.minimum(np.searchsorted(self._codes, codes), len(self) - 1)
+        if np.any(self._codes[ids] != codes):
+            missing = sorted(set(text) - set(self.alphabet))
+            raise UserError(
+                f"the vocabulary has no {UNK} and not the characters {_some(missing)}. Use characters it has."
+            )
+        return ids.astype(np.int32)
+
+    def decode(self, ids: Iterable[int]) -> str:
+        return "".join(self.alphabet[i] for i in ids)
+
+    def content(self) -> object:
+        return self.alphabet
+
+
+@dataclass(frozen=True)
+class Bytes:
+    """The bytes that occur in a corpus, in the order of their values."""
+
+    values: tuple[int, ...]
+    tokenizer: ClassVar[str] = "byte"
+    unit: ClassVar[str | None] = "byte"
+
+    @classmethod
+    def build(cls, *parts: bytes) -> "Bytes":
+        seen = np.zeros(256, bool)
+        for part in parts:
+            seen[np.unique(np.frombuffer(part, np.uint8))] = True
+        return cls(tuple(np.flatnonzero(seen).tolist()))
+
+    def __len__(self) -> int:
+        return len(self.values)
+
+    def encode(self, text: str) -> np.ndarray:
+        return self.encode_bytes(text.encode())
+
+    def encode_bytes(self, data: bytes) -> np.ndarray:
+        table = np.full(256, -1, np.int32)
+        table[list(self.values)] = np.arange(len(self))
+        ids = table[np.frombuffer(data, np.uint8)]
+        if np.any(ids < 0):
+            missing = sorted(set(data) - set(self.values))
+            raise UserError(f"the vocabulary has no {UNK} and not the bytes {_some(missing)}. Use bytes it has.")
+        return ids
+
+    def decode(self, ids: Iterable[int]) -> str:
+        return bytes(self.values[i] for i in ids).decode(errors="replace")
+
+    def content(self) -> object:
+        return list(self.values)
+
+
+@dataclass(frozen=True)
+class BytePairs:
+    """Byte-level byte-pair encoding (the library `tokenizers`)."""
+
+    serialised: str = field(repr=False)
+    tokenizer: ClassVar[str] = "bpe"
+    unit: ClassVar[str | None] = None
+
+    @classmethod
+    def build(cls, text: str, size: int = BPE_SIZE) -> "BytePairs":
+        from tokenizers import ByteLevelBPETokenizer
+
+        bpe = ByteLevelBPETokenizer()
+        bpe.train_from_iterator(text.splitlines(keepends=True), vocab_size=size, min_frequency=2, show_progress=False)
+        return cls(bpe.to_str())
+
+    @cached_property
+    def _bpe(self):
+        from tokenizers import Tokenizer
+
+        return Tokenizer.from_str(self.serialised)
+
+    def __len__(self) -> int:
+        return self._bpe.get_vocab_size()
+
+    def encode(self, text: str) -> np.ndarray:
+        parts = self._bpe.encode_batch_fast(text.splitlines(keepends=True))
+        return np.concatenate([np.array(part.ids, np.int32) for part in parts] or [np.zeros(0, np.int32)])
+
+    def decode(self, ids: Iterable[int]) -> str:
+        return self._bpe.decode(list(map(int, ids)))
+
+    def content(self) -> object:
+        return self.serialised
+
+
+def save_vocabulary(vocabulary: Vocabulary, path: Path) -> None:
+    """Writes a vocabulary as JSON."""
+    path.write_text(json.dumps({"tokenizer": vocabulary.tokenizer, "content": vocabulary.content()}), "utf-8")
+
+
+def load_vocabulary(path: Path) -> Vocabulary:
+    """Reads a vocabulary that `save_vocabulary` wrote."""
+    saved = json.loads(path.read_text("utf-8"))
+    content = saved["content"]
+    match saved["tokenizer"]:
+        case "word":
+            return Words(tuple(content))
+        case "character":
+            return Characters(content)
+        case "byte":
+            return Bytes(tuple(content))
+        case "bpe":
+            return BytePairs(content)
+        case other:
+            raise UserError(f"{path} names the tokenizer {other!r}; expected one of {', '.join(TOKENIZERS)}.")
+
+
+def _lines(text: str) -> list[str]:
+    """The lines of a text, split at newlines only; a newline at the end begins no further line."""
+    return text.removesuffix("\n").split("\n") if text else []
+
+
+def _code_points(text: str) -> np.ndarray:
+    return np.frombuffer(text.encode("utf-32-le"), np.uint32)
+
+
+def _some(items: list) -> str:
+    shown = ", ".join(repr(item) for item in items[:10])
+    return f"{shown} and {len(items) - 10} more" if len(items) > 10 else shown
