@@ -1,3 +1,46 @@
-from ranjax.scan import linear_recurrence as linear_recurrence
-from ranjax.cell import RANCell as RANCell
-from ranjax.layer import RAN as RAN
+r"""Recurrent additive networks in JAX and Flax.
+
+A recurrent additive network (Lee, Levy, Zettlemoyer 2017) is a gated recurrent network whose state is only
+ever added to:
+
+.. math::
+    u_t &= W_c x_t                                      &&\text{content} \\
+    i_t &= \sigma(W_{ix} x_t + W_{ih} h_{t-1} + b_i)    &&\text{input gate} \\
+    f_t &= \sigma(W_{fx} x_t + W_{fh} h_{t-1} + b_f)    &&\text{forget gate} \\
+    c_t &= i_t * u_t + f_t * c_{t-1}                    &&\text{state} \\
+    h_t &= g(c_t)                                       &&\text{output, } g = \tanh \text{ or the identity}
+
+So a state is a weighted sum of the contents of its past, and once the gates are known the recurrence is linear in
+c. They are known beforehand where they see x only (`gates="input"`, without W_ih and W_fh); those of the paper read
+h_{t-1} (`gates="recurrent"`, the default).
+
+Public names: `RANCell`, `RAN`, `linear_recurrence`, `LanguageModel`; the module `data`.
+They are imported when first used, so that programs can answer `--help` at once.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from ranjax import data as data
+    from ranjax.cell import RANCell as RANCell
+    from ranjax.layer import RAN as RAN
+    from ranjax.lm import LanguageModel as LanguageModel
+    from ranjax.scan import linear_recurrence as linear_recurrence
+
+_HOMES = {"RANCell": "cell", "RAN": "layer", "LanguageModel": "lm", "linear_recurrence": "scan"}
+_MODULES = ("cell", "data", "layer", "lm", "scan")
+
+__all__ = ["RAN", "LanguageModel", "RANCell", "data", "linear_recurrence"]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOMES:
+        return getattr(import_module(f"ranjax.{_HOMES[name]}"), name)
+    if name in _MODULES:
+        return import_module(f"ranjax.{name}")
+    raise AttributeError(f"module 'ranjax' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted((*globals(), *_HOMES, *_MODULES))

@@ -12,6 +12,7 @@ gate, 1 the forget gate. Parameters are the tree that `RANCell` makes:
 """
 
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -21,11 +22,12 @@ from flax.core import meta
 from flax.linen.dtypes import promote_dtype
 from flax.typing import Dtype, Initializer
 from jax import Array
+from jax.typing import ArrayLike
 from jaxtyping import Float
 
 from ranjax.scan import state_dtype
 
-Params = Mapping[str, Mapping[str, Array]]
+Params = Mapping[str, Any]  # the tree above
 Vector = Float[Array, "*batch features"]
 Gates = Float[Array, "*batch 2 features"]
 
@@ -44,21 +46,18 @@ def gates_of_input(params: Params, x: Array) -> Gates:
     return jnp.tensordot(x, gates["kernel"], 1) + gates["bias"]
 
 
-def gates_of_state(params: Params, c: Vector, activation: str) -> Gates | None:
-    """W_h h: the part that the last output gives; None where the gates see the input only."""
-    kernel = params["gates"].get("recurrent_kernel")
-    if kernel is None:
-        return None
+def gates_of_state(params: Params, c: Vector, activation: str) -> Gates:
+    """W_h h: the part that the last output gives, where the gates read it."""
+    kernel = params["gates"]["recurrent_kernel"]
     h = output(params, c, activation).astype(kernel.dtype)
     if kernel.ndim == 2:
         return h[..., None, :] * kernel
     return jnp.tensordot(h, kernel, 1)
 
 
-def update(c: Vector, u: Vector, z: Gates) -> Vector:
-    """c_t = i_t * u_t + f_t * c_{t-1}, in the dtype of the state: the sum is never squashed."""
-    i, f = jnp.moveaxis(jax.nn.sigmoid(z.astype(c.dtype)), -2, 0)
-    return i * u.astype(c.dtype) + f * c
+def update(c: Vector, u: Vector, gates: Gates) -> Vector:
+    """c_t = i_t * u_t + f_t * c_{t-1}: the sum is never squashed."""
+    return gates[..., 0, :] * u + gates[..., 1, :] * c
 
 
 def output(params: Params, c: Vector, activation: str) -> Array:
@@ -96,8 +95,10 @@ def step(params: Params, c: Vector, x: Array, activation: str = "tanh") -> Vecto
     References:
       Lee, Levy, Zettlemoyer, "Recurrent Additive Networks", 2017, arXiv 1705.07393.
     """
-    z, recurrent = gates_of_input(params, x), gates_of_state(params, c, activation)
-    return update(c, content(params, x), z if recurrent is None else z.astype(c.dtype) + recurrent)
+    z = gates_of_input(params, x).astype(c.dtype)
+    if "recurrent_kernel" in params["gates"]:
+        z = z + gates_of_state(params, c, activation)
+    return update(c, content(params, x).astype(c.dtype), jax.nn.sigmoid(z.astype(c.dtype)))
 
 
 class RANCell(nn.RNNCellBase):
@@ -172,10 +173,10 @@ class RANCell(nn.RNNCellBase):
             )
         super().__post_init__()
 
-    def __call__(self, carry: Array, inputs: Array) -> tuple[Array, Array]:
+    def __call__(self, carry: ArrayLike, inputs: ArrayLike) -> tuple[Array, Array]:
         """One step: the next state c_t, `(*batch, features)`, and the output h_t, `(*batch, out)`."""
-        params, x = self.parameters(inputs)
-        check_carry("carry", carry, (*x.shape[:-1], self.features))
+        params, x = self.parameters(jnp.asarray(inputs))
+        carry = checked_carry("carry", carry, (*x.shape[:-1], self.features))
         c = step(params, carry, x, self.activation)
         return c, output(params, c, self.activation).astype(x.dtype)
 
@@ -185,7 +186,7 @@ class RANCell(nn.RNNCellBase):
         size, out = inputs.shape[-1], self.projection or self.features
         gates = {"kernel": (self.kernel_init, (size, self.features)), "bias": (self.bias_init, (self.features,))}
         if self.gates == "recurrent":
-            init = self.recurrent_kernel_init or nn.initializers.orthogonal()
+            init = self.recurrent_kernel_init or _orthogonal
             gates["recurrent_kernel"] = (init, (out, self.features))
         elif self.gates == "diagonal":
             init = self.recurrent_kernel_init or _symmetric_uniform(self.features**-0.5)
@@ -212,10 +213,11 @@ class RANCell(nn.RNNCellBase):
         return 1
 
 
-def check_carry(name: str, c: Array, shape: tuple[int, ...]) -> None:
-    """A carry is one float32-or-wider state per sequence."""
-    if not isinstance(c, (jax.Array, np.ndarray)):
-        raise TypeError(f"`{name}` must be the one array c, of shape {shape}; got a {type(c).__name__}.")
+def checked_carry(name: str, carry: ArrayLike, shape: tuple[int, ...]) -> Array:
+    """A carry as an array, once it is seen to be one float32-or-wider state per sequence."""
+    if not isinstance(carry, jax.Array | np.ndarray):
+        raise TypeError(f"`{name}` must be the one array c, of shape {shape}; got a {type(carry).__name__}.")
+    c = jnp.asarray(carry)
     if c.shape != shape:
         raise ValueError(
             f"`{name}` must have the shape (*batch, features) = {shape}; got {c.shape}. "
@@ -226,18 +228,24 @@ def check_carry(name: str, c: Array, shape: tuple[int, ...]) -> None:
             f"`{name}` must be float32 or wider, for a sum over many steps loses narrower digits; got {c.dtype}. "
             f"Convert it with `{name}.astype(jnp.float32)`."
         )
+    return c
 
 
-def _drawn(key: Array, shapes: Mapping[str, tuple[Initializer, tuple[int, ...]]], dtype: Dtype) -> dict[str, Array]:
+def _drawn(key: Array, shapes: Mapping[str, tuple[Initializer, tuple[int, ...]]], dtype: Dtype) -> Params:
     keys = jax.random.split(key, len(shapes))
     return {name: init(k, shape, dtype) for k, (name, (init, shape)) in zip(keys, shapes.items(), strict=True)}
 
 
-def _drawn_for_both_gates(key: Array, shapes: Mapping, dtype: Dtype) -> dict[str, Array]:
+def _drawn_for_both_gates(key: Array, shapes: Mapping, dtype: Dtype) -> Params:
     """Each gate's block drawn by itself (its fan is its own), then stacked on an axis before the features."""
     i, f = (_drawn(k, shapes, dtype) for k in jax.random.split(key))
     both = jax.tree.map(lambda i, f: jnp.stack([i, f], axis=-2), i, f)
     return meta.add_axis(both, -1, {meta.PARTITION_NAME: None})
+
+
+def _orthogonal(key: Array, shape: tuple[int, ...], dtype: Dtype = jnp.float32) -> Array:
+    """Orthogonal, drawn in float32 or wider: there is no QR in bfloat16."""
+    return nn.initializers.orthogonal()(key, shape, state_dtype(dtype)).astype(dtype)
 
 
 def _symmetric_uniform(bound: float) -> Initializer:

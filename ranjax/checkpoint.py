@@ -44,14 +44,15 @@ class Checkpoints:
                 raise UserError(f"{self.directory / kind} is empty; the run ended before its first checkpoint.")
             saved = checkpointer.checkpointables_metadata(checkpointer.latest).metadata["tree"]
             _check_shapes(self.directory / kind, jax.tree.leaves(saved), jax.tree.leaves(like))
-            abstract = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype), like)
+            here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+            abstract = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=here), like)
             return checkpointer.load_checkpointables(checkpointer.latest, {"tree": abstract})["tree"]
 
     def _open(self, kind: str):
         from orbax.checkpoint import v1 as ocp
 
-        keep = ocp.training.preservation_policies.LatestN(1)
-        return ocp.training.Checkpointer(self.directory / kind, preservation_policy=keep)
+        keep: Any = ocp.training.preservation_policies.LatestN(1)
+        return ocp.training.Checkpointer(str(self.directory / kind), preservation_policy=keep)
 
 
 def _check_shapes(path: Path, saved: list, expected: list) -> None:

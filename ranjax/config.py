@@ -5,7 +5,7 @@ import dataclasses
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Literal
 
 from ranjax.errors import UserError
 
@@ -38,7 +38,7 @@ class Config:
     """A RAN's output h = g(c)."""
     layers: int = 2
     """Number of recurrent layers."""
-    features: tuple[int, ...] = (256,)
+    features: tuple[int, ...] = (200,)
     """Size of the state: one number, or one for each layer."""
     embedding: int | None = None
     """Size of the embedding; that of the first layer, or of a tied output, if not given."""
@@ -48,7 +48,7 @@ class Config:
     """Rate on the embedding and on every layer's output."""
     tie: bool = True
     """Output layer = the embedding transposed."""
-    epochs: int = 4
+    epochs: int = 3
     """Passes over the training text."""
     batch_size: int = 20
     """Columns of text trained on side by side."""
@@ -61,7 +61,8 @@ class Config:
     weight_decay: float = 0.0
     """Of adamw."""
     schedule: Literal["constant", "cosine", "decay"] = "cosine"
-    """constant; cosine: --warmup steps up, then down to a hundredth; decay: constant, then times --decay each epoch."""
+    """constant; cosine: --warmup steps up, then down to a hundredth over --epochs (so more epochs stretch it);
+    decay: constant for --decay-after epochs, then times --decay each epoch."""
     warmup: int = 200
     """Steps of linear warm-up (cosine)."""
     decay: float = 0.5
@@ -151,8 +152,8 @@ def parse(argv: list[str] | None = None) -> Config:
 def _check_same(config: Config, saved: Config) -> None:
     """A run goes on with the settings it began with."""
     now, then = dataclasses.asdict(config), dataclasses.asdict(saved)
-    changed = [f"--{name.replace('_', '-')} {then[name]} -> {now[name]}" for name in now if now[name] != then[name]]
-    changed = [text for name, text in zip([n for n in now if now[n] != then[n]], changed) if name not in _FREE]
+    names = [name for name in now if now[name] != then[name] and name not in _FREE]
+    changed = [f"--{name.replace('_', '-')} {then[name]} -> {now[name]}" for name in names]
     if changed:
         raise UserError(
             f"the run in {config.directory} was made with another configuration ({'; '.join(changed)}). "

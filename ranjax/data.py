@@ -6,6 +6,7 @@ A corpus is three arrays of token ids and the vocabulary that explains them.
 import gzip
 import io
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -55,9 +56,7 @@ class Known:
 
 
 KNOWN = {
-    "wikitext-2": Known(
-        "word", ("Salesforce/wikitext", "wikitext-2-v1", None), (2_088_628, 217_646, 245_569, 33_278)
-    ),
+    "wikitext-2": Known("word", ("Salesforce/wikitext", "wikitext-2-v1", None), (2_088_628, 217_646, 245_569, 33_278)),
     "wikitext-103": Known("word", ("Salesforce/wikitext", "wikitext-103-v1", None)),
     "wikitext-2-raw": Known("word", ("Salesforce/wikitext", "wikitext-2-raw-v1", None)),
     "wikitext-103-raw": Known("word", ("Salesforce/wikitext", "wikitext-103-raw-v1", None)),
@@ -129,25 +128,30 @@ def _texts(name: str, data_dir: str | Path | None) -> tuple[str, list[bytes]]:
 
 def _corpus(name: str, source: str, texts: list[bytes], tokenizer: str, known: Known | None = None) -> Corpus:
     """Builds the vocabulary, encodes the splits, checks the totals of a known data set."""
-    for split, text in zip(SPLITS, texts, strict=True):
+    for split, text in _named(texts):
         if not text.strip():
             raise UserError(f"the {split} split of {source} is empty; expected text.")
     vocabulary = _built(tokenizer, source, texts, published=known is not None)
-    parts = [_encoded(vocabulary, text, f"the {split} split of {source}") for split, text in zip(SPLITS, texts)]
-    totals = (*map(len, parts), len(vocabulary))
+    parts = [_encoded(vocabulary, text, f"the {split} split of {source}") for split, text in _named(texts)]
+    train, valid, test = parts
+    totals = len(train), len(valid), len(test), len(vocabulary)
     if tokenizer == "word" and known and known.totals and totals != known.totals:
         raise UserError(
             f"{source} is not {name} as published: expected {known.totals} tokens in train, valid, test and the "
             f"vocabulary, got {totals}. Fetch the files again, or name the folder itself as --dataset."
         )
-    return Corpus(name, *parts, vocabulary, source)
+    return Corpus(name, train, valid, test, vocabulary, source)
+
+
+def _named(texts: list[bytes]) -> Iterator[tuple[str, bytes]]:
+    return zip(SPLITS, texts, strict=True)
 
 
 def _built(tokenizer: str, source: str, texts: list[bytes], published: bool) -> Vocabulary:
     """The vocabulary of a corpus; alphabets are closed over all splits, words and byte pairs come from train."""
     if tokenizer == "byte":
         return Bytes.build(*texts)
-    train, *others = [_decoded(text, f"the {split} split of {source}") for split, text in zip(SPLITS, texts)]
+    train, *others = [_decoded(text, f"the {split} split of {source}") for split, text in _named(texts)]
     if tokenizer == "character":
         return Characters.build(train, *others)
     return Words.build(train, at_least=1 if published else 2) if tokenizer == "word" else BytePairs.build(train)
@@ -156,7 +160,10 @@ def _built(tokenizer: str, source: str, texts: list[bytes], published: bool) -> 
 def _encoded(vocabulary: Vocabulary, text: bytes, where: str) -> np.ndarray:
     if isinstance(vocabulary, Bytes):
         return vocabulary.encode_bytes(text)
-    return vocabulary.encode(_decoded(text, where))
+    decoded = _decoded(text, where)
+    if isinstance(vocabulary, Words) and not decoded.endswith("\n"):
+        decoded += "\n"  # the last line is a line too
+    return vocabulary.encode(decoded)
 
 
 def _decoded(text: bytes, where: str) -> str:

@@ -108,7 +108,7 @@ def make_evaluator(model: "LanguageModel") -> Callable[[Any, "np.ndarray"], Eval
 
 @dataclass(frozen=True)
 class Options:
-    """Evaluates the best state of a run on a split: the state is carried over the whole text, every prediction counts."""
+    """Evaluates the best state of a run on a whole split: one stream of text, every prediction counted."""
 
     checkpoint: str
     """The --out directory of a run."""

@@ -1,9 +1,10 @@
 """The states of a whole sequence, from what its inputs contribute to each step.
 
-Where the gates see the input only, the states are one linear recurrence. Where they read h_{t-1}, the recurrence, c_t = F_t(c_{t-1}), is not linear; its derivative is: dc_t = J_t dc_{t-1} + r_t, with
-J_t = f_t + (the gates' answer to h_{t-1}) and r_t what the weights and the inputs contribute. Everything in
-r_t is a product over all steps at once, so only c and the linear system for dc (in reverse mode its transpose)
-are walked through step by step, and the loop never accumulates a weight's gradient. Time is the first axis.
+Where the gates see the input only, the states are one linear recurrence. Where they read h_{t-1}, the recurrence
+c_t = F_t(c_{t-1}) is not linear; its derivative is: dc_t = J_t dc_{t-1} + r_t, with J_t = f_t + (the gates' answer to
+h_{t-1}) and r_t what the weights and the inputs contribute. Everything in r_t is a product over all steps at once, so
+only c and the linear system for dc (in reverse mode its transpose) are walked through step by step, and no loop
+accumulates the gradient of a weight. Time is the first axis.
 """
 
 from collections.abc import Callable
@@ -15,7 +16,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jaxtyping import Bool, Float
 
-from ranjax.cell import Params, gates_of_state
+from ranjax.cell import Params, gates_of_state, update
 from ranjax.scan import linear_recurrence
 
 States = Float[Array, "time *batch features"]
@@ -92,8 +93,7 @@ def _walk(params: Params, steps: Steps, c0: State, activation: str) -> tuple[Sta
         before = _where(step.starts, 0.0, c)
         recurrent = gates_of_state(params, before, activation)
         gates = jax.nn.sigmoid(step.z + recurrent.astype(c.dtype))
-        after = gates[..., 0, :] * step.u + gates[..., 1, :] * before
-        after = _where(step.padding, c, after)
+        after = _where(step.padding, c, update(before, step.u, gates))
         return after, (after, gates)
 
     return lax.scan(walk, c0, steps)[1]

@@ -8,8 +8,9 @@ from flax import linen as nn
 from flax.linen.recurrent import flip_sequences
 from flax.typing import Dtype
 from jax import Array, lax
+from jax.typing import ArrayLike
 
-from ranjax.cell import RANCell, check_carry, content, gates_of_input, output
+from ranjax.cell import RANCell, checked_carry, content, gates_of_input, output
 from ranjax.gated import Steps, states
 from ranjax.scan import SOLVERS, state_dtype
 
@@ -62,7 +63,9 @@ class RAN(nn.Module):
         parallel = self.cell.gates == "input"
         allowed = tuple(SOLVERS) if parallel else ("auto", "sequential")
         if self.solver not in allowed:
-            why = "" if parallel else " These gates read h_{t-1}, so this is not one linear recurrence; gates='input' is."
+            why = (
+                "" if parallel else " These gates read h_{t-1}, so this is not one linear recurrence; gates='input' is."
+            )
             raise ValueError(
                 f"`solver` must be one of {', '.join(map(repr, allowed))} for gates={self.cell.gates!r}; "
                 f"got {self.solver!r}.{why}"
@@ -71,12 +74,12 @@ class RAN(nn.Module):
 
     def __call__(
         self,
-        inputs: Array,
+        inputs: ArrayLike,
         *,
-        initial_carry: Array | None = None,
+        initial_carry: ArrayLike | None = None,
         init_key: Array | None = None,
-        seq_lengths: Array | None = None,
-        segment_starts: Array | None = None,
+        seq_lengths: ArrayLike | None = None,
+        segment_starts: ArrayLike | None = None,
         return_carry: bool | None = None,
         time_major: bool | None = None,
         reverse: bool | None = None,
@@ -105,23 +108,24 @@ class RAN(nn.Module):
         """
         time_major = self.time_major if time_major is None else time_major
         reverse = self.reverse if reverse is None else reverse
-        time = 0 if time_major else inputs.ndim - 2
-        batch = inputs.shape[:time] + inputs.shape[time + 1 : -1]
-        _check("seq_lengths", seq_lengths, jnp.integer, batch)
-        _check("segment_starts", segment_starts, jnp.bool_, inputs.shape[:-1])
+        x = jnp.asarray(inputs)
+        time = 0 if time_major else x.ndim - 2
+        batch = x.shape[:time] + x.shape[time + 1 : -1]
+        seq_lengths = _checked("seq_lengths", seq_lengths, jnp.integer, batch)
+        segment_starts = _checked("segment_starts", segment_starts, jnp.bool_, x.shape[:-1])
 
-        def flip(x):
-            return flip_sequences(x, seq_lengths, num_batch_dims=len(batch), time_major=time_major)
+        def flip(a):
+            return flip_sequences(a, seq_lengths, num_batch_dims=len(batch), time_major=time_major)
 
         if reverse:
-            inputs = flip(inputs)
+            x = flip(x)
             segment_starts = None if segment_starts is None else _starts_in_reverse(flip(segment_starts), time)
         padding = None
         if seq_lengths is not None:
-            padding = lax.broadcasted_iota(jnp.int32, inputs.shape[:-1], time) >= jnp.expand_dims(seq_lengths, time)
-            inputs = jnp.where(padding[..., None], 0, inputs)  # before any product: padding may hold NaN
+            padding = lax.broadcasted_iota(jnp.int32, x.shape[:-1], time) >= jnp.expand_dims(seq_lengths, time)
+            x = jnp.where(padding[..., None], 0, x)  # before any product: padding may hold NaN
 
-        params, x = self.cell.parameters(inputs)
+        params, x = self.cell.parameters(x)
         c0 = self._initial(initial_carry, init_key, (*batch, x.shape[-1]), x.dtype)
         u, z = content(params, x).astype(c0.dtype), gates_of_input(params, x).astype(c0.dtype)
         steps = jax.tree.map(lambda a: jnp.moveaxis(a, time, 0), Steps(u, z, segment_starts, padding))
@@ -133,11 +137,10 @@ class RAN(nn.Module):
         carry = c[-1] if len(c) else c0
         return (carry, h) if (self.return_carry if return_carry is None else return_carry) else h
 
-    def _initial(self, carry: Array | None, key: Array | None, shape: tuple[int, ...], dtype: Dtype) -> Array:
+    def _initial(self, carry: ArrayLike | None, key: Array | None, shape: tuple[int, ...], dtype: Dtype) -> Array:
         """The carry given, checked, or the cell's own, as wide as what it will sum."""
         if carry is not None:
-            check_carry("initial_carry", carry, (*shape[:-1], self.cell.features))
-            return jnp.asarray(carry)
+            return checked_carry("initial_carry", carry, (*shape[:-1], self.cell.features))
         c0 = self.cell.initialize_carry(jax.random.key(0) if key is None else key, shape)
         return c0.astype(state_dtype(c0, dtype))
 
@@ -149,11 +152,14 @@ def _starts_in_reverse(flipped: Array, time: int) -> Array:
     return jnp.roll(flipped, 1, axis=time) & ~first
 
 
-def _check(name: str, array: Array | None, kind: Any, shape: tuple[int, ...]) -> None:
-    """A mask or a list of lengths, if there is one, has the kind of dtype and the shape that the inputs ask for."""
-    if array is None:
-        return
+def _checked(name: str, value: ArrayLike | None, kind: Any, shape: tuple[int, ...]) -> Array | None:
+    """A mask or a list of lengths, if there is one, with the kind of dtype and the shape that the inputs ask for."""
+    if value is None:
+        return None
+    array = jnp.asarray(value)
     if not jnp.issubdtype(array.dtype, kind):
-        raise TypeError(f"`{name}` must be of dtype {kind.__name__}; got {array.dtype}. Convert it with `.astype`.")
+        expected = "bool" if kind is jnp.bool_ else kind.__name__
+        raise TypeError(f"`{name}` must be of dtype {expected}; got {array.dtype}. Convert it with `.astype`.")
     if array.shape != shape:
         raise ValueError(f"`{name}` must have the shape {shape} to fit the inputs; got {array.shape}.")
+    return array

@@ -4,6 +4,7 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from flax import linen as nn
 from flax.typing import Dtype, Initializer
@@ -13,7 +14,7 @@ from jaxtyping import Float, Int
 from ranjax.cell import RANCell
 from ranjax.layer import RAN
 
-Tokens = Int[Array, "batch time"]
+Tokens = Int[Array | np.ndarray, "batch time"]
 State = tuple  # one carry per layer
 
 CELLS = ("ran", "lstm", "gru", "rnn")
@@ -128,7 +129,7 @@ class LanguageModel(nn.Module):
 
     def hidden(self, tokens: Tokens, state: State | None = None, *, deterministic: bool) -> tuple[Array, State]:
         """The last layer's outputs, `(batch, time, out)`, and the state; see `__call__`."""
-        h = self.drop(self.embed(tokens.T), deterministic=deterministic)
+        h = self.drop(self.embed(jnp.asarray(tokens).T), deterministic=deterministic)
         carries = []
         for layer, carry in zip(self.stack, state or (None,) * self.layers, strict=True):
             carry, h = layer(h, initial_carry=carry)

@@ -84,9 +84,7 @@ class Report:
         self._bar.stop()
         print(f"Stopped after step {step}, saved. Go on with: python -m ranjax.train --out {self.directory} --resume")
 
-    def result(
-        self, corpus: "Corpus", state: "TrainState", valid: "Evaluation", test: "Evaluation"
-    ) -> dict[str, Any]:
+    def result(self, corpus: "Corpus", state: "TrainState", valid: "Evaluation", test: "Evaluation") -> dict[str, Any]:
         """Ends the run: `result.json`, `loss.png` and the last line."""
         import jax
 

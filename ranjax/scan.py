@@ -7,6 +7,7 @@ Axes are `(*batch, time, features)` throughout.
 
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -183,6 +184,6 @@ def floating(name: str, value: ArrayLike) -> Array:
     return array
 
 
-def state_dtype(*arrays: jax.typing.ArrayLike | jnp.dtype) -> jnp.dtype:
-    """The dtype of a state that reads these arrays: float32, or float64 where one of them is."""
+def state_dtype(*arrays: Any) -> Any:
+    """The dtype of a state that reads these arrays or dtypes: float32, or float64 where one of them is."""
     return jnp.result_type(jnp.float32, *arrays)

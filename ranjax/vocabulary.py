@@ -23,10 +23,12 @@ class Vocabulary(Protocol):
     Attributes:
       tokenizer: `"word"`, `"character"`, `"byte"` or `"bpe"`.
       unit: what one token is called in a report of bits: `"character"`, `"byte"` or None.
+      separator: what stands between two tokens of a text.
     """
 
     tokenizer: ClassVar[str]
     unit: ClassVar[str | None]
+    separator: ClassVar[str]
 
     def __len__(self) -> int: ...
     def encode(self, text: str) -> np.ndarray:
@@ -44,19 +46,20 @@ class Vocabulary(Protocol):
 
 @dataclass(frozen=True)
 class Words:
-    """Whitespace-separated words, one `<eos>` at the end of every line, blank lines included."""
+    """Whitespace-separated words, with `<eos>` for every newline, those of blank lines included."""
 
     tokens: tuple[str, ...]
     tokenizer: ClassVar[str] = "word"
     unit: ClassVar[str | None] = None
+    separator: ClassVar[str] = " "
 
     @classmethod
     def build(cls, text: str, at_least: int = 1) -> "Words":
-        """Every word seen at least so often, in the order of frequency; the others become `<unk>`."""
+        """Every word seen at least so often, in the order of frequency; above once the others become `<unk>`."""
         counts = Counter(text.split())
-        counts[EOS] += len(_lines(text))
+        counts[EOS] += text.count("\n")
         kept = [word for word, n in counts.most_common() if n >= at_least or word in (EOS, UNK)]
-        if len(kept) < len(counts) and UNK not in kept:
+        if at_least > 1 and UNK not in kept:
             kept.append(UNK)
         return cls(tuple(kept))
 
@@ -68,7 +71,7 @@ class Words:
         return len(self.tokens)
 
     def encode(self, text: str) -> np.ndarray:
-        words = [word for line in _lines(text) for word in (*line.split(), EOS)]
+        words = [word for line in text.split("\n") for word in (*line.split(), EOS)][:-1]
         unknown = self.ids.get(UNK)
         ids = [self.ids.get(word, unknown) for word in words]
         if unknown is None and None in ids:
@@ -77,7 +80,8 @@ class Words:
         return np.array(ids, np.int32)
 
     def decode(self, ids: Iterable[int]) -> str:
-        return " ".join(self.tokens[i] for i in ids).replace(f" {EOS} ", "\n").replace(f" {EOS}", "\n")
+        text = " ".join("\n" if self.tokens[i] == EOS else self.tokens[i] for i in ids)
+        return text.replace(" \n", "\n").replace("\n ", "\n")
 
     def content(self) -> object:
         return list(self.tokens)
@@ -90,6 +94,7 @@ class Characters:
     alphabet: str
     tokenizer: ClassVar[str] = "character"
     unit: ClassVar[str | None] = "character"
+    separator: ClassVar[str] = ""
 
     @classmethod
     def build(cls, *texts: str) -> "Characters":
@@ -126,6 +131,7 @@ class Bytes:
     values: tuple[int, ...]
     tokenizer: ClassVar[str] = "byte"
     unit: ClassVar[str | None] = "byte"
+    separator: ClassVar[str] = ""
 
     @classmethod
     def build(cls, *parts: bytes) -> "Bytes":
@@ -163,6 +169,7 @@ class BytePairs:
     serialised: str = field(repr=False)
     tokenizer: ClassVar[str] = "bpe"
     unit: ClassVar[str | None] = None
+    separator: ClassVar[str] = ""
 
     @classmethod
     def build(cls, text: str, size: int = BPE_SIZE) -> "BytePairs":
@@ -212,11 +219,6 @@ def load_vocabulary(path: Path) -> Vocabulary:
             return BytePairs(content)
         case other:
             raise UserError(f"{path} names the tokenizer {other!r}; expected one of {', '.join(TOKENIZERS)}.")
-
-
-def _lines(text: str) -> list[str]:
-    """The lines of a text, split at newlines only; a newline at the end begins no further line."""
-    return text.removesuffix("\n").split("\n") if text else []
 
 
 def _code_points(text: str) -> np.ndarray:

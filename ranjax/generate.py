@@ -1,0 +1,149 @@
+"""Text from a language model: `python -m ranjax.generate --checkpoint DIR --prompt "..."`."""
+
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+from ranjax.errors import UserError, exit_with_message
+
+if TYPE_CHECKING:
+    from jax import Array
+
+    from ranjax.evaluate import Run
+    from ranjax.vocabulary import Vocabulary
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How a token is drawn from a model's logits.
+
+    Attributes:
+      temperature: divides the logits; 0 takes the likeliest token.
+      top_k: only that many likeliest tokens; None: all.
+      top_p: only the likeliest tokens whose probabilities reach that sum together; 1.0: all.
+    """
+
+    temperature: float = 1.0
+    top_k: int | None = None
+    top_p: float = 1.0
+
+    def __post_init__(self):
+        if self.temperature < 0:
+            raise UserError(f"--temperature must be at least 0; got {self.temperature}.")
+        if self.top_k is not None and self.top_k < 1:
+            raise UserError(f"--top-k must be at least 1; got {self.top_k}.")
+        if not 0 < self.top_p <= 1:
+            raise UserError(f"--top-p must be in (0, 1]; got {self.top_p}.")
+
+
+def sample(key: "Array", logits: "Array", sampling: Sampling) -> "Array":
+    """Draws one token id from logits `(vocabulary,)`."""
+    import jax
+    import jax.numpy as jnp
+
+    if sampling.temperature == 0:
+        return jnp.argmax(logits)
+    logits = logits / sampling.temperature
+    ordered = jnp.sort(logits, descending=True)
+    least = ordered[min(sampling.top_k or len(logits), len(logits)) - 1]
+    before = jnp.cumsum(jax.nn.softmax(jnp.where(ordered >= least, ordered, -jnp.inf)))
+    kept = jnp.concatenate([jnp.zeros(1), before[:-1]]) < sampling.top_p  # a token counts if those above fall short
+    least = jnp.maximum(least, jnp.min(jnp.where(kept, ordered, jnp.inf)))
+    return jax.random.categorical(key, jnp.where(logits >= least, logits, -jnp.inf))
+
+
+def generate(run: "Run", prompt: str, length: int, sampling: Sampling, seed: int) -> Iterator[int]:
+    """Token ids that follow a prompt, one after another; the memory does not grow with their number."""
+    import jax
+    import jax.numpy as jnp
+
+    if length < 1:
+        raise UserError(f"--length must be at least 1; got {length}.")
+    ids = jnp.asarray(prompt_ids(run.vocabulary, prompt))
+    key = jax.random.key(seed)
+
+    @partial(jax.jit, donate_argnums=1)
+    def advance(params, state, tokens, n):
+        logits, state = run.model.apply({"params": params}, tokens[None], state, deterministic=True)
+        return sample(jax.random.fold_in(key, n), logits[0, -1], sampling)[None], state
+
+    _, state = jax.eval_shape(partial(run.model.apply, deterministic=True), {"params": run.params}, ids[None])
+    state = jax.tree.map(lambda c: jnp.zeros(c.shape, c.dtype), state)
+    for n in range(length):
+        ids, state = advance(run.params, state, ids, n)
+        yield int(ids[0])
+
+
+def prompt_ids(vocabulary: "Vocabulary", prompt: str) -> Any:
+    """The ids of a prompt; an empty one is the beginning of a line, or the first token where there are no lines."""
+    import numpy as np
+
+    if prompt:
+        return vocabulary.encode(prompt)
+    try:
+        return vocabulary.encode("\n")
+    except UserError:
+        return np.zeros(1, np.int32)
+
+
+def stream(vocabulary: "Vocabulary", ids: Iterator[int], write: Callable[[str], Any], begun: str) -> None:
+    """Writes tokens as text as soon as they make whole characters; `begun` is what stands before them."""
+    pending: list[int] = []
+    end = begun[-1:] or "\n"
+    for token in ids:
+        pending.append(token)
+        text = vocabulary.decode(pending)
+        if text.endswith("\ufffd") and len(pending) < 8:  # a character that more bytes will complete
+            continue
+        if vocabulary.separator and not end.isspace() and text != "\n":
+            text = vocabulary.separator + text
+        write(text)
+        pending, end = [], text[-1:] or end
+    write(vocabulary.decode(pending))
+
+
+@dataclass(frozen=True)
+class Options:
+    """Writes text that follows a prompt, token by token."""
+
+    checkpoint: str
+    """The --out directory of a run."""
+    prompt: str = ""
+    """What the text begins with; the beginning of a line if not given."""
+    length: int = 200
+    """Number of tokens to write."""
+    temperature: float = 0.8
+    """Divides the logits; 0 takes the likeliest token each time."""
+    top_k: int | None = None
+    """Draw from that many likeliest tokens only."""
+    top_p: float = 1.0
+    """Draw from the likeliest tokens whose probabilities reach this sum."""
+    seed: int = 0
+    """Seed of the draws."""
+
+
+def main(argv: list[str] | None = None) -> None:
+    """The program."""
+    import tyro
+
+    from ranjax.evaluate import load_run
+
+    with exit_with_message():
+        options = tyro.cli(Options, args=argv, prog="python -m ranjax.generate")
+        sampling = Sampling(options.temperature, options.top_k, options.top_p)
+        run = load_run(options.checkpoint)
+
+        def write(text: str) -> None:
+            sys.stdout.write(text)
+            sys.stdout.flush()
+
+        write(options.prompt)
+        ids = generate(run, options.prompt, options.length, sampling, options.seed)
+        stream(run.vocabulary, ids, write, options.prompt)
+        write("\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,47 @@
+"""Shapes are checked at run time in all tests; `x64` turns on float64."""
+
+import os
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test reaches for a network
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+
+from jaxtyping import install_import_hook
+
+install_import_hook([f"ranjax.{name}" for name in ("cell", "gated", "layer", "lm", "scan")], "beartype.beartype")
+
+from pathlib import Path  # noqa: E402
+
+import hypothesis  # noqa: E402
+import jax  # noqa: E402
+import pytest  # noqa: E402
+
+hypothesis.settings.register_profile(
+    "ranjax",
+    deadline=None,
+    max_examples=15,
+    derandomize=True,
+    suppress_health_check=[hypothesis.HealthCheck.function_scoped_fixture],  # `x64` is the same for every example
+)
+hypothesis.settings.load_profile("ranjax")
+
+
+@pytest.fixture
+def x64():
+    jax.config.update("jax_enable_x64", True)
+    yield
+    jax.config.update("jax_enable_x64", False)
+
+
+def data_dir() -> Path | None:
+    """The real data sets: the folder RANJAX_DATA names, or shared/data beside the project."""
+    places = [os.environ.get("RANJAX_DATA"), Path(__file__).resolve().parents[2] / "shared" / "data"]
+    return next((Path(place) for place in places if place and Path(place).is_dir()), None)
+
+
+@pytest.fixture
+def real_data() -> Path:
+    """Skips where the real data sets are not at hand."""
+    found = data_dir()
+    if found is None:
+        pytest.skip("needs the real data sets: set RANJAX_DATA to the folder that holds wikitext-2/ and ptb/")
+    return found

@@ -1,0 +1,200 @@
+"""Corpora, vocabularies and their errors."""
+
+import gzip
+import sys
+from collections import Counter
+
+import numpy as np
+import pytest
+
+from ranjax.data import columns, load_corpus, load_split, split_text
+from ranjax.embedded import MARKOV_NOISE, markov_entropy, markov_ids
+from ranjax.errors import UserError
+from ranjax.vocabulary import BytePairs, Bytes, Characters, Words, load_vocabulary, save_vocabulary
+
+TEXT = "the cat sat on the mat\n\nthe dog sat on the log é\n" * 40
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """A directory of one's own text, one split in each kind of file."""
+    from datasets import Dataset
+
+    (tmp_path / "my.train.txt.gz").write_bytes(gzip.compress(TEXT.encode()))
+    (tmp_path / "my.valid.tokens").write_text("the cat sat\non the zebra", "utf-8")
+    Dataset.from_dict({"text": ["the dog", "", "sat\n"]}).to_parquet(tmp_path / "my.test.parquet")
+    return tmp_path
+
+
+def test_a_directory_of_words(folder):
+    corpus = load_corpus(str(folder))
+    words = corpus.vocabulary
+    assert words.decode(corpus.train) == TEXT
+    assert words.decode(corpus.valid) == "the cat sat\non the <unk>\n"  # the last line is a line too
+    assert words.decode(corpus.test) == "the dog\n\nsat\n"
+    assert corpus.train.dtype == np.int32
+    assert sorted(set(corpus.train.tolist())) == [i for i in range(len(words)) if words.tokens[i] != "<unk>"]
+
+
+def test_rare_words_are_unknown_in_train_too(tmp_path):
+    for split in ("train", "valid", "test"):
+        (tmp_path / f"{split}.txt").write_text("a a b b once\n")
+    corpus = load_corpus(str(tmp_path))
+    assert corpus.vocabulary.decode(corpus.train) == "a a b b <unk>\n"
+
+
+@pytest.mark.parametrize("tokenizer", ["character", "byte", "bpe"])
+def test_a_single_file_comes_back(tmp_path, tokenizer):
+    (tmp_path / "one.txt").write_text(TEXT, "utf-8")
+    corpus = load_corpus(str(tmp_path / "one.txt"), tokenizer=tokenizer)
+    parts = corpus.train, corpus.valid, corpus.test
+    assert "".join(map(corpus.vocabulary.decode, parts)) == TEXT
+    assert 0 <= min(map(np.min, parts)) <= max(map(np.max, parts)) < len(corpus.vocabulary)
+    if tokenizer != "bpe":
+        assert len(corpus.train) == pytest.approx(0.9 * sum(map(len, parts)), abs=2)
+        assert set(np.concatenate(parts).tolist()) == set(range(len(corpus.vocabulary)))
+
+
+def test_characters_are_the_default_of_a_file(tmp_path):
+    (tmp_path / "one.txt").write_text(TEXT, "utf-8")
+    assert load_corpus(str(tmp_path / "one.txt")).vocabulary == Characters.build(TEXT)
+
+
+def test_no_character_is_cut_in_two():
+    text = "é" * 101
+    parts = split_text(text.encode())
+    assert "".join(part.decode() for part in parts) == text
+
+
+@pytest.mark.parametrize(
+    "vocabulary", [Words.build(TEXT), Characters.build(TEXT), Bytes.build(TEXT.encode()), BytePairs.build(TEXT)]
+)
+def test_vocabularies_are_saved(vocabulary, tmp_path):
+    save_vocabulary(vocabulary, tmp_path / "v.json")
+    loaded = load_vocabulary(tmp_path / "v.json")
+    assert loaded == vocabulary
+    assert len(loaded) == len(vocabulary)
+    np.testing.assert_array_equal(loaded.encode(TEXT), vocabulary.encode(TEXT))
+
+
+def test_python_docs_are_of_this_python():
+    corpus = load_corpus("python-docs")
+    assert corpus.source.startswith(f"Python {sys.version_info.major}.{sys.version_info.minor}.")
+    assert len(corpus.train) > 200_000
+    assert min(len(corpus.valid), len(corpus.test)) > 10_000
+    assert "iterable" in corpus.vocabulary.decode(corpus.train)
+    assert corpus.train.max() < len(corpus.vocabulary) == 4096
+
+
+def test_markov_has_the_entropy_it_says():
+    ids = markov_ids(400_000, seed=3)
+    assert sum(MARKOV_NOISE) == pytest.approx(1)
+    unigram = _entropy(Counter(ids.tolist()))
+    bigram = _entropy(Counter(zip(ids[1:].tolist(), ids[:-1].tolist()))) - unigram
+    trigram = _entropy(Counter(zip(ids[2:].tolist(), ids[1:-1].tolist(), ids[:-2].tolist()))) - unigram - bigram
+    assert trigram == pytest.approx(markov_entropy(), rel=0.003)
+    assert unigram > 1.3 * markov_entropy()
+    assert bigram > 1.3 * markov_entropy()  # so one symbol of context does not do
+
+
+def _entropy(counts):
+    p = np.array(list(counts.values())) / counts.total()
+    return float(-(p * np.log(p)).sum())
+
+
+def test_markov_of_a_higher_order():
+    ids = markov_ids(1000, seed=0, order=7)
+    noise = (ids[7:] - ids[6:-1] - 3 * ids[:-7]) % 8
+    assert np.mean(noise == 0) == pytest.approx(MARKOV_NOISE[0], abs=0.05)
+
+
+def test_columns_are_contiguous():
+    text = columns(np.arange(25), batch_size=2, steps=3)
+    np.testing.assert_array_equal(text, np.arange(24).reshape(2, 12))
+
+
+def test_a_split_is_read_with_another_vocabulary(folder):
+    ids = load_split(str(folder), "test", Words(("<eos>", "<unk>", "dog")))
+    np.testing.assert_array_equal(ids, [1, 2, 0, 0, 1, 0])
+    with pytest.raises(UserError, match="no <unk> and not the words 'sat', 'the'"):
+        load_split(str(folder), "test", Words(("<eos>", "dog")))
+    with pytest.raises(UserError, match="not the characters"):
+        load_split(str(folder), "test", Characters("abc"))
+
+
+@pytest.mark.data
+@pytest.mark.parametrize("inside", [False, True])
+@pytest.mark.parametrize(
+    ("name", "totals"),
+    [("wikitext-2", (2_088_628, 217_646, 245_569, 33_278)), ("ptb", (929_589, 73_760, 82_430, 10_000))],
+)
+def test_known_totals(real_data, name, totals, inside):
+    corpus = load_corpus(name, real_data / name if inside else real_data)
+    assert (len(corpus.train), len(corpus.valid), len(corpus.test), len(corpus.vocabulary)) == totals
+    assert set(np.unique(corpus.train)) == set(range(totals[-1]))
+
+
+@pytest.mark.data
+def test_text8(real_data):
+    corpus = load_corpus("text8", real_data)
+    assert (len(corpus.train), len(corpus.valid), len(corpus.test)) == (9_000_000, 500_000, 500_000)
+    assert corpus.vocabulary == Characters(" abcdefghijklmnopqrstuvwxyz")
+
+
+def write(path, content):
+    path.parent.mkdir(exist_ok=True)
+    path.write_bytes(content)
+
+
+@pytest.mark.parametrize(
+    ("files", "name", "options", "message"),
+    [
+        ({}, "no-such-thing", {}, "no data set or path 'no-such-thing'. Known names: python-docs, markov, wikitext-2"),
+        ({}, "ptb", {}, "ptb is on no hub .* --data-dir DIR"),
+        ({}, "ptb", {"data_dir": "nowhere"}, "--data-dir .*nowhere is not a directory"),
+        ({}, "markov", {"tokenizer": "words"}, "`tokenizer` must be one of word, character, byte, bpe; got 'words'"),
+        ({"a.txt": b""}, "a.txt", {}, "the train split of .*a.txt is empty"),
+        ({"a.txt": b"caf\xe9 au lait" * 20}, "a.txt", {}, "not UTF-8: byte 0xe9 at position 3.*--tokenizer byte"),
+        ({"a.txt.gz": b"not packed"}, "a.txt.gz", {}, "a.txt.gz could not be read"),
+        ({"d/train.txt": b"a"}, "d", {}, "must hold one file each .* valid: none, test: none"),
+        ({"d/train.parquet": b"x", "d/valid.txt": b"a", "d/test.txt": b"a"}, "d", {}, "must be a parquet file"),
+        (
+            {f"ptb/ptb.{split}.txt": b"a b\n" for split in ("train", "valid", "test")},
+            "ptb",
+            {"data_dir": "."},
+            r"is not ptb as published: expected \(929589, .* got \(3, 3, 3, 3\)",
+        ),
+    ],
+)
+def test_bad_input(files, name, options, message, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for file, content in files.items():
+        write(tmp_path / file, content)
+    with pytest.raises(UserError, match=message):
+        load_corpus(name, **options)
+
+
+def test_a_hub_out_of_reach(monkeypatch, tmp_path):
+    import datasets
+
+    def unreachable(*_, **__):
+        raise ConnectionError("Couldn't reach the Hub")
+
+    monkeypatch.setattr(datasets, "load_dataset", unreachable)
+    with pytest.raises(UserError, match=r"wikitext-2 could not be loaded.*Couldn't reach.*--data-dir.*HF_HUB_OFFLINE"):
+        load_corpus("wikitext-2")
+
+
+def test_rows_of_the_hub_are_lines(monkeypatch):
+    import datasets
+
+    rows = {"text": ["", " = A = \n", "", "b \n"]}
+    hub = {split: datasets.Dataset.from_dict(rows) for split in ("train", "validation", "test")}
+    monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: datasets.DatasetDict(hub))
+    corpus = load_corpus("wikitext-103")
+    assert corpus.vocabulary.decode(corpus.test) == "\n= A =\n\nb\n"
+
+
+def test_a_split_shorter_than_a_batch():
+    with pytest.raises(UserError, match=r"the train split has 20 tokens, fewer than one batch of 4 x 5 .*\(24\)"):
+        columns(np.arange(20), 4, 5)

@@ -1,0 +1,212 @@
+"""The layer: equal to `nn.RNN(cell)` and to the equations, with padding, segments and every option."""
+
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import oracle
+import pytest
+from flax import linen as nn
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from jax.test_util import check_grads
+from test_cell import inputs, randomised, variants
+
+from ranjax import RAN, RANCell
+from ranjax.cell import GATES
+from ranjax.scan import SOLVERS
+
+pytestmark = pytest.mark.quick
+FLAGS = {"time_major": st.booleans(), "reverse": st.booleans(), "keep_order": st.booleans()}
+
+
+def layer_and_variables(options, dtype=jnp.float32, scale=0.7, **attributes):
+    layer = RAN(RANCell(4, **options, param_dtype=dtype), return_carry=True, **attributes)
+    return layer, randomised(layer.init(jax.random.key(0), jnp.zeros((2, 3, 3), dtype)), scale=scale)
+
+
+@variants
+@settings(max_examples=4)
+@given(flags=st.fixed_dictionaries(FLAGS), padded=st.booleans(), seed=st.integers(0, 99))
+def test_equals_rnn(options, flags, padded, seed):
+    layer, variables = layer_and_variables(options)
+    x, c0 = inputs(2, 9, 3, seed=seed), inputs(2, 4, seed=seed + 1)
+    lengths = np.array([4, 9]) if padded else None
+    expected_carry, expected = _run(nn.RNN(layer.cell, return_carry=True), variables, x, c0, lengths, **flags)
+    carry, h = _run(layer, variables, x, c0, lengths, **flags)
+    np.testing.assert_allclose(carry, expected_carry, rtol=1e-5, atol=1e-5)
+    for row, n in enumerate([4, 9] if padded else [9, 9]):
+        np.testing.assert_allclose(h[row, :n], expected[row, :n], rtol=1e-5, atol=1e-5)
+
+
+def _run(layer, variables, x, c0, lengths, time_major, **flags):
+    """In batch-major, whatever the layout it ran in."""
+    x = np.swapaxes(x, 0, 1) if time_major else x
+    carry, h = layer.apply(variables, x, initial_carry=c0, seq_lengths=lengths, time_major=time_major, **flags)
+    return carry, np.swapaxes(h, 0, 1) if time_major else h
+
+
+@variants
+def test_the_same_parameters_as_rnn(options):
+    cell, x = RANCell(4, **options), inputs(2, 5, 3)
+    ours, theirs = RAN(cell).init(jax.random.key(3), x), nn.RNN(cell).init(jax.random.key(3), x)
+    jax.tree.map(np.testing.assert_array_equal, ours, theirs)
+
+
+@variants
+def test_equals_the_equations_with_segments_and_padding(options, x64):
+    layer, variables = layer_and_variables(options, jnp.float64)
+    x, c0 = inputs(3, 12, 3, dtype=np.float64), inputs(3, 4, seed=2, dtype=np.float64)
+    lengths = np.array([0, 7, 12])
+    starts = np.random.default_rng(5).random((3, 12)) < 0.3
+    x[np.arange(12) >= lengths[:, None]] = np.nan
+    states, outputs = oracle.ran(variables["params"]["cell"], x, c0, options["activation"], starts, lengths)
+    carry, h = layer.apply(variables, x, initial_carry=c0, seq_lengths=lengths, segment_starts=starts)
+    np.testing.assert_allclose(carry, states[:, -1], rtol=1e-11, atol=1e-12)
+    np.testing.assert_allclose(h, outputs, rtol=1e-11, atol=1e-12)  # padded outputs repeat the last valid one
+
+
+@variants
+def test_derivatives_with_segments_and_padding(options, x64):
+    layer, variables = layer_and_variables(options, jnp.float64)
+    x, c0 = inputs(2, 5, 3, dtype=np.float64), inputs(2, 4, seed=2, dtype=np.float64)
+    starts = np.array([[0, 0, 1, 0, 1], [1, 0, 0, 1, 0]], bool)
+
+    @jax.jit
+    def run(variables, x, c0):
+        return layer.apply(variables, x, initial_carry=c0, seq_lengths=np.array([5, 3]), segment_starts=starts)
+
+    check_grads(run, (variables, x, c0), order=1, modes=("fwd", "rev"))
+
+
+@pytest.mark.parametrize("gates", GATES)
+def test_second_derivatives(gates, x64):
+    layer, variables = layer_and_variables({"gates": gates}, jnp.float64)
+    x, c0 = inputs(1, 3, 3, dtype=np.float64), inputs(1, 4, seed=2, dtype=np.float64)
+    run = jax.jit(lambda *a: layer.apply(a[0], a[1], initial_carry=a[2]))
+    check_grads(run, (variables, x, c0), order=2, modes=("fwd", "rev"))
+
+
+@variants
+def test_nan_in_the_padding_reaches_no_gradient(options):
+    layer, variables = layer_and_variables(options)
+    x, lengths = inputs(2, 6, 3), np.array([2, 6])
+    x[0, 2:] = np.nan
+
+    @jax.jit
+    @jax.grad
+    def gradient(arguments, x):
+        carry, h = layer.apply(arguments[0], x, initial_carry=arguments[1], seq_lengths=lengths)
+        return jnp.sum(carry**2) + jnp.sum(h**2)
+
+    arguments = variables, jnp.ones((2, 4))
+    clean = gradient(arguments, np.nan_to_num(x))
+    jax.tree.map(np.testing.assert_array_equal, gradient(arguments, x), clean)
+    assert all(bool(jnp.all(jnp.isfinite(leaf))) for leaf in jax.tree.leaves(clean))
+
+
+@variants
+def test_token_by_token_equals_the_whole(options, x64):
+    layer, variables = layer_and_variables(options, jnp.float64)
+    x = inputs(2, 8, 3, dtype=np.float64)
+    last, whole = layer.apply(variables, x)
+    step = jax.jit(lambda c, x: layer.apply(variables, x[:, None], initial_carry=c))
+    carry = jnp.zeros((2, 4), jnp.float64)
+    for t in range(8):
+        carry, h = step(carry, x[:, t])
+        np.testing.assert_allclose(h[:, 0], whole[:, t], rtol=1e-11, atol=1e-12)
+    np.testing.assert_allclose(carry, last, rtol=1e-11, atol=1e-12)
+
+
+@pytest.mark.parametrize("gates", GATES)
+@pytest.mark.parametrize("time_major", [False, True])
+@pytest.mark.parametrize("reverse", [False, True])
+def test_segments_are_runs_of_their_own(gates, time_major, reverse):
+    layer, variables = layer_and_variables({"gates": gates}, reverse=reverse, keep_order=True)
+    x = inputs(1, 10, 3)
+    starts = np.zeros((1, 10), bool)
+    starts[:, [0, 4, 5]] = True
+    parts = [layer.apply(variables, x[:, a:b])[1] for a, b in [(0, 4), (4, 5), (5, 10)]]
+    if time_major:
+        _, h = layer.apply(variables, x.swapaxes(0, 1), segment_starts=starts.T, time_major=True)
+        h = h.swapaxes(0, 1)
+    else:
+        _, h = layer.apply(variables, x, segment_starts=starts)
+    np.testing.assert_allclose(h, np.concatenate(parts, axis=1), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("solver", SOLVERS)
+def test_input_gates_with_every_solver(solver):
+    x = inputs(2, 33, 3)
+    layer, variables = layer_and_variables({"gates": "input"}, solver=solver)
+    states, outputs = oracle.ran(variables["params"]["cell"], x, np.zeros((2, 4)), "tanh")
+    carry, h = layer.apply(variables, x)
+    np.testing.assert_allclose(h, outputs, atol=2e-6)
+    np.testing.assert_allclose(carry, states[:, -1], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("gates", GATES)
+def test_inside_bidirectional(gates):
+    cell, x, lengths = RANCell(4, gates), inputs(2, 6, 3), np.array([3, 6])
+    ours = nn.Bidirectional(RAN(cell), RAN(cell.copy()))
+    theirs = nn.Bidirectional(nn.RNN(cell), nn.RNN(cell.copy()))
+    variables = randomised(ours.init(jax.random.key(0), x))
+    h, expected = (m.apply(variables, x, seq_lengths=lengths) for m in (ours, theirs))
+    np.testing.assert_allclose(h[0, :3], expected[0, :3], rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(h[1], expected[1], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("gates", GATES)
+@pytest.mark.parametrize("batch", [(), (2, 2)])
+def test_any_batch_and_no_steps(gates, batch):
+    layer, variables = layer_and_variables({"gates": gates})
+    carry, h = layer.apply(variables, inputs(*batch, 5, 3))
+    assert (carry.shape, h.shape) == ((*batch, 4), (*batch, 5, 4))
+    c0 = inputs(*batch, 4)
+    carry, h = layer.apply(variables, inputs(*batch, 0, 3), initial_carry=c0)
+    assert h.shape == (*batch, 0, 4)
+    np.testing.assert_array_equal(carry, c0)
+
+
+@pytest.mark.parametrize("gates", GATES)
+def test_bfloat16_products(gates):
+    layer, variables = layer_and_variables({"gates": gates}, scale=0.4)
+    narrow = layer.copy(cell=layer.cell.copy(dtype=jnp.bfloat16))
+    x = inputs(2, 50, 3)
+    carry, h = narrow.apply(variables, x)
+    wide, _ = layer.apply(variables, x)
+    assert (carry.dtype, h.dtype) == (jnp.float32, jnp.bfloat16)
+    np.testing.assert_allclose(carry, wide, atol=16 * 2**-8 * float(jnp.max(jnp.abs(wide))))
+
+
+def test_products_with_x_are_outside_the_loop():
+    layer, variables = layer_and_variables({"gates": "recurrent"})
+    text = str(jax.make_jaxpr(lambda x: layer.apply(variables, x))(inputs(2, 9, 3)))
+    shapes = re.findall(r"f32\[([\d,]+)\] = dot_general", text)
+    assert sorted(shapes) == ["2,2,4", "2,9,2,4", "2,9,4"]  # in the loop only the gates' product with h
+
+
+@pytest.mark.parametrize(
+    ("arguments", "kind", "message"),
+    [
+        ({"initial_carry": np.zeros((2, 5), np.float32)}, ValueError, r"`initial_carry` must have .* \(2, 4\)"),
+        ({"seq_lengths": np.array([1.0, 2.0])}, TypeError, "`seq_lengths` must be of dtype integer; got float"),
+        ({"seq_lengths": np.array([1, 2, 3])}, ValueError, r"`seq_lengths` must have the shape \(2,\).*got \(3,\)"),
+        ({"segment_starts": np.zeros((2, 6))}, TypeError, "`segment_starts` must be of dtype bool; got float"),
+        ({"segment_starts": np.zeros((6, 2), bool)}, ValueError, r"`segment_starts` must have the shape \(2, 6\)"),
+    ],
+)
+def test_bad_arguments(arguments, kind, message):
+    layer, variables = layer_and_variables({})
+    with pytest.raises(kind, match=message):
+        layer.apply(variables, inputs(2, 6, 3), **arguments)
+
+
+def test_bad_options():
+    with pytest.raises(TypeError, match=r"(?s)cell.*LSTMCell"):
+        RAN(nn.LSTMCell(4))
+    with pytest.raises(ValueError, match=r"`solver` must be one of 'auto', 'sequential' .* read h_{t-1}"):
+        RAN(RANCell(4), solver="associative")
+    with pytest.raises(ValueError, match=r"`solver` must be one of .*'associative'.* got 'magic'"):
+        RAN(RANCell(4, gates="input"), solver="magic")

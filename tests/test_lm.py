@@ -1,0 +1,107 @@
+"""The language model."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from test_cell import randomised
+
+from ranjax import LanguageModel
+from ranjax.lm import CELLS, cross_entropy
+
+TOKENS = np.random.default_rng(0).integers(0, 11, (2, 9))
+
+
+def model_and_variables(**options):
+    model = LanguageModel(11, **{"features": 6, "layers": 2} | options)
+    return model, randomised(model.init(jax.random.key(0), TOKENS, deterministic=True), scale=0.5)
+
+
+@pytest.mark.parametrize("cell", CELLS)
+def test_the_state_goes_on(cell):
+    model, variables = model_and_variables(cell=cell)
+    whole, last = model.apply(variables, TOKENS, deterministic=True)
+    assert (whole.shape, whole.dtype) == ((2, 9, 11), jnp.float32)
+    first, state = model.apply(variables, TOKENS[:, :4], deterministic=True)
+    second, state = model.apply(variables, TOKENS[:, 4:], state, deterministic=True)
+    np.testing.assert_allclose(jnp.concatenate([first, second], axis=1), whole, atol=1e-5)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), state, last)
+
+
+def test_no_token_sees_what_follows():
+    model, variables = model_and_variables()
+    changed = TOKENS.copy()
+    changed[:, 5:] = 0
+    before, after = (model.apply(variables, tokens, deterministic=True)[0] for tokens in (TOKENS, changed))
+    np.testing.assert_array_equal(before[:, :5], after[:, :5])
+    assert jnp.any(before[:, 5:] != after[:, 5:])
+
+
+def test_hidden_stops_before_the_output_layer():
+    model, variables = model_and_variables()
+    hidden, _ = model.apply(variables, TOKENS, deterministic=True, method="hidden")
+    logits, _ = model.apply(variables, TOKENS, deterministic=True)
+    assert hidden.shape == (2, 9, 6)
+    np.testing.assert_array_equal(model.apply(variables, hidden, method="logits"), logits)
+
+
+def test_sizes_of_each_part():
+    model, variables = model_and_variables(features=(4, 7), embedding=5, projection=3)
+    shapes = jax.tree.map(jnp.shape, variables["params"])
+    assert shapes["embed"]["embedding"] == (11, 5)
+    assert shapes["stack_0"]["cell"]["content"]["kernel"] == (5, 4)
+    assert shapes["stack_1"]["cell"]["content"]["kernel"] == (3, 7)
+    assert shapes["decode"]["kernel"] == (3, 11)
+    assert [c.shape for c in model.apply(variables, TOKENS, deterministic=True)[1]] == [(2, 4), (2, 7)]
+
+
+def test_tied_output_is_the_embedding():
+    model, variables = model_and_variables(tie=True)
+    params = variables["params"]
+    assert set(params) == {"embed", "stack_0", "stack_1", "bias"}
+    hidden, _ = model.apply(variables, TOKENS, deterministic=True, method="hidden")
+    logits, _ = model.apply(variables, TOKENS, deterministic=True)
+    np.testing.assert_allclose(logits, hidden @ params["embed"]["embedding"].T + params["bias"], atol=1e-5)
+
+
+def test_dropout_falls_on_embedding_and_layers_only_in_training():
+    model, variables = model_and_variables(dropout=0.5, features=200, layers=1)
+    hidden, state = model.apply(
+        variables, TOKENS, deterministic=False, rngs={"dropout": jax.random.key(1)}, method="hidden"
+    )
+    assert 0.4 < float(jnp.mean(hidden == 0)) < 0.6
+    assert not jnp.any(state[0] == 0)  # never on the recurrence
+    exact, _ = model.apply(variables, TOKENS, deterministic=True, method="hidden")
+    assert not jnp.any(exact == 0)
+
+
+def test_weights_of_the_papers_are_uniform():
+    model = LanguageModel(50, features=40, init_scale=0.05)
+    params = model.init(jax.random.key(0), TOKENS, deterministic=True)["params"]
+    for path, leaf in jax.tree_util.tree_leaves_with_path(params):
+        bound = 0.0 if "bias" in jax.tree_util.keystr(path) else 0.05
+        assert 0.9 * bound <= float(jnp.max(jnp.abs(leaf))) <= bound
+
+
+def test_cross_entropy_is_minus_log_probability():
+    logits = np.random.default_rng(0).normal(size=(3, 11)).astype(np.float32)
+    p = np.exp(logits) / np.exp(logits).sum(-1, keepdims=True)
+    targets = np.array([1, 0, 10])
+    np.testing.assert_allclose(
+        cross_entropy(jnp.asarray(logits), jnp.asarray(targets)), -np.log(p[range(3), targets]), rtol=1e-5
+    )
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"cell": "xlstm"}, "`cell` must be one of .*'ran'.* got 'xlstm'"),
+        ({"features": (1, 2, 3)}, "`features` must be one number, or one for each of 2 layers"),
+        ({"tie": True, "embedding": 5}, "`tie` needs the embedding .* got embedding=5 and an output of 6"),
+        ({"dropout": 1.0}, r"`dropout` must be a rate in \[0, 1\); got 1.0"),
+        ({"cell": "gru", "projection": 3}, "`projection` is an option of cell='ran'"),
+    ],
+)
+def test_bad_options(options, message):
+    with pytest.raises(ValueError, match=message):
+        model_and_variables(**options)

@@ -1,0 +1,22 @@
+"""The README's Python runs as it stands."""
+
+import re
+from pathlib import Path
+
+README = Path(__file__).parents[1] / "README.md"
+
+
+def test_the_example_runs():
+    (code,) = re.findall(r"```python\n(.*?)```", README.read_text("utf-8"), re.DOTALL)
+    exec(compile(code, "README.md", "exec"), {})
+
+
+def test_every_flag_named_exists():
+    from dataclasses import fields
+
+    from ranjax import evaluate, generate
+    from ranjax.config import Config
+
+    known = {field.name for options in (Config, evaluate.Options, generate.Options) for field in fields(options)}
+    named = {flag.replace("-", "_") for flag in re.findall(r"--([a-z][a-z-]+)", README.read_text("utf-8"))}
+    assert named <= known | {"help"}

@@ -1,0 +1,197 @@
+"""Every property of `linear_recurrence` over one table of solvers."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import oracle
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from jax.test_util import check_grads
+
+from ranjax import linear_recurrence
+from ranjax.scan import SOLVERS
+
+pytestmark = pytest.mark.quick
+LENGTHS = (0, 1, 2, 3, 17, 255, 257, 1000)
+ULPS = 64  # of the largest state: what reordering a sum of decaying terms may cost
+
+solvers = pytest.mark.parametrize("solver", SOLVERS)
+directions = pytest.mark.parametrize("reverse", [False, True])
+
+
+def problem(batch=(2,), time=17, features=3, seed=0, dtype=np.float64, low=-1.0):
+    rng = np.random.default_rng(seed)
+    decay = rng.uniform(low, 1.0, (*batch, time, features)).astype(dtype)
+    inputs = rng.normal(size=(*batch, time, features)).astype(dtype)
+    return decay, inputs, rng.normal(size=(*batch, features)).astype(dtype)
+
+
+def assert_close(states, expected, eps):
+    expected = np.asarray(expected, np.float64)
+    np.testing.assert_allclose(states, expected, rtol=0, atol=ULPS * eps * max(1.0, np.abs(expected).max(initial=0)))
+
+
+@solvers
+@directions
+@pytest.mark.parametrize("time", LENGTHS)
+def test_equals_the_loop(solver, reverse, time, x64):
+    decay, inputs, initial = problem(time=time)
+    states = linear_recurrence(decay, inputs, initial, reverse=reverse, solver=solver)
+    assert_close(states, oracle.recurrence(decay, inputs, initial, reverse), np.finfo(np.float64).eps)
+
+
+@solvers
+@given(seed=st.integers(0, 2**32 - 1), reverse=st.booleans(), low=st.sampled_from([-1.0, 0.0, 0.99]))
+def test_equals_the_loop_in_float32(solver, seed, reverse, low):
+    decay, inputs, initial = problem(time=100, seed=seed, dtype=np.float32, low=low)
+    states = linear_recurrence(decay, inputs, initial, reverse=reverse, solver=solver)
+    assert states.dtype == jnp.float32
+    assert_close(states, oracle.recurrence(decay, inputs, initial, reverse), np.finfo(np.float32).eps)
+
+
+@solvers
+@given(cut=st.sampled_from([0, 1, 13, 39, 40]), seed=st.integers(0, 2**32 - 1))
+def test_split_anywhere(solver, cut, seed, x64):
+    decay, inputs, initial = problem(time=40, seed=seed)
+    first = linear_recurrence(decay[:, :cut], inputs[:, :cut], initial, solver=solver)
+    carried = first[:, -1] if cut else initial
+    second = linear_recurrence(decay[:, cut:], inputs[:, cut:], carried, solver=solver)
+    whole = oracle.recurrence(decay, inputs, initial)
+    assert_close(np.concatenate([first, second], axis=1), whole, np.finfo(np.float64).eps)
+
+
+@solvers
+@directions
+@pytest.mark.parametrize("batch", [(), (2,), (2, 3)])
+def test_any_batch(solver, reverse, batch, x64):
+    decay, inputs, initial = problem(batch)
+    states = linear_recurrence(decay, inputs, initial, reverse=reverse, solver=solver)
+    assert states.shape == inputs.shape
+    assert_close(states, oracle.recurrence(decay, inputs, initial, reverse), np.finfo(np.float64).eps)
+
+
+@solvers
+@directions
+def test_no_initial_state_is_zeros_exactly(solver, reverse):
+    decay, inputs, initial = problem(dtype=np.float32)
+    without = linear_recurrence(decay, inputs, reverse=reverse, solver=solver)
+    np.testing.assert_array_equal(
+        without, linear_recurrence(decay, inputs, 0 * initial, reverse=reverse, solver=solver)
+    )
+
+
+@solvers
+@directions
+def test_derivatives(solver, reverse, x64):
+    @jax.jit
+    def solve(*arrays):
+        return linear_recurrence(*arrays, reverse=reverse, solver=solver)
+
+    check_grads(solve, problem(time=5), order=2, modes=("fwd", "rev"))
+    check_grads(solve, problem(time=1), order=1, modes=("fwd", "rev"))
+
+
+@solvers
+@directions
+def test_gradient_equals_autodiff_of_the_unrolled_loop(solver, reverse, x64):
+    @jax.jit
+    def unrolled(decay, inputs, initial):
+        h, states = initial, [None] * inputs.shape[-2]
+        for t in reversed(range(len(states))) if reverse else range(len(states)):
+            h = states[t] = decay[:, t] * h + inputs[:, t]
+        return jnp.stack(states, axis=-2)
+
+    @jax.jit
+    def solve(*arrays):
+        return linear_recurrence(*arrays, reverse=reverse, solver=solver)
+
+    arrays = problem(time=30)
+    weights = np.random.default_rng(1).normal(size=arrays[1].shape)
+    expected = jax.grad(lambda *a: jnp.sum(weights * jnp.sin(unrolled(*a))), (0, 1, 2))(*arrays)
+    for got, want in zip(jax.grad(lambda *a: jnp.sum(weights * jnp.sin(solve(*a))), (0, 1, 2))(*arrays), expected):
+        assert_close(got, want, np.finfo(np.float64).eps)
+
+
+@solvers
+@directions
+def test_vmap_over_any_array(solver, reverse, x64):
+    def solve(*arrays):
+        return linear_recurrence(*arrays, reverse=reverse, solver=solver)
+
+    stacked = [np.stack([a, 2 * a - 1]) for a in problem(time=5)]
+    gradient = jax.jit(jax.grad(lambda *a: solve(*a).sum(), (0, 1, 2)))
+    for axes in [(0, 0, 0), (None, 0, None), (0, None, None), (None, None, 0)]:
+        arrays = [a if axis == 0 else a[0] for a, axis in zip(stacked, axes)]
+        mapped = jax.jit(jax.vmap(solve, axes))(*arrays)
+        mapped_gradient = jax.jit(jax.vmap(gradient, axes))(*arrays)
+        for n in range(2):
+            row = [a[n] if axis == 0 else a for a, axis in zip(arrays, axes)]
+            assert_close(mapped[n], oracle.recurrence(*row, reverse=reverse), np.finfo(np.float64).eps)
+            for got, want in zip(mapped_gradient, gradient(*row)):
+                assert_close(got[n], want, np.finfo(np.float64).eps)
+
+
+@solvers
+def test_vmap_adds_no_loop(solver):
+    arrays = problem((4, 2), dtype=np.float32)
+
+    def loops(f, *arrays):
+        return jax.jit(f).lower(*arrays).as_text().count("stablehlo.while")
+
+    def solve(*arrays):
+        return linear_recurrence(*arrays, solver=solver)
+
+    assert loops(jax.vmap(solve), *arrays) == loops(solve, *arrays)
+
+
+@solvers
+def test_compiles_once_per_shape(solver):
+    solve = jax.jit(lambda *arrays: linear_recurrence(*arrays, solver=solver))
+    for seed in range(3):
+        solve(*problem(seed=seed, dtype=np.float32))
+    assert solve._cache_size() == 1
+
+
+@solvers
+def test_states_are_float32_or_wider(solver, x64):
+    decay, inputs, initial = problem()
+    for dtypes, expected in [
+        (("bfloat16", "bfloat16", "bfloat16"), "float32"),
+        (("float16", "bfloat16", "float32"), "float32"),
+        (("float32", "float32", "float64"), "float64"),
+        (("float64", "bfloat16", "float32"), "float64"),
+    ]:
+        arrays = [jnp.asarray(a, dtype) for a, dtype in zip((decay, inputs, initial), dtypes)]
+        states = linear_recurrence(*arrays, solver=solver)
+        assert states.dtype == expected
+        assert_close(states, oracle.recurrence(*arrays), np.finfo(expected).eps)
+        gradient = jax.grad(lambda *a: linear_recurrence(*a, solver=solver).sum(), (0, 1, 2))(*arrays)
+        assert [str(g.dtype) for g in gradient] == list(dtypes)
+
+
+def test_one_traced_program_serves_every_platform():
+    traced = jax.jit(jax.grad(lambda *a: linear_recurrence(*a).sum(), (0, 1, 2))).trace(*problem(dtype=np.float32))
+    lowered = {platform: traced.lower(lowering_platforms=(platform,)).as_text() for platform in ("cpu", "tpu", "cuda")}
+    assert "stablehlo.while" in lowered["cpu"]
+    assert "stablehlo.while" not in lowered["tpu"]
+    assert "stablehlo.while" not in lowered["cuda"]
+
+
+@pytest.mark.parametrize(
+    ("change", "kind", "message"),
+    [
+        ({"solver": "magic"}, ValueError, r"`solver` must be one of .*'sequential'.* got 'magic'"),
+        ({"decay": np.ones((17, 3))}, ValueError, r"`decay` must have the shape of `inputs`.*broadcast_to"),
+        ({"decay": np.ones(3), "inputs": np.ones(3)}, ValueError, r"`inputs` must have the axes.*\(3,\)"),
+        ({"initial": np.ones((2, 4))}, ValueError, r"`initial` must be .* \(2, 3\); got \(2, 4\)"),
+        ({"inputs": np.ones((2, 17, 3), int)}, TypeError, r"`inputs` must be .* floating dtype; got int.*astype"),
+        ({"decay": np.ones((2, 17, 3), bool)}, TypeError, r"`decay` must be .* floating dtype; got bool"),
+        ({"initial": np.ones((2, 3), complex)}, TypeError, r"`initial` must be .* floating dtype; got complex"),
+    ],
+)
+def test_bad_input(change, kind, message):
+    arguments = dict(zip(("decay", "inputs", "initial"), problem(dtype=np.float32))) | change
+    solver = arguments.pop("solver", "auto")
+    with pytest.raises(kind, match=message):
+        linear_recurrence(**arguments, solver=solver)

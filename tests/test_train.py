@@ -1,0 +1,357 @@
+"""Training, resumption, evaluation, generation: as a user runs them."""
+
+import json
+import math
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from ranjax import evaluate, generate, train
+from ranjax.checkpoint import Checkpoints
+from ranjax.config import PRESETS, Config, load_config, parse
+from ranjax.data import load_corpus
+from ranjax.embedded import markov_entropy
+from ranjax.errors import UserError
+from ranjax.evaluate import load_run, make_evaluator
+
+TEXT = "the cat sat on the mat\nthe dog sat on the log\nthe cat saw the dog\n"
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory):
+    path = tmp_path_factory.mktemp("text") / "pets.txt"
+    path.write_text(TEXT * 60)
+    return str(path)
+
+
+def settings(text, out, **options):
+    defaults = {"features": (8,), "layers": 1, "batch_size": 4, "steps": 7, "epochs": 2, "warmup": 5}
+    return Config(dataset=text, out=str(out), **defaults | options)
+
+
+@pytest.fixture(scope="module")
+def run(text, tmp_path_factory):
+    """A finished run: its directory and its result."""
+    out = tmp_path_factory.mktemp("runs") / "pets"
+    return out, train.train(settings(text, out, epochs=3, learning_rate=0.02))
+
+
+def final_state(config, text):
+    corpus = load_corpus(text)
+    model = train.build_model(config, len(corpus.vocabulary))
+    like = train.initial_state(model, train.make_optimizer(config, 1), config)
+    state = Checkpoints(config.directory).load("latest", like)
+    return state._replace(seconds=0, timed=0)  # the clock is not part of the result
+
+
+def assert_same(a, b):
+    jax.tree.map(np.testing.assert_array_equal, a, b)
+
+
+@pytest.mark.quick
+def test_a_run_leaves_all_it_promises(run):
+    out, result = run
+    names = {"config.json", "vocabulary.json", "metrics.jsonl", "result.json", "loss.png", "checkpoints"}
+    assert {path.name for path in out.iterdir()} == names
+    assert json.loads((out / "result.json").read_text()) == json.loads(json.dumps(result))
+    promised = {"dataset", "test_perplexity", "valid_perplexity", "test_tokens", "tokens_per_second", "parameters"}
+    assert promised | {"config", "versions"} <= set(result)
+    rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    valid = [row["valid_perplexity"] for row in rows if "valid_perplexity" in row]
+    assert len(valid) == 3
+    assert result["valid_perplexity"] == pytest.approx(min(valid), rel=1e-6)
+    assert result["test_perplexity"] < 8  # of 19 characters
+    assert (out / "loss.png").read_bytes().startswith(b"\x89PNG")
+    assert result["test_tokens"] == len(load_corpus(result["dataset"]).test) - 1
+
+
+@pytest.mark.parametrize("options", [{"dropout": 0.3}, {"optimizer": "sgd", "schedule": "decay", "cell": "lstm"}])
+def test_an_interrupted_run_goes_on_bitwise(text, tmp_path, options, monkeypatch):
+    straight = settings(text, tmp_path / "straight", schedule=options.pop("schedule", "constant"), **options)
+    broken = Config(**vars(straight) | {"out": str(tmp_path / "broken")})
+    train.train(straight)
+
+    def interrupt(self, state, *_):
+        if int(state.step) == 40:  # in the middle of the first epoch
+            signal.raise_signal(signal.SIGINT)
+
+    with monkeypatch.context() as patch:
+        patch.setattr("ranjax.report.Report.progress", interrupt)
+        with pytest.raises(SystemExit, match="130"):
+            _one_step_at_a_time(patch, broken)
+    train.train(Config(**vars(broken) | {"resume": True}))
+    assert_same(final_state(broken, text), final_state(straight, text))
+
+
+def _one_step_at_a_time(patch, config):
+    patch.setattr(train, "round", lambda _: 1, raising=False)  # bursts stay at a single step
+    train.train(config)
+
+
+def test_going_on_to_more_epochs_is_one_longer_run(text, tmp_path):
+    long = settings(text, tmp_path / "long", schedule="constant", epochs=2)
+    short = settings(text, tmp_path / "short", schedule="constant", epochs=1)
+    train.train(long)
+    train.train(short)
+    train.train(Config(**vars(short) | {"epochs": 2, "resume": True}))
+    assert_same(final_state(short, text), final_state(long, text))
+
+
+def test_kill_9_and_resume_is_bitwise(text, tmp_path):
+    flags = ["--dataset", text, "--features", "8", "--layers", "1", "--batch-size", "2", "--steps", "5"]
+    flags += ["--epochs", "4", "--dropout", "0.1", "--schedule", "constant"]
+    command = [sys.executable, "-m", "ranjax.train", *flags, "--out"]
+    environment = os.environ | {"JAX_PLATFORMS": "cpu"}
+    killed = subprocess.Popen([*command, str(tmp_path / "killed")], env=environment, stdout=subprocess.DEVNULL)
+    metrics, deadline = tmp_path / "killed" / "metrics.jsonl", time.monotonic() + 120
+    while not (metrics.exists() and "valid_perplexity" in metrics.read_text()):
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    killed.send_signal(signal.SIGKILL)
+    assert killed.wait() == -signal.SIGKILL
+    assert not (tmp_path / "killed" / "result.json").exists()
+    subprocess.run([*command, str(tmp_path / "killed"), "--resume"], env=environment, check=True)
+    subprocess.run([*command, str(tmp_path / "whole")], env=environment, check=True)
+    config = load_config(tmp_path / "whole")
+    killed_config = Config(**vars(config) | {"out": str(tmp_path / "killed")})
+    assert_same(final_state(killed_config, text), final_state(config, text))
+    rows = [json.loads(line)["step"] for line in metrics.read_text().splitlines()]
+    assert rows == sorted(rows)
+
+
+def test_sigterm_saves_and_says_how_to_go_on(text, tmp_path):
+    flags = ["--dataset", text, "--features", "8", "--layers", "1", "--batch-size", "2", "--epochs", "10000"]
+    command = [sys.executable, "-m", "ranjax.train", *flags, "--out", str(tmp_path / "run")]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=os.environ | {"JAX_PLATFORMS": "cpu"})
+    process.stdout.readline()
+    process.terminate()
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == 128 + signal.SIGTERM
+    assert f"Go on with: python -m ranjax.train --out {tmp_path / 'run'} --resume" in output
+    assert (tmp_path / "run" / "checkpoints" / "latest").is_dir()
+
+
+def test_steps_that_are_not_finite_are_skipped_and_counted(text):
+    config = settings(text, "unused", optimizer="sgd", schedule="constant")
+    corpus = load_corpus(text)
+    model = train.build_model(config, len(corpus.vocabulary))
+    optimizer = train.make_optimizer(config, 100)
+    step = train.make_step(model, optimizer, config, 100)
+    windows = jnp.asarray(corpus.train[:2828].reshape(4, 707))
+    state = train.initial_state(model, optimizer, config)
+    state = jax.tree.map(jnp.copy, state)
+    bad = state._replace(params=jax.tree.map(lambda a: jnp.full_like(a, jnp.nan), state.params))
+    bad = step(bad, windows)
+    assert (int(bad.bad), int(bad.bad_in_row), int(bad.step), int(bad.tokens)) == (1, 1, 1, 0)
+    good = step(bad._replace(params=jax.tree.map(jnp.copy, state.params)), windows)
+    assert (int(good.bad), int(good.bad_in_row), int(good.step)) == (1, 0, 2)
+    assert all(bool(jnp.all(jnp.isfinite(leaf))) for leaf in jax.tree.leaves((good.params, good.carry)))
+    stopped = step(good._replace(bad_in_row=jnp.array(train.BAD_STEPS)), windows)
+    assert int(stopped.bad_in_row) > train.BAD_STEPS  # it stays stopped until the host has seen it
+
+
+def test_a_run_that_diverges_stops_with_its_last_good_checkpoint(text, tmp_path, monkeypatch):
+    config = settings(text, tmp_path / "run", epochs=1)
+    train.train(config)
+    before = final_state(config, text)
+    monkeypatch.setattr("ranjax.lm.cross_entropy", lambda logits, targets: logits[..., 0] * jnp.nan)
+    with pytest.raises(UserError, match=r"not finite 5 steps in a row.*Lower --learning-rate"):
+        train.train(Config(**vars(config) | {"epochs": 2, "resume": True}))
+    assert_same(final_state(config, text), before)
+
+
+def test_the_loss_is_the_sum_over_time(text):
+    """The paper's convention, seen from outside: plain SGD's first update is -lr times that gradient."""
+    config = settings(text, "unused", optimizer="sgd", schedule="constant", clip=1e9, learning_rate=0.5, dropout=0.0)
+    corpus = load_corpus(text)
+    model = train.build_model(config, len(corpus.vocabulary))
+    optimizer = train.make_optimizer(config, 100)
+    state = train.initial_state(model, optimizer, config)
+    params = jax.tree.map(jnp.copy, state.params)
+    window = corpus.train[:32].reshape(4, 8)
+
+    def loss(params):
+        logits, _ = model.apply({"params": params}, window[:, :-1], deterministic=True)
+        picked = jnp.take_along_axis(jax.nn.log_softmax(logits), window[:, 1:, None], axis=-1)
+        return -picked.sum() / 4
+
+    after = train.make_step(model, optimizer, config, 1)(state, jnp.asarray(window)).params
+    expected = jax.tree.map(lambda p, g: p - 0.5 * g, params, jax.grad(loss)(params))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), after, expected)
+
+
+def test_the_papers_schedule():
+    rate = train.learning_rate(PRESETS["ptb-small"], per_epoch=10)
+    by_epoch = [float(rate(10 * epoch + 5)) for epoch in range(7)]
+    assert by_epoch == [1, 1, 1, 1, 0.5, 0.25, 0.125]
+    cosine = train.learning_rate(Config(epochs=2, warmup=5, learning_rate=1.0), per_epoch=10)
+    assert [float(cosine(n)) for n in (0, 5, 20)] == pytest.approx([0, 1, 0.01])
+
+
+def test_markov_is_learnt_to_its_entropy(tmp_path):
+    config = Config(dataset="markov", out=str(tmp_path / "run"), features=(64,), layers=1, epochs=1, dropout=0.0,
+                    learning_rate=0.01, batch_size=40, tie=True)  # fmt: skip
+    result = train.train(config)
+    assert markov_entropy() * 0.98 < result["test_nats"] < markov_entropy() * 1.02
+
+
+def test_evaluation_counts_every_prediction_whatever_the_window(run, monkeypatch):
+    loaded = load_run(run[0])
+    ids = load_corpus(loaded.config.dataset).test
+    logits, _ = loaded.model.apply({"params": loaded.params}, ids[None, :-1], deterministic=True)
+    picked = jnp.take_along_axis(jax.nn.log_softmax(logits[0]), ids[1:, None], axis=-1)
+    for window in (7, len(ids) - 1, 512):
+        monkeypatch.setattr(evaluate, "WINDOW", window)
+        result = make_evaluator(loaded.model)(loaded.params, ids)
+        assert result.tokens == len(ids) - 1
+        assert result.nats == pytest.approx(-float(picked.mean()), rel=1e-5)
+    assert result.perplexity == pytest.approx(math.exp(result.nats))
+
+
+@pytest.mark.quick
+def test_the_program_evaluate(run, capsys, tmp_path):
+    out, result = run
+    evaluate.main(["--checkpoint", str(out)])
+    said = capsys.readouterr().out
+    assert f"perplexity {result['test_perplexity']:.2f}, {result['test_bits']:.4f} bits per character" in said
+    assert f"{result['test_tokens']:,} tokens" in said
+    (tmp_path / "other.txt").write_text(TEXT)
+    evaluate.main(["--checkpoint", str(out), "--dataset", str(tmp_path / "other.txt"), "--split", "train"])
+    assert "other.txt train: perplexity" in capsys.readouterr().out
+
+
+@pytest.mark.quick
+def test_the_program_generate(run, capsys):
+    out, _ = run
+    for extra in ([], ["--temperature", "0"], ["--top-k", "1"], ["--top-p", "0.5", "--seed", "3"]):
+        generate.main(["--checkpoint", str(out), "--prompt", "the c", "--length", "40", *extra])
+        text = capsys.readouterr().out
+        assert text.startswith("the c")
+        assert len(text) == 5 + 40 + 1
+        assert set(text) <= set(TEXT)
+        generate.main(["--checkpoint", str(out), "--prompt", "the c", "--length", "40", *extra])
+        assert capsys.readouterr().out == text
+
+
+def test_sampling_takes_only_what_it_may():
+    logits = jnp.log(jnp.array([0.5, 0.3, 0.15, 0.05]))
+    keys = jax.random.split(jax.random.key(0), 500)
+
+    def drawn(**options):
+        sampling = generate.Sampling(**options)
+        return np.bincount(jax.vmap(lambda key: generate.sample(key, logits, sampling))(keys), minlength=4) / 500
+
+    np.testing.assert_allclose(drawn(), [0.5, 0.3, 0.15, 0.05], atol=0.06)
+    np.testing.assert_allclose(drawn(top_k=2), [0.625, 0.375, 0, 0], atol=0.06)
+    np.testing.assert_allclose(drawn(top_p=0.81), [0.526, 0.316, 0.158, 0], atol=0.06)
+    np.testing.assert_allclose(drawn(top_p=0.4), [1, 0, 0, 0])
+    np.testing.assert_allclose(drawn(temperature=0), [1, 0, 0, 0])
+    np.testing.assert_allclose(drawn(temperature=0.5), np.square([0.5, 0.3, 0.15, 0.05]) / 0.365, atol=0.06)
+
+
+def test_words_and_half_characters_are_written_whole():
+    from ranjax.vocabulary import Bytes, Words
+
+    written = []
+    generate.stream(Words(("<eos>", "a", "b")), iter([1, 2, 0, 1]), written.append, "a")
+    assert "".join(written) == " a b\na"
+    written.clear()
+    data = "é!".encode()
+    vocabulary = Bytes.build(data)
+    generate.stream(vocabulary, iter(vocabulary.encode("é!").tolist()), written.append, "")
+    assert written == ["é", "!", ""]
+
+
+def test_explicit_flags_win_over_the_preset(tmp_path):
+    config = parse(["--preset", "ptb-medium", "--learning-rate", "0.3", "--out", "x"])
+    assert (config.features, config.decay, config.learning_rate, config.dropout) == ((650,), 0.8, 0.3, 0.5)
+    assert parse(["--learning-rate", "0.3", "--preset=text8"]).features == (1024, 1024, 2048)
+    assert config.directory == Path.cwd() / "x"
+
+
+def program(module, *flags):
+    """Standard error and exit code of a program, in a process of its own."""
+    done = subprocess.run([sys.executable, "-m", f"ranjax.{module}", *flags], capture_output=True, text=True)
+    return done.stderr, done.returncode
+
+
+def test_a_program_ends_with_one_message_and_exit_code_1(tmp_path):
+    error, code = program("train", "--dataset", "nowhere", "--out", str(tmp_path / "x"))
+    assert code == 1
+    assert error.startswith("error: there is no data set or path 'nowhere'")
+    assert "Traceback" not in error
+    assert not (tmp_path / "x").exists()
+
+
+@pytest.mark.parametrize(
+    ("module", "flags", "message"),
+    [
+        ("train", ["--out", "{run}"], "pets exists and is left as it is"),
+        ("train", ["--preset", "ptb-tiny"], "--preset must be one of ptb-small, .* got 'ptb-tiny'"),
+        ("train", ["--resume"], "--resume needs --out"),
+        ("train", ["--resume", "--out", "{tmp}/none"], "none is not a run: it has no config.json"),
+        ("train", ["--resume", "--out", "{run}", "--features", "9"], "another configuration .*--features"),
+        ("train", ["--dataset", "{text}", "--batch-size", "4000"], "fewer than one batch"),
+        ("train", ["--dataset", "{text}", "--embedding", "3"], "`tie` needs the embedding"),
+        ("evaluate", ["--checkpoint", "{tmp}/none"], "none is not a run"),
+        ("evaluate", ["--checkpoint", "{run}", "--dataset", "markov"], "not the characters '0', '1'"),
+        ("generate", ["--checkpoint", "{run}", "--prompt", "XYZ"], "not the characters 'X', 'Y', 'Z'"),
+        ("generate", ["--checkpoint", "{run}", "--top-p", "0"], r"--top-p must be in \(0, 1\]; got 0"),
+    ],
+)
+def test_bad_input(module, flags, message, run, text, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    places = {"run": run[0], "tmp": tmp_path, "text": text}
+    before = sorted(path.stat().st_mtime_ns for path in run[0].rglob("*"))
+    main = {"train": train.main, "evaluate": evaluate.main, "generate": generate.main}[module]
+    with pytest.raises(SystemExit) as stop:
+        main([flag.format(**places) for flag in flags])
+    assert stop.value.code == 1
+    error = capsys.readouterr().err
+    assert re.match(f"error: .*{message}", error), error
+    assert len(error.splitlines()) == 1
+    assert sorted(path.stat().st_mtime_ns for path in run[0].rglob("*")) == before
+
+
+def test_a_vocabulary_that_does_not_match(run, tmp_path):
+    shutil.copytree(run[0], tmp_path / "copy")
+    other = tmp_path / "other.txt"
+    other.write_text(TEXT.replace("cat", "pig") * 60)
+    config = json.loads((tmp_path / "copy" / "config.json").read_text()) | {"dataset": str(other)}
+    (tmp_path / "copy" / "config.json").write_text(json.dumps(config))
+    resumed = Config(**config | {"features": tuple(config["features"]), "out": str(tmp_path / "copy"), "resume": True})
+    with pytest.raises(UserError, match="the vocabulary of the data set is not the one"):
+        train.train(resumed)
+
+
+def test_a_checkpoint_of_another_configuration(run, tmp_path):
+    shutil.copytree(run[0], tmp_path / "copy")
+    config = json.loads((tmp_path / "copy" / "config.json").read_text()) | {"features": [16]}
+    (tmp_path / "copy" / "config.json").write_text(json.dumps(config))
+    with pytest.raises(UserError, match="does not fit the configuration beside it"):
+        load_run(tmp_path / "copy")
+
+
+def test_help_is_quick():
+    def seconds():
+        began = time.monotonic()
+        subprocess.run([sys.executable, "-m", "ranjax.train", "--help"], check=True, stdout=subprocess.DEVNULL)
+        return time.monotonic() - began
+
+    assert min(seconds() for _ in range(3)) < 1.5
+
+
+def test_importing_the_library_loads_no_programs():
+    code = "import ranjax, sys; ranjax.RAN, ranjax.RANCell, ranjax.linear_recurrence; print(*sys.modules)"
+    loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
+    assert not {"datasets", "tyro", "tokenizers", "matplotlib", "orbax.checkpoint.v1", "optax"} & set(loaded)
