@@ -2,11 +2,12 @@
 
 import json
 import math
+import os
 import platform
 import time
 from dataclasses import asdict
 from datetime import date
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -103,11 +104,10 @@ class Report:
             "training_seconds": float(state.seconds),
             "skipped_steps": int(state.bad),
             "parameters": sum(p.size for p in jax.tree.leaves(state.params)),
-            "device": jax.devices()[0].device_kind,
+            "device": _device(),
             "date": date.today().isoformat(),
             "config": asdict(self.config),
-            "versions": {"python": platform.python_version()}
-            | {name: version(name) for name in ("jax", "flax", "optax", "numpy")},
+            "versions": _versions(),
         }
         (self.directory / "result.json").write_text(json.dumps(result, indent=2) + "\n", "utf-8")
         draw_loss(self._rows, self.windows, self.directory / "loss.png")
@@ -138,6 +138,27 @@ def draw_loss(rows: list[dict[str, float]], windows: int, path: Path) -> None:
     axes.grid(alpha=0.3, which="both")
     axes.legend(frameon=False)
     figure.savefig(path, dpi=150)
+
+
+def _device() -> str:
+    """What computed, for whoever compares times."""
+    import jax
+
+    kind = jax.devices()[0].device_kind
+    return f"{os.cpu_count()} CPU cores" if kind == "cpu" else f"{jax.device_count()} x {kind}"
+
+
+def _versions() -> dict[str, str]:
+    """Python and the packages a result depends on."""
+    names = "ranjax", "jax", "flax", "optax", "numpy"
+    return {"python": platform.python_version()} | {name: _version(name) for name in names}
+
+
+def _version(name: str) -> str:
+    try:
+        return version(name)
+    except PackageNotFoundError:  # ranjax run from its sources, not installed
+        return "not installed"
 
 
 def _perplexity(nats: float) -> float:

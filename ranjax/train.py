@@ -136,7 +136,7 @@ def make_step(model: "LanguageModel", optimizer: "optax.GradientTransformation",
         updates, new_optimizer = optimizer.update(gradient, state.optimizer, state.params)
         new = optax.apply_updates(state.params, updates), new_optimizer, new_carry
         running = state.bad_in_row < BAD_STEPS
-        good = running & jnp.isfinite(loss) & jnp.isfinite(optax.global_norm(gradient))
+        good = running & jnp.isfinite(loss) & jnp.isfinite(optax.tree.norm(gradient))
         kept = jax.tree.map(lambda a, b: jnp.where(good, a, b), new, (state.params, state.optimizer, carry))
         fresh = position == 0
         return state._replace(
