@@ -126,7 +126,8 @@ class RANCell(nn.RNNCellBase):
       param_dtype: dtype of the parameters.
       kernel_init: initialiser of the kernels that read the input, and of the projection.
       recurrent_kernel_init: initialiser of the weights on h, called for each gate on its own (default:
-        orthogonal; for diagonal gates uniform in +-1/sqrt(features)).
+        orthogonal; for diagonal gates, whose weights have the shape `(features,)`, uniform in
+        +-1/sqrt(features)).
       bias_init: initialiser of the biases.
       carry_init: initialiser of the carry.
 
@@ -189,7 +190,7 @@ class RANCell(nn.RNNCellBase):
             init = self.recurrent_kernel_init or _orthogonal
             gates["recurrent_kernel"] = (init, (out, self.features))
         elif self.gates == "diagonal":
-            init = self.recurrent_kernel_init or _symmetric_uniform(self.features**-0.5)
+            init = self.recurrent_kernel_init or uniform(self.features**-0.5)
             gates["recurrent_kernel"] = (init, (self.features,))
         content = {"kernel": (self.kernel_init, (size, self.features))}
         projection = {"kernel": (self.kernel_init, (self.features, out)), "bias": (self.bias_init, (out,))}
@@ -248,8 +249,8 @@ def _orthogonal(key: Array, shape: tuple[int, ...], dtype: Dtype = jnp.float32) 
     return nn.initializers.orthogonal()(key, shape, state_dtype(dtype)).astype(dtype)
 
 
-def _symmetric_uniform(bound: float) -> Initializer:
-    """Uniform in [-bound, bound)."""
+def uniform(bound: float) -> Initializer:
+    """An initialiser, uniform in [-bound, bound)."""
 
     def init(key, shape, dtype=jnp.float32):
         return jax.random.uniform(key, shape, dtype, -bound, bound)

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from ranjax.data import EMBEDDED, KNOWN
 from ranjax.errors import UserError
 
 
@@ -36,8 +37,8 @@ class Config:
     """What a RAN's gates see: the whole last output, their own feature of it, or the input only."""
     activation: Literal["tanh", "identity"] = "tanh"
     """A RAN's output h = g(c)."""
-    layers: int = 2
-    """Number of recurrent layers."""
+    layers: int | None = None
+    """Number of recurrent layers; that of the sizes in --features, or 2 for a single one, if not given."""
     features: tuple[int, ...] = (200,)
     """Size of the state: one number, or one for each layer."""
     embedding: int | None = None
@@ -60,14 +61,14 @@ class Config:
     """Learning rate at its highest."""
     weight_decay: float = 0.0
     """Of adamw."""
-    schedule: Literal["constant", "cosine", "decay"] = "cosine"
+    schedule: Literal["constant", "cosine", "decay"] = "decay"
     """constant; cosine: --warmup steps up, then down to a hundredth over --epochs (so more epochs stretch it);
     decay: constant for --decay-after epochs, then times --decay each epoch."""
     warmup: int = 200
     """Steps of linear warm-up (cosine)."""
     decay: float = 0.5
     """Factor per epoch (decay)."""
-    decay_after: int = 4
+    decay_after: int = 1
     """Epochs at the full rate (decay)."""
     clip: float = 5.0
     """Largest global norm of the gradient."""
@@ -78,14 +79,6 @@ class Config:
     seed: int = 0
     """Seed of the weights and of dropout."""
 
-    def __post_init__(self):
-        for name in ("layers", "epochs", "batch_size", "steps", "embedding", "projection"):
-            _require(name, getattr(self, name), lambda v: v is None or v >= 1, "at least 1")
-        _require("features", self.features, lambda v: v and min(v) >= 1, "one or more numbers of at least 1")
-        for name in ("learning_rate", "clip"):
-            _require(name, getattr(self, name), lambda v: v > 0, "above 0")
-        _require("dropout", self.dropout, lambda v: 0 <= v < 1, "in [0, 1)")
-
     @property
     def directory(self) -> Path:
         """Where the run is kept, absolute."""
@@ -93,9 +86,18 @@ class Config:
         return Path(out).expanduser().resolve()
 
 
-def _require(name: str, value: object, holds, expected: str) -> None:
-    if not holds(value):
-        raise UserError(f"--{name.replace('_', '-')} must be {expected}; got {value}.")
+def check(config: Config) -> None:
+    """Raises a UserError for a setting out of its range."""
+    for names, holds, expected in (
+        ("layers epochs batch_size steps embedding projection", lambda v: v is None or v >= 1, "at least 1"),
+        ("features", lambda v: v and min(v) >= 1, "one or more sizes of at least 1"),
+        ("learning_rate clip decay init_scale", lambda v: v is None or v > 0, "above 0"),
+        ("weight_decay warmup decay_after", lambda v: v >= 0, "at least 0"),
+        ("dropout", lambda v: 0 <= v < 1, "in [0, 1)"),
+    ):
+        for name in names.split():
+            if not holds(getattr(config, name)):
+                raise UserError(f"--{name.replace('_', '-')} must be {expected}; got {getattr(config, name)}.")
 
 
 _ZAREMBA = Config(optimizer="sgd", schedule="decay", tie=False, dataset="ptb", activation="tanh", warmup=0)
@@ -132,21 +134,27 @@ def parse(argv: list[str] | None = None) -> Config:
 
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     first.add_argument("--preset")
-    first.add_argument("--out")
-    first.add_argument("--resume", action="store_true")
-    known, _ = first.parse_known_args(argv)
-    if known.preset is not None and known.preset not in PRESETS:
-        raise UserError(f"--preset must be one of {', '.join(PRESETS)}; got {known.preset!r}.")
-    default = PRESETS.get(known.preset or "", Config())
-    saved = None
-    if known.resume:
-        if known.out is None:
-            raise UserError("--resume needs --out, the directory of the run to go on with.")
-        saved = default = load_config(Path(known.out))
-    config = tyro.cli(Config, args=argv, default=default, prog="python -m ranjax.train")
-    if saved is not None:
+    preset = first.parse_known_args(argv)[0].preset
+    if preset is not None and preset not in PRESETS:
+        raise UserError(f"--preset must be one of {', '.join(PRESETS)}; got {preset!r}.")
+
+    def read(default: Config) -> Config:
+        return _absolute(tyro.cli(Config, args=argv, default=default, prog="python -m ranjax.train"))
+
+    config = read(PRESETS.get(preset or "", Config()))
+    if config.resume:
+        saved = load_config(config.directory)
+        config = read(saved)
         _check_same(config, saved)
     return config
+
+
+def _absolute(config: Config) -> Config:
+    """Paths of text as absolute ones, so that a run can be used from any directory."""
+    path = Path(config.dataset).expanduser()
+    local = path.exists() and config.dataset not in (*KNOWN, *EMBEDDED)
+    data_dir = config.data_dir and str(Path(config.data_dir).expanduser().resolve())
+    return dataclasses.replace(config, dataset=str(path.resolve()) if local else config.dataset, data_dir=data_dir)
 
 
 def _check_same(config: Config, saved: Config) -> None:
@@ -163,7 +171,7 @@ def _check_same(config: Config, saved: Config) -> None:
 
 def save_config(config: Config, directory: Path) -> None:
     """Writes the settings beside the checkpoints."""
-    text = json.dumps(dataclasses.asdict(config), indent=2)
+    text = json.dumps(dataclasses.asdict(config) | {"resume": False}, indent=2)
     (directory / "config.json").write_text(text + "\n", "utf-8")
 
 

@@ -5,7 +5,11 @@ A corpus is three arrays of token ids and the vocabulary that explains them.
 
 import gzip
 import io
+import os
 import re
+import urllib.error
+import urllib.request
+import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -46,22 +50,24 @@ class Known:
 
     Attributes:
       tokenizer: its usual one.
-      hub: id, configuration and revision on the hub, or None where only local files serve.
+      closed: its words are the published vocabulary, all of them; otherwise rare words become `<unk>`.
+      hub: id and configuration on the hub, or None where only local files serve.
       totals: published numbers of word tokens, `<eos>` included, of train, valid and test, and of the vocabulary.
     """
 
     tokenizer: str
-    hub: tuple[str, str | None, str | None] | None = None
+    closed: bool = False
+    hub: tuple[str, str] | None = None
     totals: tuple[int, int, int, int] | None = None
 
 
 KNOWN = {
-    "wikitext-2": Known("word", ("Salesforce/wikitext", "wikitext-2-v1", None), (2_088_628, 217_646, 245_569, 33_278)),
-    "wikitext-103": Known("word", ("Salesforce/wikitext", "wikitext-103-v1", None)),
-    "wikitext-2-raw": Known("word", ("Salesforce/wikitext", "wikitext-2-raw-v1", None)),
-    "wikitext-103-raw": Known("word", ("Salesforce/wikitext", "wikitext-103-raw-v1", None)),
-    "ptb": Known("word", None, (929_589, 73_760, 82_430, 10_000)),
-    "text8": Known("character", ("afmck/text8", None, None)),
+    "wikitext-2": Known("word", True, ("Salesforce/wikitext", "wikitext-2-v1"), (2_088_628, 217_646, 245_569, 33_278)),
+    "wikitext-103": Known("word", True, ("Salesforce/wikitext", "wikitext-103-v1")),
+    "wikitext-2-raw": Known("word", False, ("Salesforce/wikitext", "wikitext-2-raw-v1")),
+    "wikitext-103-raw": Known("word", False, ("Salesforce/wikitext", "wikitext-103-raw-v1")),
+    "ptb": Known("word", True, None, (929_589, 73_760, 82_430, 10_000)),
+    "text8": Known("character"),
     "enwik8": Known("byte"),
 }
 EMBEDDED = {"python-docs": "bpe", "markov": "character"}  # and their usual tokenizers
@@ -131,7 +137,7 @@ def _corpus(name: str, source: str, texts: list[bytes], tokenizer: str, known: K
     for split, text in _named(texts):
         if not text.strip():
             raise UserError(f"the {split} split of {source} is empty; expected text.")
-    vocabulary = _built(tokenizer, source, texts, published=known is not None)
+    vocabulary = _built(tokenizer, source, texts, closed=known is not None and known.closed)
     parts = [_encoded(vocabulary, text, f"the {split} split of {source}") for split, text in _named(texts)]
     train, valid, test = parts
     totals = len(train), len(valid), len(test), len(vocabulary)
@@ -147,14 +153,14 @@ def _named(texts: list[bytes]) -> Iterator[tuple[str, bytes]]:
     return zip(SPLITS, texts, strict=True)
 
 
-def _built(tokenizer: str, source: str, texts: list[bytes], published: bool) -> Vocabulary:
+def _built(tokenizer: str, source: str, texts: list[bytes], closed: bool) -> Vocabulary:
     """The vocabulary of a corpus; alphabets are closed over all splits, words and byte pairs come from train."""
     if tokenizer == "byte":
         return Bytes.build(*texts)
     train, *others = [_decoded(text, f"the {split} split of {source}") for split, text in _named(texts)]
     if tokenizer == "character":
         return Characters.build(train, *others)
-    return Words.build(train, at_least=1 if published else 2) if tokenizer == "word" else BytePairs.build(train)
+    return Words.build(train, at_least=1 if closed else 2) if tokenizer == "word" else BytePairs.build(train)
 
 
 def _encoded(vocabulary: Vocabulary, text: bytes, where: str) -> np.ndarray:
@@ -181,8 +187,8 @@ def _known_texts(name: str, known: Known, data_dir: str | Path | None) -> tuple[
     if data_dir is None:
         if known.hub is None:
             raise UserError(
-                f"{name} is on no hub in a form that loads without running foreign code. Give the folder that "
-                f"holds its files: --data-dir DIR, where DIR/{name} or DIR has them."
+                f"{name} is read from local files only. Give the folder that holds them: --data-dir DIR, where "
+                f"DIR/{name} or DIR has them."
             )
         return known.hub[0], _hub_texts(name, *known.hub)
     folder = Path(data_dir).expanduser()
@@ -192,26 +198,40 @@ def _known_texts(name: str, known: Known, data_dir: str | Path | None) -> tuple[
     return str(folder), _read_path(folder)
 
 
-def _hub_texts(name: str, hub_id: str, config: str | None, revision: str | None) -> list[bytes]:
-    """The splits of a data set on the hub, through the cache of `datasets`."""
+def _hub_texts(name: str, hub_id: str, config: str) -> list[bytes]:
+    """The splits of a data set on the hub, through the cache of `datasets`; without a network from the cache alone."""
+    if not _hub_answers():
+        os.environ["HF_HUB_OFFLINE"] = "1"  # read when `datasets` is imported: no minutes of retries
     from datasets import load_dataset
 
     try:
-        rows = load_dataset(hub_id, config, revision=revision)
-    except (ConnectionError, OSError) as error:
+        rows = load_dataset(hub_id, config)
+    except (OSError, ValueError) as error:  # unreachable; or not this configuration in the cache
         raise UserError(
             f"{name} could not be loaded from the hub ({hub_id}): {type(error).__name__}: {error}. Ways out: local "
             "files with --data-dir DIR; a cached copy, fetched once with a network (HF_HOME tells where); with a "
             "cached copy and no network, HF_HUB_OFFLINE=1. Without any: --dataset python-docs needs no network."
         ) from None
-    if set(rows) >= {"train", "validation", "test"}:
-        return [_joined(rows[split]["text"]) for split in ("train", "validation", "test")]
-    return split_text(_joined(rows["train"]["text"]))
+    return [_joined(rows[split]["text"]) for split in ("train", "validation", "test")]
 
 
-def _joined(rows: list[str]) -> bytes:
+def _hub_answers() -> bool:
+    """Whether the hub answers at all within ten seconds."""
+    if os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE"):
+        return False
+    endpoint = os.environ.get("HF_ENDPOINT", "https://huggingface.co")
+    try:
+        with urllib.request.urlopen(urllib.request.Request(endpoint, method="HEAD"), timeout=10):
+            return True
+    except urllib.error.HTTPError:
+        return True
+    except OSError:
+        return False
+
+
+def _joined(rows: list[str | None]) -> bytes:
     """Rows of lines as one text; a blank row is a line like any other."""
-    return "".join(row.removesuffix("\n") + "\n" for row in rows).encode()
+    return "".join((row or "").removesuffix("\n") + "\n" for row in rows).encode()
 
 
 def _read_path(path: Path) -> list[bytes]:
@@ -239,12 +259,12 @@ def _suffix(path: Path) -> str:
 def _read_file(path: Path) -> bytes:
     try:
         data = gzip.decompress(path.read_bytes()) if path.suffix.lower() == ".gz" else path.read_bytes()
-    except (OSError, EOFError) as error:
+    except (OSError, EOFError, zlib.error) as error:
         raise UserError(f"{path} could not be read: {error}.") from None
     return _joined(_parquet_rows(data, path)) if _suffix(path) == ".parquet" else data
 
 
-def _parquet_rows(data: bytes, path: Path) -> list[str]:
+def _parquet_rows(data: bytes, path: Path) -> list[str | None]:
     from pyarrow import ArrowInvalid, parquet
 
     try:

@@ -11,9 +11,11 @@ class UserError(ValueError):
 
 @contextmanager
 def exit_with_message() -> Iterator[None]:
-    """Turns a `UserError` into its message on standard error and exit code 1."""
+    """Turns a `UserError` into its message on standard error and exit code 1, as it is for a flag that is wrong."""
     try:
         yield
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         raise SystemExit(1) from None
+    except SystemExit as error:  # tyro has said what is wrong with a flag
+        raise SystemExit(1 if error.code == 2 else error.code) from None

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -33,7 +33,7 @@ class Evaluation:
 
     @property
     def perplexity(self) -> float:
-        return math.exp(self.nats) if self.nats < 700 else math.inf
+        return math.inf if self.nats > 700 else math.exp(self.nats)
 
     @property
     def bits(self) -> float:
@@ -62,7 +62,7 @@ def load_run(directory: str | Path) -> Run:
 
     from ranjax.checkpoint import Checkpoints
     from ranjax.config import load_config
-    from ranjax.train import build_model
+    from ranjax.step import build_model
     from ranjax.vocabulary import load_vocabulary
 
     directory = Path(directory).expanduser().resolve()
@@ -80,7 +80,7 @@ def make_evaluator(model: "LanguageModel") -> Callable[[Any, "np.ndarray"], Eval
     import jax.numpy as jnp
     import numpy as np
 
-    from ranjax.lm import cross_entropy
+    from ranjax.lm import cross_entropy, zero_state
 
     @partial(jax.jit, donate_argnums=1)
     def window(params, state, tokens, targets):
@@ -95,9 +95,7 @@ def make_evaluator(model: "LanguageModel") -> Callable[[Any, "np.ndarray"], Eval
         tokens = np.zeros((padded // WINDOW, 1, WINDOW), np.int32)
         targets = np.full_like(tokens, -1)
         tokens.flat[:predictions], targets.flat[:predictions] = ids[:-1], ids[1:]
-        shape = jax.eval_shape(partial(model.apply, deterministic=True), {"params": params}, tokens[0])[1]
-        state = jax.tree.map(lambda c: jnp.zeros(c.shape, c.dtype), shape)
-        losses = []
+        state, losses = zero_state(model, params, batch_size=1), []
         for inputs, outputs in zip(tokens, targets, strict=True):
             state, loss = window(params, state, inputs, outputs)
             losses.append(loss)
@@ -125,9 +123,8 @@ def evaluate_split(options: Options) -> tuple[Evaluation, Run]:
     from ranjax.data import load_split
 
     run = load_run(options.checkpoint)
-    config = replace(run.config, dataset=options.dataset or run.config.dataset)
     data_dir = options.data_dir or (run.config.data_dir if options.dataset is None else None)
-    ids = load_split(config.dataset, options.split, run.vocabulary, data_dir)
+    ids = load_split(options.dataset or run.config.dataset, options.split, run.vocabulary, data_dir)
     return make_evaluator(run.model)(run.params, ids), run
 
 

@@ -43,6 +43,8 @@ class Steps(NamedTuple):
 
 def states(params: Params, steps: Steps, c0: State, *, activation: str, solver: str) -> States:
     """The states c_1 ... c_T from the state `c0`: one linear recurrence where the gates are known beforehand."""
+    if len(steps.u) == 0:
+        return steps.u
     if "recurrent_kernel" not in params["gates"]:
         return _linear_states(steps, c0, solver)
     weights = {"gates": {"recurrent_kernel": params["gates"]["recurrent_kernel"]}}

@@ -10,6 +10,7 @@ from ranjax.errors import UserError, exit_with_message
 
 if TYPE_CHECKING:
     from jax import Array
+    from jax.typing import ArrayLike
 
     from ranjax.evaluate import Run
     from ranjax.vocabulary import Vocabulary
@@ -50,18 +51,19 @@ def sample(key: "Array", logits: "Array", sampling: Sampling) -> "Array":
     least = ordered[min(sampling.top_k or len(logits), len(logits)) - 1]
     before = jnp.cumsum(jax.nn.softmax(jnp.where(ordered >= least, ordered, -jnp.inf)))
     kept = jnp.concatenate([jnp.zeros(1), before[:-1]]) < sampling.top_p  # a token counts if those above fall short
-    least = jnp.maximum(least, jnp.min(jnp.where(kept, ordered, jnp.inf)))
+    if sampling.top_p < 1:
+        least = jnp.maximum(least, jnp.min(jnp.where(kept, ordered, jnp.inf)))
     return jax.random.categorical(key, jnp.where(logits >= least, logits, -jnp.inf))
 
 
-def generate(run: "Run", prompt: str, length: int, sampling: Sampling, seed: int) -> Iterator[int]:
-    """Token ids that follow a prompt, one after another; the memory does not grow with their number."""
+def generate(run: "Run", prompt: "ArrayLike", length: int, sampling: Sampling, seed: int) -> Iterator[int]:
+    """Token ids that follow those of a prompt, one after another; the memory does not grow with their number."""
     import jax
     import jax.numpy as jnp
 
-    if length < 1:
-        raise UserError(f"--length must be at least 1; got {length}.")
-    ids = jnp.asarray(prompt_ids(run.vocabulary, prompt))
+    from ranjax.lm import zero_state
+
+    ids = jnp.asarray(prompt)
     key = jax.random.key(seed)
 
     @partial(jax.jit, donate_argnums=1)
@@ -69,8 +71,7 @@ def generate(run: "Run", prompt: str, length: int, sampling: Sampling, seed: int
         logits, state = run.model.apply({"params": params}, tokens[None], state, deterministic=True)
         return sample(jax.random.fold_in(key, n), logits[0, -1], sampling)[None], state
 
-    _, state = jax.eval_shape(partial(run.model.apply, deterministic=True), {"params": run.params}, ids[None])
-    state = jax.tree.map(lambda c: jnp.zeros(c.shape, c.dtype), state)
+    state = zero_state(run.model, run.params, batch_size=1)
     for n in range(length):
         ids, state = advance(run.params, state, ids, n)
         yield int(ids[0])
@@ -80,8 +81,9 @@ def prompt_ids(vocabulary: "Vocabulary", prompt: str) -> Any:
     """The ids of a prompt; an empty one is the beginning of a line, or the first token where there are no lines."""
     import numpy as np
 
-    if prompt:
-        return vocabulary.encode(prompt)
+    ids = vocabulary.encode(prompt)
+    if len(ids):
+        return ids
     try:
         return vocabulary.encode("\n")
     except UserError:
@@ -139,8 +141,11 @@ def main(argv: list[str] | None = None) -> None:
             sys.stdout.write(text)
             sys.stdout.flush()
 
+        if options.length < 1:
+            raise UserError(f"--length must be at least 1; got {options.length}.")
+        prompt = prompt_ids(run.vocabulary, options.prompt)
         write(options.prompt)
-        ids = generate(run, options.prompt, options.length, sampling, options.seed)
+        ids = generate(run, prompt, options.length, sampling, options.seed)
         stream(run.vocabulary, ids, write, options.prompt)
         write("\n")
 

@@ -109,6 +109,8 @@ class RAN(nn.Module):
         time_major = self.time_major if time_major is None else time_major
         reverse = self.reverse if reverse is None else reverse
         x = jnp.asarray(inputs)
+        if x.ndim < 2:
+            raise ValueError(f"`inputs` must have the axes (*batch, time, in); got the shape {x.shape}.")
         time = 0 if time_major else x.ndim - 2
         batch = x.shape[:time] + x.shape[time + 1 : -1]
         seq_lengths = _checked("seq_lengths", seq_lengths, jnp.integer, batch)

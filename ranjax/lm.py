@@ -1,17 +1,18 @@
 """A recurrent language model: embedding, layers of cells, output layer."""
 
 from collections.abc import Callable
+from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 from flax import linen as nn
-from flax.typing import Dtype, Initializer
+from flax.typing import Dtype
 from jax import Array
 from jaxtyping import Float, Int
 
-from ranjax.cell import RANCell
+from ranjax.cell import RANCell, uniform
 from ranjax.layer import RAN
 
 Tokens = Int[Array | np.ndarray, "batch time"]
@@ -34,7 +35,7 @@ class LanguageModel(nn.Module):
       vocabulary: number of tokens.
       cell: `"ran"`, `"lstm"`, `"gru"` or `"rnn"` (an Elman network).
       features: size of the state, one number for all layers or one for each.
-      layers: number of layers.
+      layers: number of layers (default: that of the sizes given, or 2 for a single one).
       embedding: size of the embedding (default: the size of the last output where tied, else of the first
         layer).
       projection, gates, activation, solver: of the RAN's cells and layers; see `RANCell` and `RAN`.
@@ -61,7 +62,7 @@ class LanguageModel(nn.Module):
     vocabulary: int
     cell: str = "ran"
     features: int | tuple[int, ...] = 200
-    layers: int = 2
+    layers: int | None = None
     embedding: int | None = None
     projection: int | None = None
     gates: str = "recurrent"
@@ -75,6 +76,8 @@ class LanguageModel(nn.Module):
     def __post_init__(self):
         if self.cell not in CELLS:
             raise ValueError(f"`cell` must be one of {', '.join(map(repr, CELLS))}; got {self.cell!r}.")
+        if self.layers is not None and self.layers < 1:
+            raise ValueError(f"`layers` must be at least 1; got {self.layers}.")
         if not 0 <= self.dropout < 1:
             raise ValueError(f"`dropout` must be a rate in [0, 1); got {self.dropout}.")
         if self.cell != "ran" and self.projection is not None:
@@ -89,13 +92,11 @@ class LanguageModel(nn.Module):
     @property
     def sizes(self) -> tuple[int, ...]:
         """The size of each layer's state."""
-        if isinstance(self.features, int):
-            return (self.features,) * self.layers
-        if len(self.features) not in (1, self.layers):
-            raise ValueError(
-                f"`features` must be one number, or one for each of {self.layers} layers; got {self.features}."
-            )
-        return tuple(self.features) * (self.layers // len(self.features))
+        sizes = tuple(self.features) if isinstance(self.features, tuple) else (int(self.features),)
+        layers = self.layers or (2 if len(sizes) == 1 else len(sizes))
+        if len(sizes) not in (1, layers) or min(sizes) < 1:
+            raise ValueError(f"`features` must be one size, or one for each of {layers} layers; got {self.features}.")
+        return sizes * (layers // len(sizes))
 
     @property
     def _outputs(self) -> tuple[int, ...]:
@@ -106,7 +107,7 @@ class LanguageModel(nn.Module):
         return self.embedding or (self._outputs[-1] if self.tie else self.sizes[0])
 
     def setup(self):
-        init = _uniform(self.init_scale or 0.1)
+        init = uniform(self.init_scale or 0.1)
         self.embed = nn.Embed(self.vocabulary, self.embedding_size, embedding_init=init)
         self.stack = [self._layer(size) for size in self.sizes]
         self.drop = nn.Dropout(self.dropout)
@@ -120,7 +121,7 @@ class LanguageModel(nn.Module):
         """One layer over a sequence, time first, that returns `(carry, outputs)`."""
         options: dict = {"dtype": self.dtype}
         if self.init_scale:
-            options |= {"kernel_init": _uniform(self.init_scale), "recurrent_kernel_init": _uniform(self.init_scale)}
+            options |= {"kernel_init": uniform(self.init_scale), "recurrent_kernel_init": uniform(self.init_scale)}
         if self.cell == "ran":
             cell = RANCell(features, self.gates, self.activation, self.projection, **options)
             return RAN(cell, self.solver, time_major=True, return_carry=True)
@@ -131,7 +132,7 @@ class LanguageModel(nn.Module):
         """The last layer's outputs, `(batch, time, out)`, and the state; see `__call__`."""
         h = self.drop(self.embed(jnp.asarray(tokens).T), deterministic=deterministic)
         carries = []
-        for layer, carry in zip(self.stack, state or (None,) * self.layers, strict=True):
+        for layer, carry in zip(self.stack, state or (None,) * len(self.stack), strict=True):
             carry, h = layer(h, initial_carry=carry)
             h = self.drop(h, deterministic=deterministic)
             carries.append(carry)
@@ -157,15 +158,15 @@ class LanguageModel(nn.Module):
         return self.logits(hidden), state
 
 
+def zero_state(model: LanguageModel, params: Any, batch_size: int) -> State:
+    """The state before the first token."""
+    tokens = jax.ShapeDtypeStruct((batch_size, 1), jnp.int32)
+    _, state = jax.eval_shape(partial(model.apply, deterministic=True), {"params": params}, tokens)
+    return jax.tree.map(lambda c: jnp.zeros(c.shape, c.dtype), state)
+
+
 def cross_entropy(logits: Float[Array, "*n vocabulary"], targets: Int[Array, "*n"]) -> Float[Array, "*n"]:
     """-log p(target), in nats, of each prediction."""
+    import optax
+
     return optax.softmax_cross_entropy_with_integer_labels(logits, targets)
-
-
-def _uniform(scale: float) -> Initializer:
-    """Uniform in [-scale, scale)."""
-
-    def init(key, shape, dtype=jnp.float32):
-        return jax.random.uniform(key, shape, dtype, -scale, scale)
-
-    return init

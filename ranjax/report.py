@@ -19,7 +19,7 @@ from ranjax.config import Config
 if TYPE_CHECKING:
     from ranjax.data import Corpus
     from ranjax.evaluate import Evaluation
-    from ranjax.train import TrainState
+    from ranjax.step import TrainState
 
 LOG_SECONDS = 15.0
 

@@ -1,7 +1,12 @@
 """Corpora, vocabularies and their errors."""
 
 import gzip
+import os
+import re
+import socket
+import subprocess
 import sys
+import time
 from collections import Counter
 
 import numpy as np
@@ -135,6 +140,17 @@ def test_known_totals(real_data, name, totals, inside):
 
 
 @pytest.mark.data
+def test_raw_text_keeps_only_words_seen_twice(real_data, tmp_path):
+    folder = tmp_path / "wikitext-2-raw"
+    folder.mkdir()
+    for split, source in (("train", "test"), ("valid", "valid"), ("test", "test")):
+        (folder / f"wiki.{split}.raw").write_bytes((real_data / "wikitext-2-raw" / f"wiki.{source}.raw").read_bytes())
+    corpus = load_corpus("wikitext-2-raw", tmp_path)
+    assert (len(corpus.valid), len(corpus.test)) == (217_646, 245_569)
+    assert "<unk>" in corpus.vocabulary.tokens
+
+
+@pytest.mark.data
 def test_text8(real_data):
     corpus = load_corpus("text8", real_data)
     assert (len(corpus.train), len(corpus.valid), len(corpus.test)) == (9_000_000, 500_000, 500_000)
@@ -150,13 +166,14 @@ def write(path, content):
     ("files", "name", "options", "message"),
     [
         ({}, "no-such-thing", {}, "no data set or path 'no-such-thing'. Known names: python-docs, markov, wikitext-2"),
-        ({}, "ptb", {}, "ptb is on no hub .* --data-dir DIR"),
+        ({}, "ptb", {}, "ptb is read from local files only.* --data-dir DIR"),
         ({}, "ptb", {"data_dir": "nowhere"}, "--data-dir .*nowhere is not a directory"),
         ({}, "markov", {"tokenizer": "words"}, "`tokenizer` must be one of word, character, byte, bpe; got 'words'"),
         ({"a.txt": b""}, "a.txt", {}, "the train split of .*a.txt is empty"),
         ({"a.txt": b"caf\xe9 au lait" * 20}, "a.txt", {}, "not UTF-8: byte 0xe9 at position 3.*--tokenizer byte"),
         ({"a.txt.gz": b"not packed"}, "a.txt.gz", {}, "a.txt.gz could not be read"),
         ({"d/train.txt": b"a"}, "d", {}, "must hold one file each .* valid: none, test: none"),
+        ({"a.txt.gz": gzip.compress(TEXT.encode())[:-20]}, "a.txt.gz", {}, "a.txt.gz could not be read"),
         ({"d/train.parquet": b"x", "d/valid.txt": b"a", "d/test.txt": b"a"}, "d", {}, "must be a parquet file"),
         (
             {f"ptb/ptb.{split}.txt": b"a b\n" for split in ("train", "valid", "test")},
@@ -174,15 +191,16 @@ def test_bad_input(files, name, options, message, tmp_path, monkeypatch):
         load_corpus(name, **options)
 
 
-def test_a_hub_out_of_reach(monkeypatch, tmp_path):
-    import datasets
-
-    def unreachable(*_, **__):
-        raise ConnectionError("Couldn't reach the Hub")
-
-    monkeypatch.setattr(datasets, "load_dataset", unreachable)
-    with pytest.raises(UserError, match=r"wikitext-2 could not be loaded.*Couldn't reach.*--data-dir.*HF_HUB_OFFLINE"):
-        load_corpus("wikitext-2")
+def test_a_hub_out_of_reach(tmp_path):
+    """A server that takes the connection and never answers; in a process of its own, as a user meets it."""
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        environment = {name: value for name, value in os.environ.items() if name != "HF_HUB_OFFLINE"}
+        environment |= {"HF_ENDPOINT": f"http://127.0.0.1:{silent.getsockname()[1]}", "HF_HOME": str(tmp_path)}
+        code = "from ranjax.data import load_corpus; load_corpus('wikitext-2')"
+        began = time.monotonic()
+        done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
+    assert time.monotonic() - began < 30
+    assert re.search(r"UserError: wikitext-2 could not be loaded.*--data-dir.*HF_HUB_OFFLINE", done.stderr)
 
 
 def test_rows_of_the_hub_are_lines(monkeypatch):

@@ -167,6 +167,8 @@ def test_any_batch_and_no_steps(gates, batch):
     carry, h = layer.apply(variables, inputs(*batch, 0, 3), initial_carry=c0)
     assert h.shape == (*batch, 0, 4)
     np.testing.assert_array_equal(carry, c0)
+    gradient = jax.grad(lambda x: jnp.sum(layer.apply(variables, x)[0]))(jnp.zeros((*batch, 0, 3)))
+    assert gradient.shape == (*batch, 0, 3)
 
 
 @pytest.mark.parametrize("gates", GATES)
@@ -194,13 +196,14 @@ def test_products_with_x_are_outside_the_loop():
         ({"seq_lengths": np.array([1.0, 2.0])}, TypeError, "`seq_lengths` must be of dtype integer; got float"),
         ({"seq_lengths": np.array([1, 2, 3])}, ValueError, r"`seq_lengths` must have the shape \(2,\).*got \(3,\)"),
         ({"segment_starts": np.zeros((2, 6))}, TypeError, "`segment_starts` must be of dtype bool; got float"),
+        ({"inputs": inputs(3)}, ValueError, r"`inputs` must have the axes \(\*batch, time, in\); got the shape \(3,\)"),
         ({"segment_starts": np.zeros((6, 2), bool)}, ValueError, r"`segment_starts` must have the shape \(2, 6\)"),
     ],
 )
 def test_bad_arguments(arguments, kind, message):
     layer, variables = layer_and_variables({})
     with pytest.raises(kind, match=message):
-        layer.apply(variables, inputs(2, 6, 3), **arguments)
+        layer.apply(variables, **{"inputs": inputs(2, 6, 3)} | arguments)
 
 
 def test_bad_options():
