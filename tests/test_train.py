@@ -151,7 +151,7 @@ def test_going_on_to_more_epochs_is_one_longer_run(text, tmp_path):
 
 def test_kill_9_and_resume_is_bitwise(text, tmp_path):
     flags = ["--dataset", text, "--features", "8", "--layers", "1", "--batch-size", "2", "--steps", "5"]
-    flags += ["--epochs", "4", "--dropout", "0.1"]
+    flags += ["--epochs", "6", "--dropout", "0.1"]
     command = [sys.executable, "-m", "ranjax.train", *flags, "--out"]
     environment = os.environ | {"JAX_PLATFORMS": "cpu"}
     killed = subprocess.Popen([*command, str(tmp_path / "killed")], env=environment, stdout=subprocess.DEVNULL)
