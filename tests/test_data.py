@@ -12,9 +12,10 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from ranjax.data import columns, load_corpus, load_split, split_text
+from ranjax.data import columns, load_corpus, load_split
 from ranjax.embedded import MARKOV_NOISE, markov_entropy, markov_ids
 from ranjax.errors import UserError
+from ranjax.sources import split_text
 from ranjax.vocabulary import BytePairs, Bytes, Characters, Words, load_vocabulary, save_vocabulary
 
 TEXT = "the cat sat on the mat\n\nthe dog sat on the log é\n" * 40
