@@ -55,15 +55,8 @@ def train(config: Config) -> dict[str, Any]:
     windows = windows_per_epoch(text.shape[1], config.steps)
     model = build_model(config, len(corpus.vocabulary))
     optimizer = make_optimizer(config, windows)
-    checkpoints, state = Checkpoints(directory), initial_state(model, optimizer, config)
-    if config.resume:
-        _check_text(directory, corpus)
-        state = checkpoints.load("latest", state)
-    else:
-        directory.mkdir(parents=True)
-        _save_text(directory, corpus)
-        checkpoints.save("latest", 0, state)
-    save_config(config, directory)
+    checkpoints = Checkpoints(directory)
+    state = _begin(config, corpus, checkpoints, initial_state(model, optimizer, config))
 
     report = Report(directory, config, windows, first_step=int(state.step))
     step = make_step(model, optimizer, config, windows)
@@ -76,6 +69,20 @@ def train(config: Config) -> dict[str, Any]:
         stop.saved = int(state.step)
         best = checkpoints.load("best", state.params)
         return report.result(corpus, state, evaluate(best, corpus.valid), evaluate(best, corpus.test))
+
+
+def _begin(config: Config, corpus: "Corpus", checkpoints: "Checkpoints", state: "TrainState") -> "TrainState":
+    """Makes the run's directory with `state` in it, or takes the state of the run that is there to go on from."""
+    directory = config.directory
+    if config.resume:
+        _check_text(directory, corpus)
+        state = checkpoints.load("latest", state)
+    else:
+        directory.mkdir(parents=True)
+        _save_text(directory, corpus)
+        checkpoints.save("latest", 0, state)
+    save_config(config, directory)
+    return state
 
 
 @dataclass
