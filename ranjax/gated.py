@@ -1,10 +1,12 @@
 """The states of a whole sequence, from what its inputs contribute to each step.
 
-Where the gates see the input only, the states are one linear recurrence. Where they read h_{t-1}, the recurrence
-c_t = F_t(c_{t-1}) is not linear; its derivative is: dc_t = J_t dc_{t-1} + r_t, with J_t = f_t + (the gates' answer to
-h_{t-1}) and r_t what the weights and the inputs contribute. Everything in r_t is a product over all steps at once, so
-only c and the linear system for dc (in reverse mode its transpose) are walked through step by step, and no loop
-accumulates the gradient of a weight. Time is the first axis.
+Where each gate sees the input, or its own feature of h_{t-1} besides, a step is elementwise: one walk goes from the
+pre-activations and the content straight to the states, and one walk back makes the gradients. Neither stores a gate.
+
+Where the gates read all of h_{t-1}, the derivative of the recurrence c_t = F_t(c_{t-1}) is linear: dc_t = J_t dc_{t-1}
++ r_t, with J_t = f_t + (the gates' answer to h_{t-1}) and r_t what the weights and the inputs contribute. Everything in
+r_t is a product over all steps at once, so only c and the linear system for dc (in reverse mode its transpose) are
+walked through step by step, and no loop accumulates the gradient of a weight.
 """
 
 from collections.abc import Callable
@@ -16,50 +18,138 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jaxtyping import Bool, Float
 
-from ranjax.cell import Params, gates_of_state, update
-from ranjax.scan import linear_recurrence
+from ranjax.cell import ACTIVATIONS, Params, gates_of_state, update
+from ranjax.kernels import Rows
+from ranjax.scan import SOLVERS, linear_recurrence
 
 States = Float[Array, "time *batch features"]
 Gates = Float[Array, "time *batch 2 features"]
 State = Float[Array, "*batch features"]
 Mask = Bool[Array, "time *batch"]
+FUSED = ("auto", "pallas")  # solvers that go from the pre-activations straight to the states
 
 
 class Steps(NamedTuple):
-    """What each step is given, all of it known before the walk.
+    """What each step is given, all of it known before the walk; time is the first axis.
 
     Attributes:
-      u: content W_c x, in the dtype of the state.
-      z: the inputs' part of both gates' pre-activations, in the dtype of the state.
-      starts: where a segment starts: c_{t-1} is 0 to the gates and to the decay. None: nowhere.
-      padding: where the state passes unchanged. None: nowhere.
+      u: content W_c x.
+      z: the inputs' part of both gates' pre-activations.
     """
 
     u: States
     z: Gates
-    starts: Mask | None = None
-    padding: Mask | None = None
+
+
+def masked(steps: Steps, starts: Mask | None, padding: Mask | None) -> Steps:
+    """The steps with masks, told by gates that are shut or open for certain.
+
+    Where a segment starts, the forget gate's pre-activation is -inf: nothing of c_{t-1} gets through, and the gates do
+    not see it (`_before`). In the padding it is +inf and the input gate's -inf: c_{t-1} passes unchanged.
+    """
+    if starts is None and padding is None:
+        return steps
+    i, f = steps.z[..., 0, :], steps.z[..., 1, :]
+    if starts is not None:
+        f = jnp.where(starts[..., None], -jnp.inf, f)
+    if padding is not None:
+        i, f = jnp.where(padding[..., None], -jnp.inf, i), jnp.where(padding[..., None], jnp.inf, f)
+    return steps._replace(z=jnp.stack([i, f], axis=-2))
 
 
 def states(params: Params, steps: Steps, c0: State, *, activation: str, solver: str) -> States:
-    """The states c_1 ... c_T from the state `c0`: one linear recurrence where the gates are known beforehand."""
-    if len(steps.u) == 0:
-        return steps.u
-    if "recurrent_kernel" not in params["gates"]:
+    """The states c_1 ... c_T from the state `c0`."""
+    if steps.u.size == 0:
+        return steps.u.astype(c0.dtype)
+    weights = params["gates"].get("recurrent_kernel")
+    if solver in FUSED and (weights is None or weights.ndim == 2):
+        return _fused(steps, c0, weights, activation, solver)
+    steps = Steps(*(a.astype(c0.dtype) for a in steps))
+    if weights is None:
         return _linear_states(steps, c0, solver)
-    weights = {"gates": {"recurrent_kernel": params["gates"]["recurrent_kernel"]}}
+    used = {"gates": {"recurrent_kernel": weights}}
     if "projection" in params:
-        weights["projection"] = params["projection"]
-    return _sequential_states(weights, steps, c0, activation)
+        used["projection"] = params["projection"]
+    return _sequential_states(used, steps, c0, activation)
 
 
 def _linear_states(steps: Steps, c0: State, solver: str) -> States:
-    """The states where the gates see the input only."""
+    """The states where the gates see the input only, as one linear recurrence."""
     i, f = jnp.moveaxis(jax.nn.sigmoid(steps.z), -2, 0)
-    decay = _where(steps.padding, 1.0, _where(steps.starts, 0.0, f))
-    inputs = _where(steps.padding, 0.0, i * steps.u)
-    decay, inputs = (jnp.moveaxis(a, 0, -2) for a in (decay, inputs))
+    decay, inputs = jnp.moveaxis(f, 0, -2), jnp.moveaxis(i * steps.u, 0, -2)
     return jnp.moveaxis(linear_recurrence(decay, inputs, c0, solver=solver), -2, 0)
+
+
+def _fused(steps: Steps, c0: State, weights: Array | None, activation: str, solver: str) -> States:
+    """The states of elementwise gates; batch before time, as the walks want it."""
+    (time, *batch, features), dtype = steps.u.shape, c0.dtype
+    z = jnp.moveaxis(steps.z.reshape(time, -1, 2, features), 0, 1)
+    u = jnp.moveaxis(steps.u.reshape(time, -1, features), 0, 1)
+    constants = () if weights is None else tuple(weights.astype(dtype))
+    c = _elementwise(c0.reshape(-1, features), constants, (z, u), activation, solver)
+    return jnp.moveaxis(c, 1, 0).reshape(time, *batch, features)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(3, 4))
+def _elementwise(c0: Array, weights: Rows, arrays: Rows, activation: str, solver: str) -> Array:
+    """The states c_1 ... c_T, `(batch, time, features)`, of gates that see their own feature only.
+
+    Its own rule for the reverse mode recomputes the gates from `arrays` and the states.
+    """
+
+    def step(carry, weights, rows):
+        c = _step(carry[0], weights, rows, activation)
+        return (c,), (c,)
+
+    _, (c,) = SOLVERS[solver](step, (c0,), weights, arrays, ((1, c0.dtype),), affine=not weights, in_place=True)
+    return c
+
+
+def _elementwise_forward(c0, weights, arrays, activation, solver):
+    c = _elementwise(c0, weights, arrays, activation, solver)
+    return c, (c0, weights, arrays, c)
+
+
+def _elementwise_backward(activation, solver, residuals, g):
+    """Back in time: dc_{t-1} and what step t gives to its rows, by the chain rule of one step."""
+    c0, weights, arrays, c = residuals
+
+    def step(carry, weights, rows):
+        (d_before, *d_weights), (*rows, g, before) = carry, rows
+        weights = tuple(jnp.broadcast_to(w, before.shape) for w in weights)  # their gradients are summed at the end
+        _, chain = jax.vjp(partial(_step, activation=activation), before, weights, tuple(rows))
+        d_before, d_step, d_rows = chain(d_before + g)
+        return (d_before, *(sum(pair) for pair in zip(d_weights, d_step, strict=True))), d_rows
+
+    (d_c0, *d_weights), d_arrays = SOLVERS[solver](
+        step,
+        (jnp.zeros_like(c0),) * (1 + len(weights)),
+        weights,
+        (*arrays, g),
+        tuple((n, a.dtype) for n, a in enumerate(arrays)),
+        ahead=(c, c0),
+        backwards=True,
+        affine=not weights,
+    )
+    return d_c0, tuple(d.sum(0) for d in d_weights), d_arrays
+
+
+_elementwise.defvjp(_elementwise_forward, _elementwise_backward)
+
+
+def _step(c: Array, weights: Rows, rows: Rows, activation: str) -> Array:
+    """c_t of elementwise gates; `weights` are those of the input and the forget gate on h_{t-1}, if they see it."""
+    z_i, z_f, u = rows
+    c = _before(z_f, c)
+    if weights:
+        h = ACTIVATIONS[activation](c)
+        z_i, z_f = z_i + weights[0] * h, z_f + weights[1] * h
+    return jax.nn.sigmoid(z_i) * u + jax.nn.sigmoid(z_f) * c
+
+
+def _before(z_f: Array, c: Array) -> Array:
+    """c_{t-1} as the step sees it: nothing where a forget gate of -inf starts a segment."""
+    return jnp.where(z_f == -jnp.inf, 0.0, c)
 
 
 @partial(jax.custom_jvp, nondiff_argnums=(3,))
@@ -72,17 +162,16 @@ def _sequential_states(params: Params, steps: Steps, c0: State, activation: str)
 def _sequential_states_jvp(activation, primals, tangents):
     (params, steps, c0), (d_params, d_steps, d_c0) = primals, tangents
     states, gates = _walk(params, steps, c0, activation)
-    before = _where(steps.starts, 0.0, jnp.concatenate([c0[None], states[:-1]]))
+    seen = steps.z[..., 1, :]
+    before = _before(seen, jnp.concatenate([c0[None], states[:-1]]))
     answer = gates * (1 - gates) * jnp.stack([steps.u, before], axis=-2)  # dc_t / dz_t
 
     # r_t: the weights and the inputs, at a fixed c_{t-1}.
     _, d_z = jax.jvp(lambda p: gates_of_state(p, before, activation), (params,), (d_params,))
     r = jnp.sum(answer * (d_steps.z + d_z), axis=-2) + gates[..., 0, :] * d_steps.u
-    r = _where(steps.padding, 0.0, r)
 
     # J_t: what the decay passes on, and what the gates make of h_{t-1}.
-    f = _where(steps.padding, 1.0, _where(steps.starts, 0.0, gates[..., 1, :]))
-    answer = _where(steps.padding, 0.0, _where(steps.starts, 0.0, answer))
+    f, answer = gates[..., 1, :], _before(seen[..., None, :], answer)
     at_step = partial(_jacobian_product, params, activation)
     r = r.at[0].add(at_step((before[0], f[0], answer[0]), d_c0))
     return states, _linear_solve(at_step, (before, f, answer), r)
@@ -92,10 +181,10 @@ def _walk(params: Params, steps: Steps, c0: State, activation: str) -> tuple[Sta
     """The states, and the gates that made them."""
 
     def walk(c, step):
-        before = _where(step.starts, 0.0, c)
+        before = _before(step.z[..., 1, :], c)
         recurrent = gates_of_state(params, before, activation)
         gates = jax.nn.sigmoid(step.z + recurrent.astype(c.dtype))
-        after = _where(step.padding, c, update(before, step.u, gates))
+        after = update(before, step.u, gates)
         return after, (after, gates)
 
     return lax.scan(walk, c0, steps)[1]
@@ -130,10 +219,3 @@ def _linear_solve(at_step: Callable[[Any, Array], Array], steps: Any, r: States)
         return v - at_step(steps, jnp.concatenate([zero[None], v[:-1]]))
 
     return lax.custom_linear_solve(matvec, r, solve, transpose_solve)
-
-
-def _where(mask: Array | None, value: Array | float, otherwise: Array) -> Array:
-    """`value` where the mask of the leading axes says so; without a mask nowhere."""
-    if mask is None:
-        return otherwise
-    return jnp.where(mask.reshape(mask.shape + (1,) * (otherwise.ndim - mask.ndim)), value, otherwise)

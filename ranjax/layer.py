@@ -11,7 +11,7 @@ from jax import Array, lax
 from jax.typing import ArrayLike
 
 from ranjax.cell import RANCell, checked_carry, content, gates_of_input, output
-from ranjax.gated import Steps, states
+from ranjax.gated import FUSED, Steps, masked, states
 from ranjax.scan import SOLVERS, state_dtype
 
 
@@ -22,13 +22,17 @@ class RAN(nn.Module):
         c_t = i_t * (W_c x_t) + f_t * c_{t-1}, \qquad h_t = g(c_t)
 
     The parameters are those of `nn.RNN(cell)`, so either loads the other's. The products with x are made for
-    the whole sequence at once. With `gates="input"` the states are one linear recurrence, solved by
-    `ranjax.linear_recurrence`; the other gates read h_{t-1} and are walked through step by step.
+    the whole sequence at once. With `gates="input"` the states are one linear recurrence; the other gates read
+    h_{t-1} and are walked through step by step.
+
+    With `solver="auto"` or `"pallas"`, gates that see the input or their own feature of h only go from their
+    pre-activations straight to the states, and no gate is stored: the gradient (reverse mode, once) recomputes
+    them. Forward mode and higher derivatives of these gates take an explicit solver, such as `"sequential"`.
 
     Attributes:
       cell: a `RANCell`.
-      solver: for `gates="input"` a solver of `ranjax.linear_recurrence`; for the other gates `"auto"` or
-        `"sequential"`.
+      solver: for `gates="input"` a solver of `ranjax.linear_recurrence`; for `"diagonal"` `"auto"`, `"pallas"` or
+        `"sequential"`; for `"recurrent"` `"auto"` or `"sequential"`.
       time_major: axes are `(time, *batch, in)` instead of `(*batch, time, in)`.
       return_carry: return `(carry, outputs)` instead of the outputs alone.
       reverse: process from the last step to the first; the outputs come in the order of processing.
@@ -60,12 +64,11 @@ class RAN(nn.Module):
             raise TypeError(
                 f"`cell` must be a ranjax.RANCell; got a {type(self.cell).__name__}. Use nn.RNN for other cells."
             )
-        parallel = self.cell.gates == "input"
-        allowed = tuple(SOLVERS) if parallel else ("auto", "sequential")
+        allowed = {"input": tuple(SOLVERS), "diagonal": ("sequential", *FUSED)}
+        allowed = allowed.get(self.cell.gates, ("auto", "sequential"))
         if self.solver not in allowed:
-            why = (
-                "" if parallel else " These gates read h_{t-1}, so this is not one linear recurrence; gates='input' is."
-            )
+            why = " These gates read h_{t-1}, so this is not one linear recurrence; gates='input' is."
+            why = "" if self.cell.gates == "input" else why
             raise ValueError(
                 f"`solver` must be one of {', '.join(map(repr, allowed))} for gates={self.cell.gates!r}; "
                 f"got {self.solver!r}.{why}"
@@ -129,14 +132,15 @@ class RAN(nn.Module):
 
         params, x = self.cell.parameters(x)
         c0 = self._initial(initial_carry, init_key, (*batch, x.shape[-1]), x.dtype)
-        u, z = content(params, x).astype(c0.dtype), gates_of_input(params, x).astype(c0.dtype)
-        steps = jax.tree.map(lambda a: jnp.moveaxis(a, time, 0), Steps(u, z, segment_starts, padding))
-        c = states(params, steps, c0, activation=self.cell.activation, solver=self.solver)
-        h = jnp.moveaxis(output(params, c, self.cell.activation).astype(x.dtype), 0, time)
+        steps, masks = Steps(content(params, x), gates_of_input(params, x)), (segment_starts, padding)
+        steps, masks = jax.tree.map(lambda a: jnp.moveaxis(a, time, 0), (steps, masks))
+        c = states(params, masked(steps, *masks), c0, activation=self.cell.activation, solver=self.solver)
+        c = jnp.moveaxis(c, 0, time)
+        h = output(params, c, self.cell.activation).astype(x.dtype)
 
         if reverse and (self.keep_order if keep_order is None else keep_order):
             h = flip(h)
-        carry = c[-1] if len(c) else c0
+        carry = lax.index_in_dim(c, -1, time, keepdims=False) if c.shape[time] else c0
         return (carry, h) if (self.return_carry if return_carry is None else return_carry) else h
 
     def _initial(self, carry: ArrayLike | None, key: Array | None, shape: tuple[int, ...], dtype: Dtype) -> Array:

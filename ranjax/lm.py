@@ -106,6 +106,11 @@ class LanguageModel(nn.Module):
     def embedding_size(self) -> int:
         return self.embedding or (self._outputs[-1] if self.tie else self.sizes[0])
 
+    @property
+    def _time_major(self) -> bool:
+        """Whether the layers run with time first: where they walk through full matrices step by step."""
+        return self.cell != "ran" or self.gates == "recurrent"
+
     def setup(self):
         init = uniform(self.init_scale or 0.1)
         self.embed = nn.Embed(self.vocabulary, self.embedding_size, embedding_init=init)
@@ -118,25 +123,26 @@ class LanguageModel(nn.Module):
             self.decode = nn.Dense(self.vocabulary, kernel_init=kernel_init, dtype=self.dtype)
 
     def _layer(self, features: int) -> nn.Module:
-        """One layer over a sequence, time first, that returns `(carry, outputs)`."""
+        """One layer over a sequence that returns `(carry, outputs)`."""
         options: dict = {"dtype": self.dtype}
         if self.init_scale:
             options |= {"kernel_init": uniform(self.init_scale), "recurrent_kernel_init": uniform(self.init_scale)}
         if self.cell == "ran":
             cell = RANCell(features, self.gates, self.activation, self.projection, **options)
-            return RAN(cell, self.solver, time_major=True, return_carry=True)
+            return RAN(cell, self.solver, time_major=self._time_major, return_carry=True)
         cells: dict[str, Callable] = {"lstm": nn.OptimizedLSTMCell, "gru": nn.GRUCell, "rnn": nn.SimpleCell}
         return nn.RNN(cells[self.cell](features, **options), time_major=True, return_carry=True)
 
     def hidden(self, tokens: Tokens, state: State | None = None, *, deterministic: bool) -> tuple[Array, State]:
         """The last layer's outputs, `(batch, time, out)`, and the state; see `__call__`."""
-        h = self.drop(self.embed(jnp.asarray(tokens).T), deterministic=deterministic)
+        tokens = jnp.asarray(tokens).T if self._time_major else jnp.asarray(tokens)
+        h = self.drop(self.embed(tokens), deterministic=deterministic)
         carries = []
         for layer, carry in zip(self.stack, state or (None,) * len(self.stack), strict=True):
             carry, h = layer(h, initial_carry=carry)
             h = self.drop(h, deterministic=deterministic)
             carries.append(carry)
-        return jnp.swapaxes(h, 0, 1), tuple(carries)
+        return jnp.swapaxes(h, 0, 1) if self._time_major else h, tuple(carries)
 
     def logits(self, hidden: Array) -> Array:
         """The output layer: `(..., vocabulary)` in float32 or wider."""

@@ -5,15 +5,18 @@ rule: the derivative of a linear recurrence is a linear recurrence, so no solver
 Axes are `(*batch, time, features)` throughout.
 """
 
-from collections.abc import Callable
+import math
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import Array, lax
 from jax.typing import ArrayLike
 from jaxtyping import Float
+
+from ranjax.kernels import Outs, Rows, Step, Walk
+from ranjax.kernels.plain import associative, chunked, sequential
 
 Sequence = Float[Array, "*batch time features"]
 State = Float[Array, "*batch features"]
@@ -63,14 +66,14 @@ def linear_recurrence(
     if solver not in SOLVERS:
         raise ValueError(f"`solver` must be one of {', '.join(map(repr, SOLVERS))}; got {solver!r}.")
     decay, inputs, initial = _as_states(decay, inputs, initial)
-    if inputs.shape[-2] == 0:
+    if inputs.size == 0:
         return inputs
     return _recurrence(decay, inputs, initial, solver, reverse)
 
 
 @partial(jax.custom_jvp, nondiff_argnums=(3, 4))
 def _recurrence(decay: Sequence, inputs: Sequence, initial: State, solver: str, reverse: bool) -> Sequence:
-    return SOLVERS[solver](decay, inputs, initial, reverse)
+    return _solved(_step, decay, inputs, initial, solver, reverse)
 
 
 @_recurrence.defjvp
@@ -92,10 +95,10 @@ def _linear_solve(decay: Sequence, source: Sequence, solver: str, reverse: bool)
     zero = jnp.zeros_like(source[..., 0, :])
 
     def solve(_, b):
-        return SOLVERS[solver](decay, b, zero, reverse)
+        return _solved(_step, decay, b, zero, solver, reverse)
 
     def transpose_solve(_, d):
-        return SOLVERS[solver](_before(decay, zero, not reverse), d, zero, not reverse)
+        return _solved(_transposed_step, decay, d, zero, solver, not reverse)
 
     def matvec(h):
         return h - decay * _before(h, zero, reverse)
@@ -103,42 +106,80 @@ def _linear_solve(decay: Sequence, source: Sequence, solver: str, reverse: bool)
     return lax.custom_linear_solve(matvec, source, solve, transpose_solve)
 
 
-def _sequential(decay: Sequence, inputs: Sequence, initial: State, reverse: bool) -> Sequence:
-    """One step after another: time moves to the front, `lax.scan` walks over it."""
-
-    def step(h, ab):
-        a, b = ab
-        h = a * h + b
-        return h, h
-
-    steps = jnp.moveaxis(decay, -2, 0), jnp.moveaxis(inputs, -2, 0)
-    return jnp.moveaxis(lax.scan(step, initial, steps, reverse=reverse)[1], 0, -2)
+def _solved(step: Step, decay: Sequence, inputs: Sequence, initial: State, solver: str, reverse: bool) -> Sequence:
+    """What a walk over the sequences writes."""
+    time, features = inputs.shape[-2:]
+    carry, arrays = (initial.reshape(-1, features),), tuple(a.reshape(-1, time, features) for a in (decay, inputs))
+    options = {"backwards": reverse, "affine": True, "in_place": step is _step}
+    _, (states,) = SOLVERS[solver](step, carry, (), arrays, ((1, inputs.dtype),), **options)
+    return states.reshape(inputs.shape)
 
 
-def _associative(decay: Sequence, inputs: Sequence, initial: State, reverse: bool) -> Sequence:
-    """All steps at once: the maps h -> a h + b compose associatively."""
-
-    def compose(earlier, later):
-        (a, b), (a_, b_) = earlier, later
-        return a_ * a, a_ * b + b_
-
-    product, states = lax.associative_scan(compose, (decay, inputs), reverse=reverse, axis=inputs.ndim - 2)
-    return product * initial[..., None, :] + states
+def _step(carry: Rows, _: Rows, rows: Rows) -> tuple[Rows, Rows]:
+    """h_t = a_t h_{t-1} + b_t."""
+    (h,), (a, b) = carry, rows
+    h = a * h + b
+    return (h,), (h,)
 
 
-def _auto(decay: Sequence, inputs: Sequence, initial: State, reverse: bool) -> Sequence:
-    """The choice by platform, made at lowering: one traced program serves every platform."""
+def _transposed_step(carry: Rows, _: Rows, rows: Rows) -> tuple[Rows, Rows]:
+    """g_t = a_{t+1} g_{t+1} + d_t, in a walk the other way that carries the product."""
+    (ag,), (a, d) = carry, rows
+    g = ag + d
+    return (a * g,), (g,)
+
+
+def _auto(step: Step, carry: Rows, constants: Rows, arrays: Rows, outs: Outs, *, ahead=None, **options):
+    """The first of `CHOICES` that fits the platform, known at lowering, and the shape."""
+    channels = carry[0].size
+
+    def on(platform):
+        solver = next(c.solver for c in CHOICES if c.platform == platform and channels < c.channels)
+        return lambda *operands: SOLVERS[solver](step, *operands[:3], outs, ahead=operands[3], **options)
+
+    platforms = dict.fromkeys(choice.platform for choice in CHOICES)
+    return lax.platform_dependent(carry, constants, arrays, ahead, **{p: on(p) for p in platforms})
+
+
+def _pallas(step: Step, carry: Rows, constants: Rows, arrays: Rows, outs: Outs, *, ahead=None, **options):
+    """The kernel of the platform; without one, the GPU's, interpreted."""
+    from ranjax.kernels import gpu, tpu  # not at the top: a second's work that most programs never need
+
+    def on(walk, **more):
+        return lambda *operands: walk(step, *operands[:3], outs, ahead=operands[3], **options, **more)
+
     return lax.platform_dependent(
-        decay,
-        inputs,
-        initial,
-        cpu=partial(_sequential, reverse=reverse),
-        default=partial(_associative, reverse=reverse),
+        carry,
+        constants,
+        arrays,
+        ahead,
+        tpu=on(tpu.walk),
+        cuda=on(gpu.walk),
+        default=on(gpu.walk, interpret=True),
     )
 
 
-Solver = Callable[[Array, Array, Array, bool], Array]
-SOLVERS: dict[str, Solver] = {"auto": _auto, "sequential": _sequential, "associative": _associative}
+SOLVERS: dict[str, Walk] = {
+    "auto": _auto,
+    "sequential": sequential,
+    "associative": associative,
+    "chunked": chunked,
+    "pallas": _pallas,
+}
+
+
+class Choice(NamedTuple):
+    """What `"auto"` takes on a platform where batch times features is below `channels`."""
+
+    platform: str
+    channels: float
+    solver: str
+
+
+CHOICES = (
+    Choice("cpu", math.inf, "sequential"),
+    Choice("default", math.inf, "associative"),
+)
 
 
 def _before(states: Sequence, initial: State, reverse: bool) -> Sequence:

@@ -25,6 +25,14 @@ hypothesis.settings.register_profile(
 hypothesis.settings.load_profile("ranjax")
 
 
+@pytest.fixture(autouse=True, scope="session")
+def fewer_rows_ahead():
+    """Of the GPU kernel, whose interpretation compiles for a time that grows with them."""
+    from ranjax.kernels import gpu
+
+    gpu.AHEAD = 2
+
+
 @pytest.fixture
 def x64():
     jax.config.update("jax_enable_x64", True)

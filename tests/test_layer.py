@@ -11,13 +11,23 @@ from flax import linen as nn
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax.test_util import check_grads
-from test_cell import inputs, randomised, variants
+from test_cell import VARIANTS, inputs, randomised, variants
 
 from ranjax import RAN, RANCell
 from ranjax.cell import GATES
+from ranjax.gated import FUSED
 from ranjax.scan import SOLVERS
 
 pytestmark = pytest.mark.quick
+ELEMENTWISE = ("diagonal", "input")  # gates that a walk of their own serves
+WAYS = [
+    (options, solver)
+    for options in VARIANTS
+    for solver in (("auto", "sequential", "pallas") if options["gates"] in ELEMENTWISE else ("auto",))
+]
+ways = pytest.mark.parametrize(
+    ("options", "solver"), WAYS, ids=lambda v: v if isinstance(v, str) else "-".join(map(str, v.values()))
+)
 FLAGS = {"time_major": st.booleans(), "reverse": st.booleans(), "keep_order": st.booleans()}
 
 
@@ -54,9 +64,9 @@ def test_the_same_parameters_as_rnn(options):
     jax.tree.map(np.testing.assert_array_equal, ours, theirs)
 
 
-@variants
-def test_equals_the_equations_with_segments_and_padding(options, x64):
-    layer, variables = layer_and_variables(options, jnp.float64)
+@ways
+def test_equals_the_equations_with_segments_and_padding(options, solver, x64):
+    layer, variables = layer_and_variables(options, jnp.float64, solver=solver)
     x, c0 = inputs(3, 12, 3, dtype=np.float64), inputs(3, 4, seed=2, dtype=np.float64)
     lengths = np.array([0, 7, 12])
     starts = np.random.default_rng(5).random((3, 12)) < 0.3
@@ -67,9 +77,10 @@ def test_equals_the_equations_with_segments_and_padding(options, x64):
     np.testing.assert_allclose(h, outputs, rtol=1e-11, atol=1e-12)  # padded outputs repeat the last valid one
 
 
-@variants
-def test_derivatives_with_segments_and_padding(options, x64):
-    layer, variables = layer_and_variables(options, jnp.float64)
+@ways
+def test_derivatives_with_segments_and_padding(options, solver, x64):
+    layer, variables = layer_and_variables(options, jnp.float64, solver=solver)
+    once = solver in FUSED and options["gates"] in ELEMENTWISE
     x, c0 = inputs(2, 5, 3, dtype=np.float64), inputs(2, 4, seed=2, dtype=np.float64)
     starts = np.array([[0, 0, 1, 0, 1], [1, 0, 0, 1, 0]], bool)
 
@@ -77,20 +88,20 @@ def test_derivatives_with_segments_and_padding(options, x64):
     def run(variables, x, c0):
         return layer.apply(variables, x, initial_carry=c0, seq_lengths=np.array([5, 3]), segment_starts=starts)
 
-    check_grads(run, (variables, x, c0), order=1, modes=("fwd", "rev"))
+    check_grads(run, (variables, x, c0), order=1, modes=("rev",) if once else ("fwd", "rev"))
 
 
 @pytest.mark.parametrize("gates", GATES)
 def test_second_derivatives(gates, x64):
-    layer, variables = layer_and_variables({"gates": gates}, jnp.float64)
+    layer, variables = layer_and_variables({"gates": gates}, jnp.float64, solver="sequential")
     x, c0 = inputs(1, 3, 3, dtype=np.float64), inputs(1, 4, seed=2, dtype=np.float64)
     run = jax.jit(lambda *a: layer.apply(a[0], a[1], initial_carry=a[2]))
     check_grads(run, (variables, x, c0), order=2, modes=("fwd", "rev"))
 
 
-@variants
-def test_nan_in_the_padding_reaches_no_gradient(options):
-    layer, variables = layer_and_variables(options)
+@ways
+def test_nan_in_the_padding_reaches_no_gradient(options, solver):
+    layer, variables = layer_and_variables(options, solver=solver)
     x, lengths = inputs(2, 6, 3), np.array([2, 6])
     x[0, 2:] = np.nan
 
@@ -171,15 +182,26 @@ def test_any_batch_and_no_steps(gates, batch):
     assert gradient.shape == (*batch, 0, 3)
 
 
-@pytest.mark.parametrize("gates", GATES)
-def test_bfloat16_products(gates):
-    layer, variables = layer_and_variables({"gates": gates}, scale=0.4)
+@pytest.mark.parametrize(
+    ("gates", "solver"), [("recurrent", "auto"), *((g, s) for g in ELEMENTWISE for s in ("auto", "sequential"))]
+)
+def test_bfloat16_products(gates, solver):
+    layer, variables = layer_and_variables({"gates": gates}, scale=0.4, solver=solver)
     narrow = layer.copy(cell=layer.cell.copy(dtype=jnp.bfloat16))
     x = inputs(2, 50, 3)
     carry, h = narrow.apply(variables, x)
     wide, _ = layer.apply(variables, x)
     assert (carry.dtype, h.dtype) == (jnp.float32, jnp.bfloat16)
     np.testing.assert_allclose(carry, wide, atol=16 * 2**-8 * float(jnp.max(jnp.abs(wide))))
+
+
+@pytest.mark.parametrize("gates", ELEMENTWISE)
+def test_no_gate_is_stored_for_the_gradient(gates):
+    """Kept for the way back: x, pre-activations, content and states, nothing else of their size."""
+    layer, variables = layer_and_variables({"gates": gates, "activation": "identity"})
+    _, pullback = jax.vjp(lambda v, x: layer.apply(v, x)[1], variables, inputs(2, 500, 3))
+    words = sum(leaf.size for leaf in jax.tree.leaves(pullback) if leaf.size >= 1000) / (2 * 500)
+    assert words == 3 + 2 * 4 + 4 + 4
 
 
 def test_products_with_x_are_outside_the_loop():
@@ -211,5 +233,7 @@ def test_bad_options():
         RAN(nn.LSTMCell(4))
     with pytest.raises(ValueError, match=r"`solver` must be one of 'auto', 'sequential' .* read h_{t-1}"):
         RAN(RANCell(4), solver="associative")
+    with pytest.raises(ValueError, match=r"`solver` must be one of 'sequential', 'auto', 'pallas' .* read h_{t-1}"):
+        RAN(RANCell(4, gates="diagonal"), solver="chunked")
     with pytest.raises(ValueError, match=r"`solver` must be one of .*'associative'.* got 'magic'"):
         RAN(RANCell(4, gates="input"), solver="magic")

@@ -170,6 +170,18 @@ def test_states_are_float32_or_wider(solver, x64):
         assert [str(g.dtype) for g in gradient] == list(dtypes)
 
 
+@pytest.mark.parametrize("solver", [solver for solver in SOLVERS if solver != "pallas"])
+def test_memory_of_the_gradient_does_not_grow_with_the_logarithm_of_the_length(solver):
+    """Temporaries beside inputs, states and results, in arrays of their size."""
+
+    def temporaries(time):
+        arrays = [jnp.asarray(a) for a in problem((2,), time, 8, dtype=np.float32)]
+        gradient = jax.jit(lambda *a: jax.vjp(lambda *a: linear_recurrence(*a, solver=solver), *a)[1](a[1]))
+        return gradient.lower(*arrays).compile().memory_analysis().temp_size_in_bytes / arrays[1].nbytes
+
+    assert temporaries(4096) <= min(8, temporaries(256) + 0.5)
+
+
 def test_one_traced_program_serves_every_platform():
     traced = jax.jit(jax.grad(lambda *a: linear_recurrence(*a).sum(), (0, 1, 2))).trace(*problem(dtype=np.float32))
     lowered = {platform: traced.lower(lowering_platforms=(platform,)).as_text() for platform in ("cpu", "tpu", "cuda")}

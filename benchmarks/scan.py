@@ -1,0 +1,213 @@
+"""Linear recurrences, solver against solver: `python benchmarks/scan.py` writes results/ and prints a table.
+
+For each shape: forward, backward alone and whole gradient (milliseconds), the effective bandwidth over that of a copy
+measured in the same rounds (three words an element forward, five backward), temporary memory in arrays of the size
+of the inputs, seconds of compilation, and the largest deviation from a float64 loop.
+"""
+
+import dataclasses
+import json
+import re
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import peers
+import timing
+from jax import Array, lax
+
+from ranjax import linear_recurrence
+from ranjax.scan import SOLVERS
+
+RESULTS = Path(__file__).parent / "results"
+LENGTHS, WIDTHS = (64, 256, 1024, 4096, 16384, 65536), (64, 512, 2048)
+GRID = [(max(1, min(64, 2**22 // (time * features))), time, features) for time in LENGTHS for features in WIDTHS]
+SHAPES = ((8, 1024, 512), *GRID)  # (batch, time, features)
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """Linear recurrences, solver against solver.
+
+    Attributes:
+      solvers: of `ranjax.linear_recurrence`.
+      shapes: how many of the shapes, the main one first.
+      elements: shapes with more elements than this are left out.
+      seconds: for the rounds of one shape.
+      out: folder of the results.
+    """
+
+    solvers: tuple[str, ...] = ("sequential", "associative", "chunked", "auto")
+    shapes: int = len(SHAPES)
+    elements: int = 2**23
+    seconds: float = 10.0
+    out: Path = RESULTS
+
+
+def plain_scan(decay: Array, inputs: Array, initial: Array) -> Array:
+    """What one writes by hand; on its own layout, time first."""
+
+    def step(h, ab):
+        h = ab[0] * h + ab[1]
+        return h, h
+
+    return lax.scan(step, initial, (decay, inputs))[1]
+
+
+def plain_associative_scan(decay: Array, inputs: Array, initial: Array) -> Array:
+    """What one writes by hand."""
+
+    def compose(earlier, later):
+        return later[0] * earlier[0], later[0] * earlier[1] + later[1]
+
+    product, states = lax.associative_scan(compose, (decay, inputs), axis=1)
+    return product * initial[:, None] + states
+
+
+class Rival:
+    """A way to solve the recurrence, compiled for arrays of one shape."""
+
+    def __init__(self, solve: Callable, arrays: tuple[Array, ...], weight: Array, time_first: bool = False):
+        if time_first:
+            arrays, weight = (*(jnp.swapaxes(a, 0, 1) for a in arrays[:2]), arrays[2]), jnp.swapaxes(weight, 0, 1)
+        self.time_first, self.arrays, self.weight = time_first, arrays, weight
+        begin = time.perf_counter()
+        self.forward = jax.jit(solve).lower(*arrays).compile()
+        self.gradient = jax.jit(lambda g, *a: jax.vjp(solve, *a)[1](g)).lower(weight, *arrays).compile()
+        self.compile_seconds = time.perf_counter() - begin
+        chain = jax.jit(lambda *a: jax.vjp(solve, *a)[1])(*arrays)
+        self.backward = jax.jit(lambda chain, g: chain(g)).lower(chain, weight).compile()
+        self.chain = chain
+
+    def calls(self) -> dict[str, Callable[[], Any]]:
+        return {
+            "forward": lambda: self.forward(*self.arrays),
+            "backward": lambda: self.backward(self.chain, self.weight),
+            "gradient": lambda: self.gradient(self.weight, *self.arrays),
+        }
+
+    def memory(self) -> float:
+        """Temporaries of the gradient, in arrays of the size of the inputs."""
+        return round(self.gradient.memory_analysis().temp_size_in_bytes / self.arrays[1].nbytes, 2)
+
+    def deviation(self, states: np.ndarray, gradient: np.ndarray) -> float:
+        """Largest, of the states and of the gradient of the inputs, over the largest value there is."""
+        ours = [np.asarray(self.forward(*self.arrays)), np.asarray(self.gradient(self.weight, *self.arrays)[1])]
+        ours = [a.swapaxes(0, 1) for a in ours] if self.time_first else ours
+        return max(float(np.abs(a - b).max() / np.abs(b).max()) for a, b in zip(ours, (states, gradient), strict=True))
+
+
+def reference(arrays: tuple[Array, ...], weight: Array) -> tuple[np.ndarray, np.ndarray]:
+    """States, and gradient of the inputs, by a loop in float64."""
+    decay, inputs, h = (np.asarray(a, np.float64) for a in arrays)
+    states, gradient = np.zeros_like(inputs), np.zeros_like(inputs)
+    for t in range(inputs.shape[1]):
+        h = states[:, t] = decay[:, t] * h + inputs[:, t]
+    h = np.zeros_like(h)
+    for t in reversed(range(inputs.shape[1])):
+        gradient[:, t] = h + np.asarray(weight[:, t], np.float64)
+        h = decay[:, t] * gradient[:, t]
+    return states, gradient
+
+
+def measure(batch: int, time: int, features: int, options: Options) -> list[dict]:
+    """The rows of one shape."""
+    rng = np.random.default_rng(0)
+    shape = (batch, time, features)
+    decay = jnp.asarray(rng.uniform(0.5, 1.0, shape), jnp.float32)
+    inputs, weight = (jnp.asarray(rng.normal(size=shape), jnp.float32) for _ in range(2))
+    arrays = decay, inputs, jnp.asarray(rng.normal(size=(batch, features)), jnp.float32)
+    rivals = {
+        f"ranjax, {solver}": Rival(lambda *a, s=solver: linear_recurrence(*a, solver=s), arrays, weight)
+        for solver in options.solvers
+    }
+    rivals["autodiff of lax.scan"] = Rival(plain_scan, arrays, weight, time_first=True)
+    rivals["autodiff of associative_scan"] = Rival(plain_associative_scan, arrays, weight)
+
+    expected = dict.fromkeys(rivals, reference(arrays, weight))
+    positive = np.asarray(decay), np.abs(np.asarray(inputs)), np.asarray(weight)  # some work on logarithms
+    others = {name: build(*positive) for name, build in peers.installed().items()}
+    rivals |= others
+    if others:
+        zero = np.zeros((batch, features), np.float32)
+        expected |= dict.fromkeys(others, reference((*positive[:2], zero), weight))
+
+    copy = jax.jit(lambda x: x + 1)
+    calls = {("copy", "forward"): lambda: copy(inputs)}
+    calls |= {(name, part): call for name, rival in rivals.items() for part, call in rival.calls().items()}
+    times = {key: timing.summary(value) for key, value in timing.alternate(calls, seconds=options.seconds).items()}
+    words = inputs.nbytes / 1e6
+    copied = 2 * words / times["copy", "forward"]["median_ms"]  # GB/s
+    rows = []
+    for name, rival in rivals.items():
+        parts = {part: times[name, part] for part in ("forward", "backward", "gradient")}
+        rows.append(
+            {"name": name, "batch": batch, "time": time, "features": features}
+            | {f"{part}_ms": round(t["median_ms"], 3) for part, t in parts.items()}
+            | {f"{part}_least_ms": round(t["least_ms"], 3) for part, t in parts.items()}
+            | {
+                "copy_gb_s": round(copied, 2),
+                "forward_over_copy": round(3 * words / parts["forward"]["median_ms"] / copied, 3),
+                "backward_over_copy": round(5 * words / parts["backward"]["median_ms"] / copied, 3),
+                "temporaries": rival.memory(),
+                "compile_s": round(rival.compile_seconds, 2),
+                "deviation": rival.deviation(*expected[name]),
+                "rounds": parts["gradient"]["rounds"],
+            }
+        )
+    return rows
+
+
+def draw(rows: list[dict], path: Path, title: str) -> None:
+    """Nanoseconds an element of the whole gradient, over the length, one panel for each number of features."""
+    from matplotlib.figure import Figure
+
+    widths = sorted({row["features"] for row in rows})
+    figure = Figure(figsize=(4 * len(widths), 4), layout="constrained")
+    panels = figure.subplots(1, len(widths), sharey=True, squeeze=False)[0]
+    for panel, features in zip(panels, widths, strict=True):
+        for name in dict.fromkeys(row["name"] for row in rows):
+            points = sorted(
+                (row["time"], 1e6 * row["gradient_ms"] / (row["batch"] * row["time"] * features))
+                for row in rows
+                if row["name"] == name and row["features"] == features
+            )
+            panel.plot(*zip(*points, strict=True), marker="o", markersize=3, label=name)
+        panel.set(xscale="log", yscale="log", xlabel="length", title=f"{features} features")
+    panels[0].set_ylabel("gradient, ns an element")
+    panels[0].legend(fontsize="x-small")
+    figure.suptitle(title)
+    figure.savefig(path, dpi=110)
+
+
+def main(options: Options) -> None:
+    stamp, rows = timing.stamp(), []
+    for shape in SHAPES[: options.shapes]:
+        if np.prod(shape) > options.elements:
+            continue
+        found = measure(*shape, options)
+        rows += found
+        print("batch {}, time {}, features {}".format(*shape))
+        for row in found:
+            print(
+                "  {name:30} forward {forward_ms:8.2f} ms ({forward_over_copy:.2f} of a copy)  backward "
+                "{backward_ms:8.2f} ms ({backward_over_copy:.2f})  gradient {gradient_ms:8.2f} ms  temporaries "
+                "{temporaries}  compile {compile_s:5.2f} s  deviation {deviation:.1e}".format(**row),
+                flush=True,
+            )
+    options.out.mkdir(parents=True, exist_ok=True)
+    name = re.sub(r"\W+", "-", stamp["device"].lower()).strip("-")
+    (options.out / f"scan-{name}.json").write_text(
+        json.dumps(stamp | {"solvers": sorted(SOLVERS), "rows": rows}, indent=1)
+    )
+    draw(rows, options.out / f"scan-{name}.png", f"{stamp['device']}, {stamp['date']}, jax {stamp['jax']}")
+
+
+if __name__ == "__main__":
+    import tyro
+
+    main(tyro.cli(Options))

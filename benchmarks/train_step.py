@@ -1,0 +1,160 @@
+"""Whole training steps, a RAN's against those of PyTorch's nn.LSTM and nn.GRU: `python benchmarks/train_step.py`.
+
+Language models of the same sizes, on the same batch, without dropout, with clipping by global norm, plain SGD and a
+carried state: what differs is the cell and the library. Steps alternate in blocks, so that whatever else the machine
+does falls on all of them.
+"""
+
+import dataclasses
+import json
+import os
+import re
+from pathlib import Path
+
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # or one library's idle threads spin while the other works
+
+import timing
+
+RESULTS = Path(__file__).parent / "results"
+SIZES = ((200, 20, 35), (650, 20, 35), (1024, 64, 512))  # features of both layers, batch, steps
+VOCABULARY = 10_000
+BLOCK = 5  # steps timed together
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """Whole training steps against PyTorch's.
+
+    Attributes:
+      sizes: how many of the sizes, from the smallest.
+      seconds: for the rounds of one size.
+      out: folder of the results.
+    """
+
+    sizes: int = 2
+    seconds: float = 60.0
+    out: Path = RESULTS
+
+
+def ranjax_steps(features: int, batch: int, steps: int, **options):
+    """A call that trains for BLOCK steps and returns what they changed."""
+    import jax.numpy as jnp
+    import numpy as np
+
+    from ranjax.config import Config
+    from ranjax.step import build_model, initial_state, make_optimizer, make_step
+
+    config = Config(
+        features=(features,), batch_size=batch, steps=steps, dropout=0.0, tie=False, optimizer="sgd",
+        learning_rate=0.1, schedule="constant", **options,
+    )  # fmt: skip
+    model = build_model(config, VOCABULARY)
+    optimizer = make_optimizer(config, 1)
+    text = jnp.asarray(np.random.default_rng(0).integers(0, VOCABULARY, (batch, 4 * steps + 1)), jnp.int32)
+    step, state = make_step(model, optimizer, config, windows=4), [initial_state(model, optimizer, config)]
+
+    def run():
+        for _ in range(BLOCK):
+            state[0] = step(state[0], text)
+        return state[0].params
+
+    return run
+
+
+def torch_cells() -> dict:
+    """PyTorch's stacks of cells, and a RAN written with PyTorch where it is installed."""
+    import torch
+
+    cells = {"PyTorch nn.LSTM": torch.nn.LSTM, "PyTorch nn.GRU": torch.nn.GRU}
+    try:
+        import torchrecurrent
+    except ImportError:
+        return cells
+    return cells | {"torchrecurrent RAN": torchrecurrent.RAN}
+
+
+def torch_steps(features: int, batch: int, steps: int, cell):
+    """The same with PyTorch."""
+    import torch
+
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    torch.set_float32_matmul_precision("high")  # as JAX's default on a GPU
+    torch.manual_seed(0)
+    embed = torch.nn.Embedding(VOCABULARY, features).to(device)
+    stack = cell(features, features, num_layers=2).to(device)
+    decode = torch.nn.Linear(features, VOCABULARY).to(device)
+    parameters = [p for module in (embed, stack, decode) for p in module.parameters()]
+    optimizer = torch.optim.SGD(parameters, lr=0.1)
+    text = torch.randint(VOCABULARY, (4 * steps + 1, batch), device=device)
+    state = [None, 0]
+
+    def detached(carry):
+        return tuple(c.detach() for c in carry) if isinstance(carry, tuple) else carry.detach()
+
+    def run():
+        for _ in range(BLOCK):
+            first = state[1] % 4 * steps
+            window = text[first : first + steps + 1]
+            hidden, carry = stack(embed(window[:-1]), state[0])
+            logits = decode(hidden).reshape(-1, VOCABULARY)
+            loss = torch.nn.functional.cross_entropy(logits, window[1:].reshape(-1), reduction="sum") / batch
+            optimizer.zero_grad(set_to_none=True)
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(parameters, 5.0)
+            optimizer.step()
+            state[:] = detached(carry), state[1] + 1
+        return decode.weight
+
+    return run
+
+
+def measure(features: int, batch: int, steps: int, seconds: float) -> list[dict]:
+    calls = {
+        f"RAN, {gates} gates": ranjax_steps(features, batch, steps, gates=gates)
+        for gates in ("recurrent", "diagonal", "input")
+    }
+    calls["flax OptimizedLSTMCell"] = ranjax_steps(features, batch, steps, cell="lstm")
+    calls |= {name: torch_steps(features, batch, steps, cell) for name, cell in torch_cells().items()}
+    times = timing.alternate(calls, seconds=seconds)
+    rows = []
+    for name, found in times.items():
+        found = timing.summary(found)
+        rows.append(
+            {
+                "name": name,
+                "features": features,
+                "batch": batch,
+                "steps": steps,
+                "step_ms": round(found["median_ms"] / BLOCK, 2),
+                "step_least_ms": round(found["least_ms"] / BLOCK, 2),
+                "tokens_per_second": round(batch * steps * BLOCK / found["median_ms"] * 1e3),
+                "rounds": found["rounds"],
+            }
+        )
+    lstm = next(row for row in rows if row["name"] == "PyTorch nn.LSTM")
+    return [row | {"over_torch_lstm": round(lstm["step_ms"] / row["step_ms"], 2)} for row in rows]
+
+
+def main(options: Options) -> None:
+    import torch
+
+    stamp, rows = timing.stamp() | {"torch": torch.__version__}, []
+    for features, batch, steps in SIZES[: options.sizes]:
+        found = measure(features, batch, steps, options.seconds)
+        rows += found
+        print(f"2 x {features}, batch {batch}, {steps} steps, vocabulary {VOCABULARY:,}")
+        for row in found:
+            print(
+                "  {name:24} {step_ms:8.1f} ms a step (least {step_least_ms:.1f}), {tokens_per_second:9,} tokens/s, "
+                "{over_torch_lstm:.2f} times PyTorch's LSTM".format(**row),
+                flush=True,
+            )
+    options.out.mkdir(parents=True, exist_ok=True)
+    name = re.sub(r"\W+", "-", stamp["device"].lower()).strip("-")
+    (options.out / f"train-step-{name}.json").write_text(json.dumps(stamp | {"rows": rows}, indent=1))
+
+
+if __name__ == "__main__":
+    import tyro
+
+    main(tyro.cli(Options))
