@@ -5,6 +5,7 @@ turn, round after round, so that whatever else the machine does falls on all of 
 """
 
 import datetime
+import os
 import platform
 import statistics
 import time
@@ -42,8 +43,6 @@ def summary(times: list[float]) -> dict[str, float]:
 
 def device() -> str:
     """The accelerator, or the processor and its cores as this process may use them."""
-    import os
-
     import jax
 
     first = jax.devices()[0]
@@ -56,7 +55,12 @@ def stamp() -> dict[str, str]:
     """What a result file says of where and when it was made."""
     import jax
 
-    return {"device": device(), "date": datetime.date.today().isoformat(), "jax": jax.__version__}
+    return {
+        "device": device(),
+        "date": datetime.date.today().isoformat(),
+        "jax": jax.__version__,
+        "GLIBC_TUNABLES": os.environ.get("GLIBC_TUNABLES", ""),
+    }
 
 
 def _processor() -> str:

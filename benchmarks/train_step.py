@@ -15,6 +15,8 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # or one library's idle thr
 
 import timing
 
+from ranjax.hugepages import restart_with_huge_pages
+
 RESULTS = Path(__file__).parent / "results"
 SIZES = ((200, 20, 35), (650, 20, 35), (1024, 64, 512))  # features of both layers, batch, steps
 VOCABULARY = 10_000
@@ -157,4 +159,5 @@ def main(options: Options) -> None:
 if __name__ == "__main__":
     import tyro
 
+    restart_with_huge_pages()
     main(tyro.cli(Options))

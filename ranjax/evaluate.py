@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from ranjax.errors import UserError, exit_with_message
+from ranjax.hugepages import restart_with_huge_pages
 
 if TYPE_CHECKING:
     import numpy as np
@@ -145,4 +146,5 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
+    restart_with_huge_pages()
     main()

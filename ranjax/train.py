@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from ranjax.config import Config, check, parse, save_config
 from ranjax.errors import UserError, exit_with_message
+from ranjax.hugepages import restart_with_huge_pages
 from ranjax.vocabulary import load_vocabulary, save_vocabulary
 
 if TYPE_CHECKING:
@@ -219,4 +220,5 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
+    restart_with_huge_pages()
     main()
