@@ -9,9 +9,8 @@ r_t is a product over all steps at once, so only c and the linear system for dc 
 walked through step by step, and no loop accumulates the gradient of a weight.
 """
 
-from collections.abc import Callable
 from functools import partial
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -172,9 +171,11 @@ def _sequential_states_jvp(activation, primals, tangents):
 
     # J_t: what the decay passes on, and what the gates make of h_{t-1}.
     f, answer = gates[..., 1, :], _before(seen[..., None, :], answer)
-    at_step = partial(_jacobian_product, params, activation)
-    r = r.at[0].add(at_step((before[0], f[0], answer[0]), d_c0))
-    return states, _linear_solve(at_step, (before, f, answer), r)
+    _, slope = jax.jvp(ACTIVATIONS[activation], (before,), (jnp.ones_like(before),))
+    jacobians = Jacobians(f, answer, slope)
+    first = jax.tree.map(lambda a: a[0], jacobians)
+    r = r.at[0].add(_jacobian_product(params, first, d_c0))
+    return states, _linear_solve(params, jacobians, r)
 
 
 def _walk(params: Params, steps: Steps, c0: State, activation: str) -> tuple[States, Gates]:
@@ -190,32 +191,69 @@ def _walk(params: Params, steps: Steps, c0: State, activation: str) -> tuple[Sta
     return lax.scan(walk, c0, steps)[1]
 
 
-def _jacobian_product(params: Params, activation: str, step: tuple[Array, Array, Array], v: Array) -> Array:
+class Jacobians(NamedTuple):
+    """J_t of every step: v -> f * v + answer_i * (W_ih (slope * v)) + answer_f * (W_fh (slope * v)).
+
+    Attributes:
+      f: what the decay passes on.
+      answer: dc_t / dz_t of both gates, where they see c_{t-1}.
+      slope: dh_{t-1} / dc_{t-1}, before a projection.
+    """
+
+    f: Array
+    answer: Array
+    slope: Array
+
+
+def _jacobian_product(params: Params, at: Jacobians, v: Array) -> Array:
     """J_t v, for one step or for all of them."""
-    before, f, answer = step
-    _, d_z = jax.jvp(lambda c: gates_of_state(params, c, activation), (before,), (v,))
-    return f * v + jnp.sum(answer * d_z, axis=-2)
+    d_h = at.slope * v
+    _, d_z = jax.jvp(lambda h: gates_of_state(params, h, "identity"), (d_h,), (d_h,))
+    return at.f * v + jnp.sum(at.answer * d_z.astype(v.dtype), axis=-2)
 
 
-def _linear_solve(at_step: Callable[[Any, Array], Array], steps: Any, r: States) -> States:
+def _transposed(params: Params) -> Params:
+    """The weights as products with their transposes want them: turned once, not at every step of a loop."""
+    kernel = params["gates"]["recurrent_kernel"]
+    if kernel.ndim == 3:
+        kernel = jnp.moveaxis(kernel, 0, -1).reshape(-1, kernel.shape[0])
+    turned = {"gates": {"recurrent_kernel": kernel}}
+    return turned | ({"projection": {"kernel": params["projection"]["kernel"].T}} if "projection" in params else {})
+
+
+def _transposed_jacobian_product(turned: Params, at: Jacobians, v: Array) -> Array:
+    """The transpose of J_t, times v, for one step."""
+    d_z, kernel = at.answer * v[..., None, :], turned["gates"]["recurrent_kernel"]
+    if at.answer.shape[-2:] == kernel.shape:  # diagonal
+        d_h = jnp.sum(d_z * kernel, axis=-2)
+    else:
+        d_h = jnp.dot(d_z.reshape(*v.shape[:-1], -1).astype(kernel.dtype), kernel)
+    if "projection" in turned:
+        d_h = jnp.dot(d_h, turned["projection"]["kernel"])
+    return at.f * v + at.slope * d_h.astype(v.dtype)
+
+
+def _linear_solve(params: Params, jacobians: Jacobians, r: States) -> States:
     """v_t = J_t v_{t-1} + r_t from zero, as a linear system that JAX can transpose."""
     zero = jnp.zeros_like(r[0])
 
     def solve(_, r):
         def walk(v, step):
-            v = at_step(step[0], v) + step[1]
+            v = _jacobian_product(params, step[0], v) + step[1]
             return v, v
 
-        return lax.scan(walk, zero, (steps, r))[1]
+        return lax.scan(walk, zero, (jacobians, r))[1]
 
     def transpose_solve(_, g):
+        turned = _transposed(params)
+
         def walk(v, step):
             v = v + step[1]
-            return jax.linear_transpose(partial(at_step, step[0]), v)(v)[0], v
+            return _transposed_jacobian_product(turned, step[0], v), v
 
-        return lax.scan(walk, zero, (steps, g), reverse=True)[1]
+        return lax.scan(walk, zero, (jacobians, g), reverse=True)[1]
 
     def matvec(v):
-        return v - at_step(steps, jnp.concatenate([zero[None], v[:-1]]))
+        return v - _jacobian_product(params, jacobians, jnp.concatenate([zero[None], v[:-1]]))
 
     return lax.custom_linear_solve(matvec, r, solve, transpose_solve)
