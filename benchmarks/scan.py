@@ -27,7 +27,8 @@ from ranjax.scan import SOLVERS
 RESULTS = Path(__file__).parent / "results"
 LENGTHS, WIDTHS = (64, 256, 1024, 4096, 16384, 65536), (64, 512, 2048)
 GRID = [(max(1, min(64, 2**22 // (time * features))), time, features) for time in LENGTHS for features in WIDTHS]
-SHAPES = ((8, 1024, 512), *GRID)  # (batch, time, features)
+MAIN = (8, 1024, 512)
+SHAPES = (MAIN, *(shape for shape in GRID if shape != MAIN))  # (batch, time, features)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -174,7 +175,7 @@ def draw(rows: list[dict], path: Path, title: str) -> None:
     from matplotlib.figure import Figure
 
     widths = sorted({row["features"] for row in rows})
-    figure = Figure(figsize=(4 * len(widths), 4), layout="constrained")
+    figure = Figure(figsize=(4 * len(widths) + 3, 4), layout="constrained")
     panels = figure.subplots(1, len(widths), sharey=True, squeeze=False)[0]
     for panel, features in zip(panels, widths, strict=True):
         for name in dict.fromkeys(row["name"] for row in rows):
@@ -186,7 +187,7 @@ def draw(rows: list[dict], path: Path, title: str) -> None:
             panel.plot(*zip(*points, strict=True), marker="o", markersize=3, label=name)
         panel.set(xscale="log", yscale="log", xlabel="length", title=f"{features} features")
     panels[0].set_ylabel("gradient, ns an element")
-    panels[0].legend(fontsize="x-small")
+    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside right", fontsize="small")
     figure.suptitle(title)
     figure.savefig(path, dpi=110)
 

@@ -7,6 +7,7 @@ turn, round after round, so that whatever else the machine does falls on all of 
 import datetime
 import os
 import platform
+import random
 import statistics
 import time
 from collections.abc import Callable, Mapping
@@ -17,6 +18,8 @@ from typing import Any
 def alternate(calls: Mapping[str, Callable[[], Any]], *, seconds: float, rounds: tuple[int, int] = (5, 200)) -> dict:
     """Times every call once a round, for about so many seconds in all: the list of its times, in seconds, by name.
 
+    The order is drawn anew each round: what a call leaves behind, in caches and threads, falls on all the others.
+
     Args:
       calls: functions without arguments. What they return is waited for.
       seconds: after which no further round begins.
@@ -25,13 +28,14 @@ def alternate(calls: Mapping[str, Callable[[], Any]], *, seconds: float, rounds:
     for call in calls.values():
         _wait(call())
     times: dict[str, list[float]] = {name: [] for name in calls}
-    begin = time.perf_counter()
+    begin, order, shuffle = time.perf_counter(), list(calls), random.Random(0).shuffle
     for n in range(rounds[1]):
         if n >= rounds[0] and time.perf_counter() - begin > seconds:
             break
-        for name, call in calls.items():
+        shuffle(order)
+        for name in order:
             start = time.perf_counter()
-            _wait(call())
+            _wait(calls[name]())
             times[name].append(time.perf_counter() - start)
     return times
 

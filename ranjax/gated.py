@@ -10,7 +10,7 @@ walked through step by step, and no loop accumulates the gradient of a weight.
 """
 
 from functools import partial
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -85,7 +85,7 @@ def _fused(steps: Steps, c0: State, weights: Array | None, activation: str, solv
     z = jnp.moveaxis(steps.z.reshape(time, -1, 2, features), 0, 1)
     u = jnp.moveaxis(steps.u.reshape(time, -1, features), 0, 1)
     constants = () if weights is None else tuple(weights.astype(dtype))
-    c = _elementwise(c0.reshape(-1, features), constants, (z, u), activation, solver)
+    c = cast(Array, _elementwise(c0.reshape(-1, features), constants, (z, u), activation, solver))
     return jnp.moveaxis(c, 1, 0).reshape(time, *batch, features)
 
 

@@ -8,8 +8,6 @@ from jax.experimental.pallas import tpu as pltpu
 
 from ranjax.kernels import gpu, plain, tpu
 
-pytestmark = pytest.mark.quick
-
 
 def gpu_interpreted(*arguments, **options):
     return gpu.walk(*arguments, **options, interpret=True)
@@ -83,14 +81,17 @@ def problem(carries, constants, planes, ahead, batch, time, features, dtype=jnp.
 
 
 @pytest.mark.parametrize("walk", WALKS, ids=lambda walk: walk.__name__)
-@pytest.mark.parametrize("backwards", [False, True])
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    ("kind", "backwards"),
+    [("linear", False), ("reading ahead", False), ("reading ahead", True), ("planes", True), ("with constants", False)],
+)
 def test_equals_the_sequential_walk(walk, backwards, kind):
     compare(walk, backwards, kind, 19, 130)
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize("walk", WALKS, ids=lambda walk: walk.__name__)
-@pytest.mark.parametrize(("time", "features"), [(1, 3), (8, 128), (130, 5)])
+@pytest.mark.parametrize(("time", "features"), [(1, 3), (130, 5)])
 def test_lengths_and_widths(walk, time, features):
     compare(walk, True, "reading ahead", time, features)
 
@@ -122,6 +123,7 @@ def test_narrow_arrays_are_walked_in_the_dtype_of_the_carry(walk):
     np.testing.assert_allclose(end, states[:, -1], rtol=1e-6)
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize(
     ("walk", "platform", "call"), [(tpu.walk, "tpu", "tpu_custom_call"), (gpu.walk, "cuda", "triton")]
 )

@@ -18,12 +18,13 @@ from ranjax.cell import GATES
 from ranjax.gated import FUSED
 from ranjax.scan import SOLVERS
 
-pytestmark = pytest.mark.quick
 ELEMENTWISE = ("diagonal", "input")  # gates that a walk of their own serves
-WAYS = [
+WAYS = [(options, "auto") for options in VARIANTS]
+WAYS += [
     (options, solver)
     for options in VARIANTS
-    for solver in (("auto", "sequential", "pallas") if options["gates"] in ELEMENTWISE else ("auto",))
+    if options["gates"] in ELEMENTWISE and not options["projection"]
+    for solver in ("sequential", "pallas")
 ]
 ways = pytest.mark.parametrize(
     ("options", "solver"), WAYS, ids=lambda v: v if isinstance(v, str) else "-".join(map(str, v.values()))
@@ -57,6 +58,7 @@ def _run(layer, variables, x, c0, lengths, time_major, **flags):
     return carry, np.swapaxes(h, 0, 1) if time_major else h
 
 
+@pytest.mark.quick
 @variants
 def test_the_same_parameters_as_rnn(options):
     cell, x = RANCell(4, **options), inputs(2, 5, 3)
@@ -77,6 +79,7 @@ def test_equals_the_equations_with_segments_and_padding(options, solver, x64):
     np.testing.assert_allclose(h, outputs, rtol=1e-11, atol=1e-12)  # padded outputs repeat the last valid one
 
 
+@pytest.mark.quick
 @ways
 def test_derivatives_with_segments_and_padding(options, solver, x64):
     layer, variables = layer_and_variables(options, jnp.float64, solver=solver)
@@ -168,6 +171,7 @@ def test_inside_bidirectional(gates):
     np.testing.assert_allclose(h[1], expected[1], rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize("gates", GATES)
 @pytest.mark.parametrize("batch", [(), (2, 2)])
 def test_any_batch_and_no_steps(gates, batch):

@@ -87,7 +87,7 @@ def _call(
         program = pl.program_id(0)
         _walk_segment(
             step,
-            *_split(refs, operands),
+            _split(refs, operands),
             end_refs,
             out_refs,
             place=(program // (segments * blocks), program // blocks % segments, program % blocks),
@@ -108,10 +108,7 @@ def _call(
 
 def _walk_segment(
     step: Step,
-    carry: Any,
-    constants: Any,
-    arrays: Any,
-    ahead: Any,
+    operands: Any,
     ends: Any,
     outputs: Any,
     *,
@@ -120,6 +117,7 @@ def _walk_segment(
     backwards: bool,
 ) -> None:
     """One program: the channels of one block, over one segment of one sequence."""
+    carry, constants, arrays, ahead = operands
     (_, time, *_, features), dtype = arrays[0].shape, carry[0].dtype
     b, segment, block = place
     channels = pl.ds(block * CHANNELS, CHANNELS)
@@ -134,7 +132,7 @@ def _walk_segment(
         n = jnp.minimum(n, time - 1)
         return time - 1 - n if backwards else n
 
-    edge = load(ahead[1], b) if ahead else None
+    edge = load(ahead[1], b) if ahead else jnp.zeros(())
 
     def rows(n):
         found = [load(ref, b, moment(n), *plane) for ref in arrays for plane in _planes(ref)]

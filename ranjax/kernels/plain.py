@@ -84,7 +84,8 @@ def associative(
     (offset, slope), _ = affine_map(step)((still, still + 1), constants, rows)
     slope, offset = lax.associative_scan(compose, (slope, offset), reverse=backwards, axis=1)
     after = slope * first[:, None] + offset
-    _, made = step((following(after, first, not backwards),), constants, rows)
+    before = (following(after, first, not backwards),)
+    _, made = step(before, constants, rows)
     return (after[:, 0 if backwards else -1],), _outputs(made, arrays, outs)
 
 

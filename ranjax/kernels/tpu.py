@@ -143,8 +143,8 @@ def _walk_block(
     def walk_tile(k, carry):
         n = tall // TILE - 1 - k if backwards else k
         tiles = [tile_of(ref, plane, n) for ref in array_refs for plane in range(ref.shape[1])]
-        tile_ahead, edge = rows_ahead(n) if ahead_refs else (None, None)
-        made = [None] * TILE
+        tile_ahead, edge = rows_ahead(n) if ahead_refs else (jnp.zeros(()), jnp.zeros(()))
+        made: list[Rows] = [()] * TILE
         for r in order:
             moment = start + n * TILE + r
             rows = tuple(tile[r : r + 1] for tile in tiles)
