@@ -72,7 +72,7 @@ def associative(
     if not affine:
         return sequential(step, carry, constants, arrays, outs, ahead=ahead, backwards=backwards, in_place=in_place)
     (first,) = carry
-    rows = sum((_rows(array.astype(first.dtype), array.ndim == 3) for array in arrays), ())
+    rows: Rows = sum((_rows(array.astype(first.dtype), array.ndim == 3) for array in arrays), ())
     if ahead is not None:
         rows += (following(ahead[0].astype(first.dtype), ahead[1], backwards),)
 
