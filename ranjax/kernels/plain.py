@@ -39,7 +39,7 @@ def sequential(
 
     def advance(n, loop, last):
         carry, buffers = loop
-        found = sum((rows(array, n) for array in buffers[: len(arrays)]), ())
+        found = tuple(row for array in buffers[: len(arrays)] for row in rows(array, n))
         carry, made = step(carry, constants, found + last)
         buffers = list(buffers)
         for place, row in zip(places, _outputs(made, arrays, outs), strict=True):
@@ -72,7 +72,7 @@ def associative(
     if not affine:
         return sequential(step, carry, constants, arrays, outs, ahead=ahead, backwards=backwards, in_place=in_place)
     (first,) = carry
-    rows: Rows = sum((_rows(array.astype(first.dtype), array.ndim == 3) for array in arrays), ())
+    rows = tuple(row for array in arrays for row in _rows(array.astype(first.dtype), array.ndim == 3))
     if ahead is not None:
         rows += (following(ahead[0].astype(first.dtype), ahead[1], backwards),)
 
