@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import oracle
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax.test_util import check_grads
 
@@ -49,6 +49,7 @@ def test_equals_the_loop_in_float32(solver, seed, reverse, low):
 
 
 @solvers
+@settings(max_examples=4)
 @given(cut=st.sampled_from([0, 1, 13, 39, 40]), seed=st.integers(0, 2**32 - 1))
 def test_split_anywhere(solver, cut, seed, x64):
     decay, inputs, initial = problem(time=40, seed=seed)
@@ -120,7 +121,7 @@ def test_vmap_over_any_array(solver, reverse, x64):
 
     stacked = [np.stack([a, 2 * a - 1]) for a in problem(time=5)]
     gradient = jax.jit(jax.grad(lambda *a: solve(*a).sum(), (0, 1, 2)))
-    for axes in [(0, 0, 0), (None, 0, None), (0, None, None), (None, None, 0)]:
+    for axes in [(0, 0, 0), (None, 0, None), (0, None, 0)]:
         arrays = [a if axis == 0 else a[0] for a, axis in zip(stacked, axes)]
         mapped = jax.jit(jax.vmap(solve, axes))(*arrays)
         mapped_gradient = jax.jit(jax.vmap(gradient, axes))(*arrays)
