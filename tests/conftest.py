@@ -18,7 +18,7 @@ import pytest  # noqa: E402
 hypothesis.settings.register_profile(
     "ranjax",
     deadline=None,
-    max_examples=8,
+    max_examples=15,
     derandomize=True,
     suppress_health_check=[hypothesis.HealthCheck.function_scoped_fixture],  # `x64` is the same for every example
 )
