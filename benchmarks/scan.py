@@ -123,27 +123,7 @@ def reference(arrays: tuple[Array, ...], weight: Array) -> tuple[np.ndarray, np.
 
 def measure(batch: int, time: int, features: int, options: Options) -> list[dict]:
     """The rows of one shape."""
-    rng = np.random.default_rng(0)
-    shape = (batch, time, features)
-    decay = jnp.asarray(rng.uniform(0.5, 1.0, shape), jnp.float32)
-    inputs, weight = (jnp.asarray(rng.normal(size=shape), jnp.float32) for _ in range(2))
-    arrays = decay, inputs, jnp.asarray(rng.normal(size=(batch, features)), jnp.float32)
-    rivals = {
-        f"ranjax, {solver}": Rival(lambda *a, s=solver: linear_recurrence(*a, solver=s), arrays, weight)
-        for solver in options.solvers
-    }
-    rivals["autodiff of lax.scan"] = Rival(moved_scan, arrays, weight)
-    rivals["the same, time first"] = Rival(plain_scan, arrays, weight, time_first=True)
-    rivals["autodiff of associative_scan"] = Rival(plain_associative_scan, arrays, weight)
-
-    expected = dict.fromkeys(rivals, reference(arrays, weight))
-    positive = np.asarray(decay), np.abs(np.asarray(inputs)), np.asarray(weight)  # some work on logarithms
-    others = {name: build(*positive) for name, build in peers.installed().items()}
-    rivals |= others
-    if others:
-        zero = np.zeros((batch, features), np.float32)
-        expected |= dict.fromkeys(others, reference((*positive[:2], zero), weight))
-
+    rivals, expected, inputs = contest((batch, time, features), options.solvers)
     copy = jax.jit(lambda x: x + 1)
     calls = {("copy", "forward"): lambda: copy(inputs)}
     calls |= {(name, part): call for name, rival in rivals.items() for part, call in rival.calls().items()}
@@ -153,21 +133,42 @@ def measure(batch: int, time: int, features: int, options: Options) -> list[dict
     rows = []
     for name, rival in rivals.items():
         parts = {part: times[name, part] for part in ("forward", "backward", "gradient")}
-        rows.append(
-            {"name": name, "batch": batch, "time": time, "features": features}
-            | {f"{part}_ms": round(t["median_ms"], 3) for part, t in parts.items()}
-            | {f"{part}_least_ms": round(t["least_ms"], 3) for part, t in parts.items()}
-            | {
-                "copy_gb_s": round(copied, 2),
-                "forward_over_copy": round(3 * words / parts["forward"]["median_ms"] / copied, 3),
-                "backward_over_copy": round(5 * words / parts["backward"]["median_ms"] / copied, 3),
-                "temporaries": rival.memory(),
-                "compile_s": round(rival.compile_seconds, 2),
-                "deviation": rival.deviation(*expected[name]),
-                "rounds": parts["gradient"]["rounds"],
-            }
-        )
+        row = {"name": name, "batch": batch, "time": time, "features": features}
+        row |= {f"{part}_ms": round(t["median_ms"], 3) for part, t in parts.items()}
+        row |= {f"{part}_least_ms": round(t["least_ms"], 3) for part, t in parts.items()}
+        row |= {
+            "copy_gb_s": round(copied, 2),
+            "forward_over_copy": round(3 * words / parts["forward"]["median_ms"] / copied, 3),
+            "backward_over_copy": round(5 * words / parts["backward"]["median_ms"] / copied, 3),
+            "temporaries": rival.memory(),
+            "compile_s": round(rival.compile_seconds, 2),
+            "deviation": rival.deviation(*expected[name]),
+            "rounds": parts["gradient"]["rounds"],
+        }
+        rows.append(row)
     return rows
+
+
+def contest(shape: tuple[int, int, int], solvers: tuple[str, ...]) -> tuple[dict, dict, Array]:
+    """Everyone who takes part, by name, the float64 results that each should give, and an array of the shape."""
+    rng = np.random.default_rng(0)
+    decay = jnp.asarray(rng.uniform(0.5, 1.0, shape), jnp.float32)
+    inputs, weight = (jnp.asarray(rng.normal(size=shape), jnp.float32) for _ in range(2))
+    initial = jnp.asarray(rng.normal(size=(shape[0], shape[2])), jnp.float32)
+    arrays = decay, inputs, initial
+    rivals = {
+        f"ranjax, {solver}": Rival(lambda *a, s=solver: linear_recurrence(*a, solver=s), arrays, weight)
+        for solver in solvers
+    }
+    rivals["autodiff of lax.scan"] = Rival(moved_scan, arrays, weight)
+    rivals["the same, time first"] = Rival(plain_scan, arrays, weight, time_first=True)
+    rivals["autodiff of associative_scan"] = Rival(plain_associative_scan, arrays, weight)
+    expected = dict.fromkeys(rivals, reference(arrays, weight))
+    positive = np.asarray(decay), np.abs(np.asarray(inputs)), np.asarray(weight)  # some work on logarithms
+    others = {name: build(*positive) for name, build in peers.installed().items()}
+    if others:
+        expected |= dict.fromkeys(others, reference((*positive[:2], np.zeros(initial.shape)), weight))
+    return rivals | others, expected, inputs
 
 
 def draw(rows: list[dict], path: Path, title: str) -> None:

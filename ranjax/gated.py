@@ -18,7 +18,7 @@ from jax import Array, lax
 from jaxtyping import Bool, Float
 
 from ranjax.cell import ACTIVATIONS, Params, gates_of_state, update
-from ranjax.kernels import Rows
+from ranjax.kernels import Rows, Walk
 from ranjax.scan import SOLVERS, linear_recurrence
 
 States = Float[Array, "time *batch features"]
@@ -100,7 +100,8 @@ def _elementwise(c0: Array, weights: Rows, arrays: Rows, activation: str, solver
         c = _step(carry[0], weights, rows, activation)
         return (c,), (c,)
 
-    _, (c,) = SOLVERS[solver](step, (c0,), weights, arrays, ((1, c0.dtype),), affine=not weights, in_place=True)
+    walk = Walk(step, (c0,), arrays, ((1, c0.dtype),), weights, affine=not weights, in_place=True)
+    _, (c,) = SOLVERS[solver](walk)
     return c
 
 
@@ -118,18 +119,12 @@ def _elementwise_backward(activation, solver, residuals, g):
         weights = tuple(jnp.broadcast_to(w, before.shape) for w in weights)  # their gradients are summed at the end
         _, chain = jax.vjp(partial(_step, activation=activation), before, weights, tuple(rows))
         d_before, d_step, d_rows = chain(d_before + g)
-        return (d_before, *(sum(pair) for pair in zip(d_weights, d_step, strict=True))), d_rows
+        return (d_before, *(a + b for a, b in zip(d_weights, d_step, strict=True))), d_rows
 
-    (d_c0, *d_weights), d_arrays = SOLVERS[solver](
-        step,
-        (jnp.zeros_like(c0),) * (1 + len(weights)),
-        weights,
-        (*arrays, g),
-        tuple((n, a.dtype) for n, a in enumerate(arrays)),
-        ahead=(c, c0),
-        backwards=True,
-        affine=not weights,
-    )
+    zeros = (jnp.zeros_like(c0),) * (1 + len(weights))
+    outs = tuple((n, a.dtype) for n, a in enumerate(arrays))
+    walk = Walk(step, zeros, (*arrays, g), outs, weights, ahead=(c, c0), backwards=True, affine=not weights)
+    (d_c0, *d_weights), d_arrays = SOLVERS[solver](walk)
     return d_c0, tuple(d.sum(0) for d in d_weights), d_arrays
 
 

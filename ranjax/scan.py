@@ -15,7 +15,7 @@ from jax import Array, lax
 from jax.typing import ArrayLike
 from jaxtyping import Float
 
-from ranjax.kernels import Outs, Rows, Step, Walk
+from ranjax.kernels import Rows, Solver, Step, Walk
 from ranjax.kernels.plain import associative, chunked, sequential
 
 Sequence = Float[Array, "*batch time features"]
@@ -112,9 +112,9 @@ def _linear_solve(decay: Sequence, source: Sequence, solver: str, reverse: bool)
 def _solved(step: Step, decay: Sequence, inputs: Sequence, initial: State, solver: str, reverse: bool) -> Sequence:
     """What a walk over the sequences writes."""
     time, features = inputs.shape[-2:]
-    carry, arrays = (initial.reshape(-1, features),), tuple(a.reshape(-1, time, features) for a in (decay, inputs))
-    options = {"backwards": reverse, "affine": True, "in_place": step is _step}
-    _, (states,) = SOLVERS[solver](step, carry, (), arrays, ((1, inputs.dtype),), **options)
+    arrays = tuple(a.reshape(-1, time, features) for a in (decay, inputs))
+    walk = Walk(step, (initial.reshape(-1, features),), arrays, ((1, inputs.dtype),), backwards=reverse)
+    _, (states,) = SOLVERS[solver](walk._replace(affine=True, in_place=step is _step))
     return states.reshape(inputs.shape)
 
 
@@ -132,37 +132,33 @@ def _transposed_step(carry: Rows, _: Rows, rows: Rows) -> tuple[Rows, Rows]:
     return (a * g,), (g,)
 
 
-def _auto(step: Step, carry: Rows, constants: Rows, arrays: Rows, outs: Outs, *, ahead=None, **options):
-    """The first of `CHOICES` that fits the platform, known at lowering, and the shape."""
-    channels = carry[0].size
-
-    def on(platform):
-        solver = next(c.solver for c in CHOICES if c.platform == platform and channels < c.channels)
-        return lambda *operands: SOLVERS[solver](step, *operands[:3], outs, ahead=operands[3], **options)
-
-    platforms = dict.fromkeys(choice.platform for choice in CHOICES)
-    return lax.platform_dependent(carry, constants, arrays, ahead, **{p: on(p) for p in platforms})
+def _auto(walk: Walk) -> tuple[Rows, Rows]:
+    """The first of `CHOICES` that fits the platform and the shape."""
+    fitting = [choice for choice in CHOICES if walk.carry[0].size < choice.channels]
+    return _by_platform(walk, {choice.platform: SOLVERS[choice.solver] for choice in reversed(fitting)})
 
 
-def _pallas(step: Step, carry: Rows, constants: Rows, arrays: Rows, outs: Outs, *, ahead=None, **options):
+def _pallas(walk: Walk) -> tuple[Rows, Rows]:
     """The kernel of the platform; without one, the GPU's, interpreted."""
     from ranjax.kernels import gpu, tpu  # not at the top: a second's work that most programs never need
 
-    def on(walk, **more):
-        return lambda *operands: walk(step, *operands[:3], outs, ahead=operands[3], **options, **more)
-
-    return lax.platform_dependent(
-        carry,
-        constants,
-        arrays,
-        ahead,
-        tpu=on(tpu.walk),
-        cuda=on(gpu.walk),
-        default=on(gpu.walk, interpret=True),
-    )
+    return _by_platform(walk, {"tpu": tpu.solve, "cuda": gpu.solve, "default": partial(gpu.solve, interpret=True)})
 
 
-SOLVERS: dict[str, Walk] = {
+def _by_platform(walk: Walk, solvers: dict[str, Solver]) -> tuple[Rows, Rows]:
+    """The choice by platform, made at lowering: one traced program serves every platform."""
+
+    def on(solver):
+        def solve(carry, arrays, constants, ahead):
+            return solver(walk._replace(carry=carry, arrays=arrays, constants=constants, ahead=ahead))
+
+        return solve
+
+    branches = {platform: on(solver) for platform, solver in solvers.items()}
+    return lax.platform_dependent(walk.carry, walk.arrays, walk.constants, walk.ahead, **branches)
+
+
+SOLVERS: dict[str, Solver] = {
     "auto": _auto,
     "sequential": sequential,
     "associative": associative,

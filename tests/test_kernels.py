@@ -1,43 +1,47 @@
 """Every walk against the one in plain JAX: steps of several kinds, both directions, odd sizes, split time."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.experimental.pallas import tpu as pltpu
 
-from ranjax.kernels import gpu, plain, tpu
+from ranjax.kernels import Walk, gpu, plain, tpu
 
 
-def gpu_interpreted(*arguments, **options):
-    return gpu.walk(*arguments, **options, interpret=True)
+def gpu_interpreted(walk):
+    return gpu.solve(walk, interpret=True)
 
 
-def gpu_split(*arguments, **options):
+def gpu_split(walk):
     """As on a chip that batch and features cannot fill."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(gpu, "SHORTEST", 4)
-        return gpu.walk(*arguments, **options, interpret=True)
+        return gpu.solve(walk, interpret=True)
 
 
-def tpu_interpreted(*arguments, **options):
-    return tpu.walk(*arguments, **options, interpret=True)
+def tpu_interpreted(walk):
+    return tpu.solve(walk, interpret=True)
 
 
-def tpu_blocks(*arguments, **options):
+def tpu_blocks(walk):
     """As where a sequence is longer and wider than one block."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(tpu, "TIME", 16)
         patch.setattr(tpu, "FEATURES", 128)
-        return tpu.walk(*arguments, **options, interpret=True)
+        return tpu.solve(walk, interpret=True)
 
 
-def tpu_simulated(*arguments, **options):
+def tpu_simulated(walk):
     """With the memories and semaphores of a TPU in the simulation."""
-    return tpu.walk(*arguments, **options, interpret=pltpu.InterpretParams())
+    return tpu.solve(walk, interpret=pltpu.InterpretParams())
 
 
-WALKS = (plain.associative, plain.chunked, gpu_interpreted, gpu_split, tpu_interpreted, tpu_blocks, tpu_simulated)
+SOLVERS = (plain.associative, plain.chunked, gpu_interpreted, gpu_split, tpu_interpreted, tpu_blocks, tpu_simulated)
+solvers = pytest.mark.parametrize("solve", SOLVERS, ids=lambda solve: solve.__name__)
+directions = pytest.mark.parametrize("backwards", [False, True])
 
 
 def linear(carry, _, rows):
@@ -57,89 +61,78 @@ def with_constants(carry, constants, rows):
     return (c, total + c), (c,)
 
 
-# step, arrays of the carry, constants, shapes of the arrays between time and features, outputs, reads ahead, affine
-KINDS = {
-    "linear": (linear, 1, 0, ((), ()), ((1, jnp.float32),), False, True),
-    "reading ahead": (reading_ahead, 1, 0, ((), ()), ((0, jnp.float32), (1, jnp.bfloat16)), True, True),
-    "planes": (reading_ahead, 1, 0, ((2,),), ((0, jnp.float32),), True, True),
-    "with constants": (with_constants, 2, 1, ((), ()), ((0, jnp.float32),), False, False),
-}
+KINDS = ("linear", "reading ahead", "planes", "with constants")
 
 
-def problem(carries, constants, planes, ahead, batch, time, features, dtype=jnp.float32):
+def problem(kind, batch, time, features, dtype=jnp.float32):
     rng = np.random.default_rng(time)
 
-    def draw(*shape):
-        return jnp.asarray(rng.uniform(-1, 1, shape), jnp.float32)
+    def draw(*shape, dtype=jnp.float32):
+        return jnp.asarray(rng.uniform(-1, 1, shape), dtype)
 
-    return (
-        tuple(draw(batch, features) for _ in range(carries)),
-        tuple(draw(features) for _ in range(constants)),
-        tuple(draw(batch, time, *n, features).astype(dtype) for n in planes),
-        (draw(batch, time, features), draw(batch, features)) if ahead else None,
+    c, total, w, edge = draw(batch, features), draw(batch, features), draw(features), draw(batch, features)
+    a, b, states = (draw(batch, time, features, dtype=dtype) for _ in range(3))
+    if kind == "linear":
+        return Walk(linear, (c,), (a, b), ((1, jnp.float32),), affine=True)
+    if kind == "with constants":
+        return Walk(with_constants, (c, total), (a, b), ((0, jnp.float32),), constants=(w,))
+    reading = Walk(
+        reading_ahead, (c,), (a, b), ((0, jnp.float32), (1, jnp.bfloat16)), ahead=(states, edge), affine=True
     )
+    if kind == "planes":
+        return reading._replace(arrays=(jnp.stack([a, b], axis=2),), outs=((0, jnp.float32),))
+    return reading
 
 
-@pytest.mark.parametrize("walk", WALKS, ids=lambda walk: walk.__name__)
-@pytest.mark.parametrize(
-    ("kind", "backwards"),
-    [("linear", False), ("reading ahead", False), ("reading ahead", True), ("planes", True), ("with constants", False)],
-)
-def test_equals_the_sequential_walk(walk, backwards, kind):
-    compare(walk, backwards, kind, 19, 130)
+@solvers
+@directions
+@pytest.mark.parametrize("kind", KINDS)
+def test_equals_the_sequential_walk(solve, backwards, kind):
+    compare(solve, problem(kind, 2, 19, 130)._replace(backwards=backwards))
 
 
 @pytest.mark.quick
-@pytest.mark.parametrize("walk", WALKS, ids=lambda walk: walk.__name__)
-@pytest.mark.parametrize(("time", "features"), [(1, 3), (130, 5)])
-def test_lengths_and_widths(walk, time, features):
-    compare(walk, True, "reading ahead", time, features)
+@solvers
+@directions
+@pytest.mark.parametrize(("time", "features"), [(1, 3), (8, 128), (130, 5)])
+def test_lengths_and_widths(solve, backwards, time, features):
+    compare(solve, problem("reading ahead", 2, time, features)._replace(backwards=backwards))
 
 
-def compare(walk, backwards, kind, time, features):
-    step, carries, constants, planes, outs, ahead, affine = KINDS[kind]
-    *operands, ahead = problem(carries, constants, planes, ahead, 2, time, features)
-
-    def run(walk):
-        return jax.jit(lambda: walk(step, *operands, outs, ahead=ahead, backwards=backwards, affine=affine))()
-
-    expected = run(plain.sequential)
-    for got, want in zip(jax.tree.leaves(run(walk)), jax.tree.leaves(expected), strict=True):
+def compare(solve, walk):
+    expected = plain.sequential(walk)
+    for got, want in zip(jax.tree.leaves(jax.jit(lambda: solve(walk))()), jax.tree.leaves(expected), strict=True):
         assert got.dtype == want.dtype
         eps = float(jnp.finfo(want.dtype).eps)
         got, want = np.asarray(got, np.float32), np.asarray(want, np.float32)
         np.testing.assert_allclose(got, want, rtol=0, atol=16 * eps * max(1, np.abs(want).max()))
 
 
-@pytest.mark.parametrize("walk", WALKS, ids=lambda walk: walk.__name__)
-def test_narrow_arrays_are_walked_in_the_dtype_of_the_carry(walk):
-    step, carries, constants, planes, outs, _, affine = KINDS["linear"]
-    carry, constants, arrays, _ = problem(carries, constants, planes, False, 1, 40, 3, jnp.bfloat16)
-    (end,), (states,) = walk(step, carry, constants, arrays, outs, affine=affine)
-    h = np.asarray(carry[0], np.float64)
+@solvers
+def test_narrow_arrays_are_walked_in_the_dtype_of_the_carry(solve):
+    walk = problem("linear", 1, 40, 3, jnp.bfloat16)
+    (end,), (states,) = jax.jit(lambda: solve(walk))()
+    h = np.asarray(walk.carry[0], np.float64)
     for t in range(40):
-        h = np.asarray(arrays[0][:, t], np.float64) * h + np.asarray(arrays[1][:, t], np.float64)
+        a, b = (np.asarray(array[:, t], np.float64) for array in walk.arrays)
+        h = a * h + b
         np.testing.assert_allclose(states[:, t], h, rtol=0, atol=1e-5)
     np.testing.assert_allclose(end, states[:, -1], rtol=1e-6)
 
 
 @pytest.mark.quick
 @pytest.mark.parametrize(
-    ("walk", "platform", "call"), [(tpu.walk, "tpu", "tpu_custom_call"), (gpu.walk, "cuda", "triton")]
+    ("solve", "platform", "call"), [(tpu.solve, "tpu", "tpu_custom_call"), (gpu.solve, "cuda", "triton")]
 )
 @pytest.mark.parametrize("kind", KINDS)
-def test_lowers_on_a_machine_without_the_device(walk, platform, call, kind):
-    step, carries, constants, planes, outs, ahead, affine = KINDS[kind]
-    *operands, ahead = problem(carries, constants, planes, ahead, 2, 300, 700)
-    f = jax.jit(lambda *operands: walk(step, *operands[:3], outs, ahead=operands[3], backwards=True, affine=affine))
-    traced = f.trace(*operands, ahead)
-    try:
-        text = traced.lower(lowering_platforms=(platform,)).as_text()
-    except RuntimeError as error:
-        if "No supported GPU devices" not in str(error):
-            raise
-        pytest.skip("this version of jax lowers Triton kernels only for a GPU that it finds")
-    assert call in text
+def test_lowers_on_a_machine_without_the_device(solve, platform, call, kind):
+    walk = problem(kind, 2, 300, 700)._replace(backwards=True)
+    known = {"device_kind": "NVIDIA H100", "num_cores": None, "platform": "cuda"}
+    fields = [field.name for field in dataclasses.fields(jax.sharding.AbstractDevice)]  # newer versions have more
+    device = jax.sharding.AbstractDevice(**{name: known[name] for name in fields})
+    with jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((1,), ("x",), abstract_device=device)):
+        traced = jax.jit(lambda arrays: solve(walk._replace(arrays=arrays))).trace(walk.arrays)
+        assert call in traced.lower(lowering_platforms=(platform,)).as_text()
 
 
 def test_time_is_split_only_where_channels_are_few():

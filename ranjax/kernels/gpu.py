@@ -5,8 +5,7 @@ walk reduces each segment to one affine map, a second finds the carries the segm
 through all segments at once. The route is Pallas on Triton.
 """
 
-from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +13,7 @@ from jax import Array, lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
-from ranjax.kernels import Outs, Rows, Step, affine_map
+from ranjax.kernels import Rows, Walk, affine_map, apply_map
 
 WARPS = 2
 CHANNELS = 32 * WARPS  # of one program: one a thread
@@ -23,29 +22,19 @@ THREADS = 2**16  # that keep the chip busy
 SHORTEST = 64  # steps of a segment
 
 
-def walk(
-    step: Step,
-    carry: Rows,
-    constants: Rows,
-    arrays: Rows,
-    outs: Outs,
-    *,
-    ahead: tuple[Array, Array] | None = None,
-    backwards: bool = False,
-    affine: bool = False,
-    in_place: bool = False,
-    interpret: bool = False,
-) -> tuple[Rows, Rows]:
-    """See `ranjax.kernels`."""
-    batch, time, *_, features = arrays[0].shape
-    count = segments(batch * features, time) if affine else 1
-    call = partial(_call, constants=constants, arrays=arrays, ahead=ahead, backwards=backwards, interpret=interpret)
-    carry = tuple(c[:, None] for c in carry)
+def solve(walk: Walk, *, interpret: bool = False) -> tuple[Rows, Rows]:
+    """Walks by the kernel; `interpret` runs it anywhere, slowly."""
+    batch, time, features = walk.sizes
+    count = segments(batch * features, time) if walk.affine else 1
+    walk = walk._replace(carry=tuple(c[:, None] for c in walk.carry))
     if count > 1:
-        still = jnp.broadcast_to(jnp.zeros_like(carry[0]), (batch, count, features))
-        (offset, slope), _ = call(affine_map(step), (still, still + 1), outs=())
-        carry = (_starts(carry[0], slope, offset, interpret),)
-    ends, outputs = call(step, carry, outs=outs)
+        (first,) = walk.carry
+        still = jnp.zeros((batch, count, features), first.dtype)
+        reduction = walk._replace(step=affine_map(walk.step), carry=(still, still + 1), outs=())
+        maps, _ = _launch(reduction, interpret)
+        _, starts = _launch(Walk(apply_map, walk.carry, maps, ((0, first.dtype),)), interpret)
+        walk = walk._replace(carry=starts)
+    ends, outputs = _launch(walk, interpret)
     return tuple(end[:, -1] for end in ends), outputs
 
 
@@ -54,46 +43,20 @@ def segments(channels: int, time: int) -> int:
     return max(1, min(THREADS // channels, time // SHORTEST))
 
 
-def _starts(first: Array, slope: Array, offset: Array, interpret: bool) -> Array:
-    """The carries that the segments start from, by a walk over the segments."""
-
-    def step(carry, _, rows):
-        (c,), (slope, offset) = carry, rows
-        return (slope * c + offset,), (c,)
-
-    _, (starts,) = _call(step, (first,), (), (slope, offset), ((0, first.dtype),), None, False, interpret)
-    return starts
-
-
-def _call(
-    step: Step,
-    carry: Rows,
-    constants: Rows,
-    arrays: Rows,
-    outs: Outs,
-    ahead: tuple[Array, Array] | None,
-    backwards: bool,
-    interpret: bool,
-) -> tuple[Rows, Rows]:
+def _launch(walk: Walk, interpret: bool) -> tuple[Rows, Rows]:
     """One launch; the carries are `(batch, segments, features)`."""
-    (batch, time, *_, features), segments = arrays[0].shape, carry[0].shape[1]
+    (batch, time, features), segments = walk.sizes, walk.carry[0].shape[1]
     blocks = pl.cdiv(features, CHANNELS)
-    operands = (carry, constants, arrays, ahead or ())
-    ends = tuple(jax.ShapeDtypeStruct(c.shape, c.dtype) for c in carry)
-    outputs = tuple(jax.ShapeDtypeStruct(arrays[number].shape, dtype) for number, dtype in outs)
+    operands = Operands(walk.carry, walk.constants, walk.arrays, walk.ahead or ())
+    ends = tuple(jax.ShapeDtypeStruct(c.shape, c.dtype) for c in walk.carry)
+    outputs = tuple(jax.ShapeDtypeStruct(walk.arrays[number].shape, dtype) for number, dtype in walk.outs)
+    tree = jax.tree.structure((operands, ends, outputs))
 
     def kernel(*refs):
-        refs, (end_refs, out_refs) = refs[: -len(ends + outputs)], _split(refs[-len(ends + outputs) :], (ends, outputs))
-        program = pl.program_id(0)
-        _walk_segment(
-            step,
-            _split(refs, operands),
-            end_refs,
-            out_refs,
-            place=(program // (segments * blocks), program // blocks % segments, program % blocks),
-            length=pl.cdiv(time, segments),
-            backwards=backwards,
-        )
+        refs, end_refs, output_refs = jax.tree.unflatten(tree, refs)
+        program, dtype = pl.program_id(0), walk.carry[0].dtype
+        place = Place(program // (segments * blocks), program // blocks % segments, program % blocks, features, dtype)
+        _walk_segment(walk, refs, end_refs, output_refs, place, pl.cdiv(time, segments))
 
     results = pl.pallas_call(
         kernel,
@@ -106,70 +69,90 @@ def _call(
     return results[: len(ends)], results[len(ends) :]
 
 
-def _walk_segment(
-    step: Step,
-    operands: Any,
-    ends: Any,
-    outputs: Any,
-    *,
-    place: tuple[Array, Array, Array],
-    length: int,
-    backwards: bool,
-) -> None:
-    """One program: the channels of one block, over one segment of one sequence."""
-    carry, constants, arrays, ahead = operands
-    (_, time, *_, features), dtype = arrays[0].shape, carry[0].dtype
-    b, segment, block = place
-    channels = pl.ds(block * CHANNELS, CHANNELS)
-    inside = block * CHANNELS + jnp.arange(CHANNELS) < features
-    start = segment * length
+class Operands(NamedTuple):
+    """What the kernel reads, or the references to it."""
+
+    carry: Any
+    constants: Any
+    arrays: Any
+    ahead: Any
+
+
+class Place(NamedTuple):
+    """Where a program stands: its sequence, its segment of time, its block of channels."""
+
+    batch: Array
+    segment: Array
+    block: Array
+    features: int
+    dtype: Any
+
+    @property
+    def channels(self) -> Any:
+        return pl.ds(self.block * CHANNELS, CHANNELS)
+
+    @property
+    def inside(self) -> Array:
+        """Which of its channels there are."""
+        return self.block * CHANNELS + jnp.arange(CHANNELS) < self.features
+
+    def load(self, ref: Any, *index: Any) -> Array:
+        return plgpu.load(ref.at[(*index, self.channels)], mask=self.inside, other=0).astype(self.dtype)
+
+    def store(self, ref: Any, row: Array, *index: Any, where: Array | bool = True) -> None:
+        plgpu.store(ref.at[(*index, self.channels)], row.astype(ref.dtype), mask=self.inside & where)
+
+
+def _walk_segment(walk: Walk, refs: Operands, ends: Any, outputs: Any, place: Place, length: int) -> None:
+    """One program. Rows are asked for `AHEAD` steps before they are needed."""
+    start, time = place.segment * length, walk.sizes[1]
     stop = jnp.minimum(start + length, time)
+    constants = tuple(place.load(ref) for ref in refs.constants)
 
-    def load(ref, *index):
-        return plgpu.load(ref.at[(*index, channels)], mask=inside, other=0).astype(dtype)
-
-    def moment(n):
-        n = jnp.minimum(n, time - 1)
-        return time - 1 - n if backwards else n
-
-    edge = load(ahead[1], b) if ahead else jnp.zeros(())
-
-    def rows(n):
-        found = [load(ref, b, moment(n), *plane) for ref in arrays for plane in _planes(ref)]
-        if ahead:
-            found.append(jnp.where(n + 1 < time, load(ahead[0], b, moment(n + 1)), edge))
-        return tuple(found)
-
-    def advance(n, now, carry):
-        after, made = step(carry, weights, now)
+    def advance(n, rows, carry):
+        after, made = walk.step(carry, constants, rows)
         going = n < stop
-        places = [(ref, plane) for ref in outputs for plane in _planes(ref)]
-        for (ref, plane), row in zip(places, made, strict=True):
-            at = ref.at[(b, moment(n), *plane, channels)]
-            plgpu.store(at, row.astype(ref.dtype), mask=inside & going)
+        for (ref, plane), row in zip(_planes(outputs), made, strict=True):
+            place.store(ref, row, place.batch, _moment(walk, n), *plane, where=going)
         return tuple(jnp.where(going, new, old) for new, old in zip(after, carry, strict=True))
 
     def several(k, loop):
         carry, now = loop
         first = start + k * AHEAD
-        following = tuple(rows(first + AHEAD + r) for r in range(AHEAD))
+        later = tuple(_rows(walk, refs, place, first + AHEAD + r) for r in range(AHEAD))
         for r in range(AHEAD):
             carry = advance(first + r, now[r], carry)
-        return carry, following
+        return carry, later
 
-    weights = tuple(load(ref) for ref in constants)
-    initial = tuple(load(ref, b, segment) for ref in carry)
-    loop = initial, tuple(rows(start + r) for r in range(AHEAD))
+    initial = tuple(place.load(ref, place.batch, place.segment) for ref in refs.carry)
+    loop = initial, tuple(_rows(walk, refs, place, start + r) for r in range(AHEAD))
     carry, _ = lax.fori_loop(0, pl.cdiv(length, AHEAD), several, loop)
     for ref, row in zip(ends, carry, strict=True):
-        plgpu.store(ref.at[(b, segment, channels)], row, mask=inside)
+        place.store(ref, row, place.batch, place.segment)
 
 
-def _planes(ref: Any) -> list[tuple[Array, ...]]:
-    """What stands between the indices of time and channel, for each row."""
-    return [()] if len(ref.shape) == 3 else [(jnp.int32(plane),) for plane in range(ref.shape[2])]
+def _rows(walk: Walk, refs: Operands, place: Place, n: Array) -> Rows:
+    """What step number `n` reads; beyond the last, what that one reads."""
+    time = walk.sizes[1]
+    found = [place.load(ref, place.batch, _moment(walk, n), *plane) for ref, plane in _planes(refs.arrays)]
+    if refs.ahead:
+        states, edge = refs.ahead
+        following = place.load(states, place.batch, _moment(walk, n + 1))
+        found.append(jnp.where(n + 1 < time, following, place.load(edge, place.batch)))
+    return tuple(found)
 
 
-def _split(refs: Any, like: Any) -> Any:
-    """The flat references in the tree of the operands."""
-    return jax.tree.unflatten(jax.tree.structure(like), refs)
+def _moment(walk: Walk, n: Array) -> Array:
+    """The time of step number `n`."""
+    last = walk.sizes[1] - 1
+    n = jnp.minimum(n, last)
+    return last - n if walk.backwards else n
+
+
+def _planes(refs: Any) -> list[tuple[Any, tuple[Array, ...]]]:
+    """Every row of a step: its reference, and what stands between the indices of time and channel."""
+    return [
+        (ref, plane)
+        for ref in refs
+        for plane in ([()] if len(ref.shape) == 3 else [(jnp.int32(n),) for n in range(ref.shape[2])])
+    ]
