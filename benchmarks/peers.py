@@ -9,10 +9,15 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
+import timing
 
 
-def installed() -> dict[str, Callable]:
-    """By name, `build(decay, inputs, weight) -> TorchRival`, for what is installed and runs on this machine."""
+def built(decay: np.ndarray, inputs: np.ndarray, weight: np.ndarray) -> dict[str, "TorchRival"]:
+    """By name, those that are installed and run on this machine, on tensors of these values.
+
+    Raises:
+      RuntimeError: after an error of CUDA, since nothing can run then.
+    """
     try:
         import torch
     except ImportError:
@@ -30,9 +35,13 @@ def installed() -> dict[str, Callable]:
         if needs_cuda and not cuda:
             continue
         try:
-            found[name] = build(importlib.import_module(module))
+            found[name] = build(importlib.import_module(module))(decay, inputs, weight)
         except ImportError:
             continue
+        except RuntimeError as error:  # what PyTorch says of a shape, a build or a memory that it cannot
+            if "CUDA error" in str(error):
+                raise
+            print(f"  {name} is left out: {str(error).splitlines()[0]}", flush=True)
     return found
 
 
@@ -40,26 +49,32 @@ class TorchRival:
     """A way to solve the recurrence with PyTorch; the initial state is zero."""
 
     def __init__(self, solve: Callable, arrays: tuple[Any, ...], weight: Any, layout: Callable):
-        self.solve, self.arrays, self.weight, self.layout = solve, arrays, weight, layout
+        self.layout = layout
         begin = time.perf_counter()
         self.states = solve(*arrays)
-        self._pull()
+        _pull(self.states, arrays, weight)
         self.compile_seconds = time.perf_counter() - begin
 
-    def _pull(self, states: Any = None) -> tuple[Any, ...]:
-        import torch
+        def copies():
+            return tuple(a.detach().clone().requires_grad_() for a in arrays)
 
-        states = self.states if states is None else states
-        return torch.autograd.grad(states, self.arrays, self.weight, retain_graph=True)
+        def forward(*arrays):
+            import torch
 
-    def calls(self) -> dict[str, Callable[[], Any]]:
-        import torch
-
-        def forward():
             with torch.no_grad():
-                return self.solve(*self.arrays)
+                return solve(*arrays)
 
-        return {"forward": forward, "backward": self._pull, "gradient": lambda: self._pull(self.solve(*self.arrays))}
+        def solved():
+            own = copies()
+            return solve(*own), own, weight.clone()
+
+        self.calls = {
+            "forward": timing.repeated_torch(forward, copies),
+            "backward": timing.repeated_torch(_pull, solved),
+            "gradient": timing.repeated_torch(
+                lambda weight, *arrays: _pull(solve(*arrays), arrays, weight), lambda: (weight.clone(), *copies())
+            ),
+        }
 
     def memory(self) -> None:
         """Not known."""
@@ -70,16 +85,30 @@ class TorchRival:
         return float(np.abs(ours - states).max() / np.abs(states).max())
 
 
-def _rival(solve: Callable, decay: np.ndarray, inputs: np.ndarray, weight: np.ndarray, layout: Callable) -> TorchRival:
+def _pull(states: Any, arrays: tuple[Any, ...], weight: Any) -> tuple[Any, ...]:
+    import torch
+
+    return torch.autograd.grad(states, arrays, weight, retain_graph=True)
+
+
+def _rival(solve: Callable, values: tuple[np.ndarray, ...], layout: Callable = lambda a: a) -> TorchRival:
+    """`values`: what stands for decay and inputs, and the weight of the states in what is differentiated."""
     import torch
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    arrays = tuple(layout(torch.tensor(a, device=device)).contiguous().requires_grad_() for a in (decay, inputs))
-    return TorchRival(solve, arrays, layout(torch.tensor(weight, device=device)).contiguous(), layout)
+    if device == "cuda":
+        # accelerated-scan 0.3.1 reads past the end of its arrays where 2048 does not divide their length: let that be
+        # memory of this process.
+        torch.empty(2**30, dtype=torch.uint8, device=device)
+    *arrays, weight = (layout(torch.tensor(a, device=device)).contiguous() for a in values)
+    return TorchRival(solve, tuple(a.requires_grad_() for a in arrays), weight, layout)
 
 
 def _channels_first(module: Any) -> Callable:
-    return lambda *arrays: _rival(module.scan, *arrays, layout=lambda a: a.transpose(1, 2))
+    def made(decay, inputs, weight):
+        return _rival(module.scan, (decay, inputs, weight), lambda a: a.transpose(1, 2))
+
+    return made
 
 
 def _hgrn(name: str) -> Callable:
@@ -89,7 +118,7 @@ def _hgrn(name: str) -> Callable:
         solve = getattr(module, name)
 
         def made(decay, inputs, weight):
-            return _rival(lambda g, x: solve(x, g)[0], np.log(decay), inputs, weight, layout=lambda a: a)
+            return _rival(lambda g, x: solve(x, g)[0], (np.log(decay), inputs, weight))
 
         return made
 
@@ -100,6 +129,6 @@ def _log_space(module: Any) -> Callable:
     """Takes the logarithms of decay and inputs, so the inputs must be positive."""
 
     def made(decay, inputs, weight):
-        return _rival(module.heinsen_associative_scan_log, np.log(decay), np.log(inputs), weight, layout=lambda a: a)
+        return _rival(module.heinsen_associative_scan_log, (np.log(decay), np.log(inputs), weight))
 
     return made

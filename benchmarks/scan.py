@@ -11,7 +11,6 @@ import re
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -25,10 +24,7 @@ from ranjax.hugepages import restart_with_huge_pages
 from ranjax.scan import SOLVERS
 
 RESULTS = Path(__file__).parent / "results"
-LENGTHS, WIDTHS = (64, 256, 1024, 4096, 16384, 65536), (64, 512, 2048)
-GRID = [(max(1, min(64, 2**22 // (time * features))), time, features) for time in LENGTHS for features in WIDTHS]
-MAIN = (8, 1024, 512)
-SHAPES = (MAIN, *(shape for shape in GRID if shape != MAIN))  # (batch, time, features)
+MAIN = (8, 1024, 512)  # batch, time, features
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,17 +33,29 @@ class Options:
 
     Attributes:
       solvers: of `ranjax.linear_recurrence`.
-      shapes: how many of the shapes, the main one first.
-      elements: shapes with more elements than this are left out.
+      lengths: numbers of steps.
+      widths: numbers of features.
+      elements: of an array, about: what the batch is chosen for. The shape 8 x 1024 x 512 always comes first.
+      longest_loop: `lax.scan` is left out where sequences are longer.
       seconds: for the rounds of one shape.
       out: folder of the results.
     """
 
     solvers: tuple[str, ...] = ("sequential", "associative", "chunked", "auto")
-    shapes: int = len(SHAPES)
-    elements: int = 2**23
+    lengths: tuple[int, ...] = (64, 256, 1024, 4096, 16384, 65536)
+    widths: tuple[int, ...] = (64, 512, 2048)
+    elements: int = 2**22
+    longest_loop: int = 2**16
     seconds: float = 10.0
     out: Path = RESULTS
+
+    @property
+    def shapes(self) -> list[tuple[int, int, int]]:
+        """Batch, time, features."""
+        grid = [
+            (self.elements // (time * features), time, features) for time in self.lengths for features in self.widths
+        ]
+        return [MAIN, *((max(1, min(64, batch)), *rest) for batch, *rest in grid if (batch, *rest) != MAIN)]
 
 
 def plain_scan(decay: Array, inputs: Array, initial: Array) -> Array:
@@ -87,14 +95,10 @@ class Rival:
         self.gradient = jax.jit(lambda g, *a: jax.vjp(solve, *a)[1](g)).lower(weight, *arrays).compile()
         self.compile_seconds = time.perf_counter() - begin
         chain = jax.jit(lambda *a: jax.vjp(solve, *a)[1])(*arrays)
-        self.backward = jax.jit(lambda chain, g: chain(g)).lower(chain, weight).compile()
-        self.chain = chain
-
-    def calls(self) -> dict[str, Callable[[], Any]]:
-        return {
-            "forward": lambda: self.forward(*self.arrays),
-            "backward": lambda: self.backward(self.chain, self.weight),
-            "gradient": lambda: self.gradient(self.weight, *self.arrays),
+        self.calls = {
+            "forward": timing.repeated(solve, arrays),
+            "backward": timing.repeated(lambda chain, g: chain(g), (chain, weight)),
+            "gradient": timing.repeated(lambda g, *a: jax.vjp(solve, *a)[1](g), (weight, *arrays)),
         }
 
     def memory(self) -> float:
@@ -123,19 +127,19 @@ def reference(arrays: tuple[Array, ...], weight: Array) -> tuple[np.ndarray, np.
 
 def measure(batch: int, time: int, features: int, options: Options) -> list[dict]:
     """The rows of one shape."""
-    rivals, expected, inputs = contest((batch, time, features), options.solvers)
-    copy = jax.jit(lambda x: x + 1)
-    calls = {("copy", "forward"): lambda: copy(inputs)}
-    calls |= {(name, part): call for name, rival in rivals.items() for part, call in rival.calls().items()}
-    times = {key: timing.summary(value) for key, value in timing.alternate(calls, seconds=options.seconds).items()}
+    rivals, expected, inputs = contest((batch, time, features), options)
+    calls = {("copy", "forward"): timing.repeated(lambda x: x + 1, (inputs,))}
+    calls |= {(name, part): call for name, rival in rivals.items() for part, call in rival.calls.items()}
+    times = timing.alternate({key: run for key, (run, _) in calls.items()}, seconds=options.seconds)
+    times = {key: timing.summary(found, calls[key][1]) for key, found in times.items()}
     words = inputs.nbytes / 1e6
     copied = 2 * words / times["copy", "forward"]["median_ms"]  # GB/s
     rows = []
     for name, rival in rivals.items():
         parts = {part: times[name, part] for part in ("forward", "backward", "gradient")}
         row = {"name": name, "batch": batch, "time": time, "features": features}
-        row |= {f"{part}_ms": round(t["median_ms"], 3) for part, t in parts.items()}
-        row |= {f"{part}_least_ms": round(t["least_ms"], 3) for part, t in parts.items()}
+        row |= {f"{part}_ms": round(t["median_ms"], 4) for part, t in parts.items()}
+        row |= {f"{part}_least_ms": round(t["least_ms"], 4) for part, t in parts.items()}
         row |= {
             "copy_gb_s": round(copied, 2),
             "forward_over_copy": round(3 * words / parts["forward"]["median_ms"] / copied, 3),
@@ -149,7 +153,7 @@ def measure(batch: int, time: int, features: int, options: Options) -> list[dict
     return rows
 
 
-def contest(shape: tuple[int, int, int], solvers: tuple[str, ...]) -> tuple[dict, dict, Array]:
+def contest(shape: tuple[int, int, int], options: Options) -> tuple[dict, dict, Array]:
     """Everyone who takes part, by name, the float64 results that each should give, and an array of the shape."""
     rng = np.random.default_rng(0)
     decay = jnp.asarray(rng.uniform(0.5, 1.0, shape), jnp.float32)
@@ -158,14 +162,15 @@ def contest(shape: tuple[int, int, int], solvers: tuple[str, ...]) -> tuple[dict
     arrays = decay, inputs, initial
     rivals = {
         f"ranjax, {solver}": Rival(lambda *a, s=solver: linear_recurrence(*a, solver=s), arrays, weight)
-        for solver in solvers
+        for solver in options.solvers
     }
-    rivals["autodiff of lax.scan"] = Rival(moved_scan, arrays, weight)
-    rivals["the same, time first"] = Rival(plain_scan, arrays, weight, time_first=True)
+    if shape[1] <= options.longest_loop:
+        rivals["autodiff of lax.scan"] = Rival(moved_scan, arrays, weight)
+        rivals["the same, time first"] = Rival(plain_scan, arrays, weight, time_first=True)
     rivals["autodiff of associative_scan"] = Rival(plain_associative_scan, arrays, weight)
     expected = dict.fromkeys(rivals, reference(arrays, weight))
     positive = np.asarray(decay), np.abs(np.asarray(inputs)), np.asarray(weight)  # some work on logarithms
-    others = {name: build(*positive) for name, build in peers.installed().items()}
+    others = peers.built(*positive)
     if others:
         expected |= dict.fromkeys(others, reference((*positive[:2], np.zeros(initial.shape)), weight))
     return rivals | others, expected, inputs
@@ -195,24 +200,22 @@ def draw(rows: list[dict], path: Path, title: str) -> None:
 
 def main(options: Options) -> None:
     stamp, rows = timing.stamp(), []
-    for shape in SHAPES[: options.shapes]:
-        if np.prod(shape) > options.elements:
-            continue
+    options.out.mkdir(parents=True, exist_ok=True)
+    name = re.sub(r"\W+", "-", stamp["device"].lower()).strip("-")
+    for shape in options.shapes:
         found = measure(*shape, options)
         rows += found
-        print("batch {}, time {}, features {}".format(*shape))
+        print("batch {}, time {}, features {}".format(*shape), flush=True)
         for row in found:
             print(
-                "  {name:30} forward {forward_ms:8.2f} ms ({forward_over_copy:.2f} of a copy)  backward "
-                "{backward_ms:8.2f} ms ({backward_over_copy:.2f})  gradient {gradient_ms:8.2f} ms  temporaries "
+                "  {name:30} forward {forward_ms:9.3f} ms ({forward_over_copy:.2f} of a copy)  backward "
+                "{backward_ms:9.3f} ms ({backward_over_copy:.2f})  gradient {gradient_ms:9.3f} ms  temporaries "
                 "{temporaries}  compile {compile_s:5.2f} s  deviation {deviation:.1e}".format(**row),
                 flush=True,
             )
-    options.out.mkdir(parents=True, exist_ok=True)
-    name = re.sub(r"\W+", "-", stamp["device"].lower()).strip("-")
-    (options.out / f"scan-{name}.json").write_text(
-        json.dumps(stamp | {"solvers": sorted(SOLVERS), "rows": rows}, indent=1)
-    )
+        (options.out / f"scan-{name}.json").write_text(
+            json.dumps(stamp | {"solvers": sorted(SOLVERS), "rows": rows}, indent=1)
+        )
     draw(rows, options.out / f"scan-{name}.png", f"{stamp['device']}, {stamp['date']}, jax {stamp['jax']}")
 
 

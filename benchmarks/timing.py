@@ -5,6 +5,7 @@ turn, round after round, so that whatever else the machine does falls on all of 
 """
 
 import datetime
+import math
 import os
 import platform
 import random
@@ -40,9 +41,81 @@ def alternate(calls: Mapping[str, Callable[[], Any]], *, seconds: float, rounds:
     return times
 
 
-def summary(times: list[float]) -> dict[str, float]:
-    """Median and least, in milliseconds, and of how many."""
-    return {"median_ms": statistics.median(times) * 1e3, "least_ms": min(times) * 1e3, "rounds": len(times)}
+def repeated(call: Callable, arguments: tuple) -> tuple[Callable[[], Any], int]:
+    """What the clock is to time for a function of JAX, and of how many calls that is.
+
+    On a CPU of one. On an accelerator short calls are queued, several in a program, one after another and each on
+    arrays of its own: so neither the launch from Python nor what the last call left in the caches is timed.
+    """
+    import jax
+
+    once = jax.jit(call)
+    _wait(once(*arguments))
+    if jax.default_backend() == "cpu":
+        return (lambda: once(*arguments)), 1
+    copies = _copies(_seconds(lambda: once(*arguments)), (arguments, once(*arguments)))
+    if copies == 1:
+        return _queued(lambda: once(*arguments), 1)
+
+    @jax.jit
+    def program(sets):
+        results = []
+        for each in sets:
+            each, *_ = jax.lax.optimization_barrier((each, results[-1:]))
+            results.append(call(*each))
+        return results
+
+    sets = [jax.tree.map(jax.numpy.copy, arguments) for _ in range(copies)]
+    return _queued(lambda: program(sets), copies)
+
+
+def repeated_torch(call: Callable, sets: Callable[[], Any]) -> tuple[Callable[[], Any], int]:
+    """The same for PyTorch; `sets` makes arguments afresh. Launches that take longer than the work are timed."""
+    import torch
+
+    arguments = sets()
+    if not torch.cuda.is_available():
+        return (lambda: call(*arguments)), 1
+    copies = _copies(_seconds(lambda: call(*arguments)), (arguments, call(*arguments)))
+    every = [arguments, *(sets() for _ in range(copies - 1))]
+    return _queued(lambda: [call(*arguments) for arguments in every], copies)
+
+
+def _seconds(run: Callable[[], Any], calls: int = 5) -> float:
+    """About how long one of several queued calls takes."""
+    _wait(run())
+    start = time.perf_counter()
+    _wait([run() for _ in range(calls)][-1])
+    return (time.perf_counter() - start) / calls
+
+
+def _copies(seconds: float, arrays: Any) -> int:
+    """As many as take a fifth of a millisecond, if they fit into 2 GiB."""
+    import jax
+
+    size = sum(leaf.nbytes for leaf in jax.tree.leaves(arrays))
+    return max(1, min(8, math.ceil(2e-4 / seconds), 2**31 // size))
+
+
+def _queued(run: Callable[[], Any], copies: int) -> tuple[Callable[[], Any], int]:
+    """As many in a queue as take 5 ms."""
+    length = max(1, min(100, int(5e-3 / _seconds(run))))
+
+    def runs():
+        for _ in range(length):
+            found = run()
+        return found
+
+    return runs, copies * length
+
+
+def summary(times: list[float], count: int = 1) -> dict[str, float]:
+    """Median and least of one of the `count` calls that each time is of, in milliseconds, and of how many times."""
+    return {
+        "median_ms": statistics.median(times) * 1e3 / count,
+        "least_ms": min(times) * 1e3 / count,
+        "rounds": len(times),
+    }
 
 
 def device() -> str:

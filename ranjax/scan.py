@@ -180,6 +180,7 @@ class Choice(NamedTuple):
 CHOICES = (
     Choice("cpu", 512, "chunked", "2 cores of an AMD EPYC, 2026-11-23: 11.7 against 15.1 ms at 65,536 x 64"),
     Choice("cpu", math.inf, "sequential", "the same: 11.1 against 18.4 ms at 8 x 1024 x 512"),
+    Choice("cuda", math.inf, "pallas", "to be measured"),
     Choice("default", math.inf, "associative", "not measured: log2(T) sweeps instead of T turns of a loop"),
 )
 

@@ -26,11 +26,12 @@ hypothesis.settings.load_profile("ranjax")
 
 
 @pytest.fixture(autouse=True, scope="session")
-def fewer_rows_ahead():
+def fewer_loads_ahead():
     """Of the GPU kernel, whose interpretation compiles for a time that grows with them."""
     from ranjax.kernels import gpu
 
-    gpu.AHEAD = 2
+    if jax.default_backend() == "cpu":
+        gpu.LOADS = 4
 
 
 @pytest.fixture

@@ -11,14 +11,17 @@ from jax.experimental.pallas import tpu as pltpu
 from ranjax.kernels import Walk, gpu, plain, tpu
 
 
-def gpu_interpreted(walk):
-    return gpu.solve(walk, interpret=True)
-
-
 def gpu_split(walk):
-    """As on a chip that batch and features cannot fill."""
+    """As on a chip that batch and features cannot fill, lanes or not."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(gpu, "SHORTEST", 4)
+        return gpu.solve(walk, interpret=True)
+
+
+def gpu_lanes(walk):
+    """Without segments."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(gpu, "FEW", 0)
         return gpu.solve(walk, interpret=True)
 
 
@@ -39,7 +42,21 @@ def tpu_simulated(walk):
     return tpu.solve(walk, interpret=pltpu.InterpretParams())
 
 
-SOLVERS = (plain.associative, plain.chunked, gpu_interpreted, gpu_split, tpu_interpreted, tpu_blocks, tpu_simulated)
+def on_a_gpu(walk):
+    return gpu.solve(walk)
+
+
+def on_a_tpu(walk):
+    return tpu.solve(walk)
+
+
+def needs(platform, solve):
+    absent = jax.default_backend() != platform
+    return pytest.param(solve, marks=pytest.mark.skipif(absent, reason=f"needs a {platform.upper()}"))
+
+
+SOLVERS = (plain.associative, plain.chunked, gpu_lanes, gpu_split, tpu_interpreted, tpu_blocks, tpu_simulated)
+SOLVERS += (needs("gpu", on_a_gpu), needs("tpu", on_a_tpu))
 solvers = pytest.mark.parametrize("solve", SOLVERS, ids=lambda solve: solve.__name__)
 directions = pytest.mark.parametrize("backwards", [False, True])
 
@@ -135,7 +152,19 @@ def test_lowers_on_a_machine_without_the_device(solve, platform, call, kind):
         assert call in traced.lower(lowering_platforms=(platform,)).as_text()
 
 
-def test_time_is_split_only_where_channels_are_few():
-    assert gpu.segments(channels=8 * 512, time=1024) == 16
-    assert gpu.segments(channels=8 * 512, time=100) == 1
-    assert gpu.segments(channels=256 * 1024, time=4096) == 1
+@pytest.mark.parametrize(
+    ("batch", "time", "features", "tiling"),
+    [
+        (8, 1024, 512, (32, 16, 1)),
+        (16, 1024, 1024, (32, 4, 1)),
+        (8, 10, 512, (64, 1, 1)),
+        (1, 65536, 64, (64, 1, 1024)),
+        (256, 4096, 1024, (64, 1, 1)),
+    ],
+)
+def test_how_a_gpu_is_filled(monkeypatch, batch, time, features, tiling):
+    monkeypatch.setattr(gpu, "LOADS", 16)
+    array = jax.ShapeDtypeStruct((batch, time, features), jnp.float32)
+    walk = Walk(linear, (), (array, array), (), affine=True)
+    assert gpu.Tiling.of(walk) == tiling
+    assert gpu.Tiling.of(walk._replace(affine=False)) == (64, 1, 1)

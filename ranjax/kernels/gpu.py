@@ -1,10 +1,13 @@
 """The walk as a GPU kernel: one channel a thread, its carry in registers, the next rows on their way from memory.
 
-Where batch and features are too few to fill the chip and the steps are affine, time is split into segments: a first
-walk reduces each segment to one affine map, a second finds the carries the segments start from, a third walks
-through all segments at once. The route is Pallas on Triton.
+Where batch and features are too few to fill the chip and the steps are affine, time is walked through in several
+places at once. A program has lanes: each takes a few steps of the program's next tile of time, and what a lane starts
+from is found from the affine maps of the lanes before it; every row is read once. Where even that is not enough, time
+is split into segments for programs of their own: a first walk reduces each segment to one affine map of the carry, a
+second finds the carries that the segments start from, a third walks through all of them. The route is Pallas on Triton.
 """
 
+import math
 from typing import Any, NamedTuple
 
 import jax
@@ -13,64 +16,103 @@ from jax import Array, lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
-from ranjax.kernels import Rows, Walk, affine_map, apply_map
+from ranjax.kernels import Rows, Walk, affine_map, apply_map, planes
+from ranjax.kernels.plain import chunked
 
-WARPS = 2
-CHANNELS = 32 * WARPS  # of one program: one a thread
-AHEAD = 8  # rows on their way while as many are worked on
+LOADS = 16  # of a thread on their way while as many are worked on; the time of compilation grows with their cube
 THREADS = 2**16  # that keep the chip busy
+WIDE = 64  # channels of a program without lanes
+NARROW = 32  # and with lanes
+FEWEST, LANES = 4, 16  # lanes, where there are any
+FEW = 2**11  # channels that lanes alone cannot help
 SHORTEST = 64  # steps of a segment
+
+
+class Tiling(NamedTuple):
+    """How a walk is spread over the chip.
+
+    Attributes:
+      channels: of a program.
+      lanes: pieces of a tile of time that a program walks through side by side.
+      segments: pieces of the whole of time that have a program each.
+    """
+
+    channels: int = WIDE
+    lanes: int = 1
+    segments: int = 1
+
+    @classmethod
+    def of(cls, walk: Walk) -> "Tiling":
+        """A power of two of channels and of lanes; segments and lanes never together."""
+        batch, time, features = walk.sizes
+        channels = batch * features
+        if not walk.affine or channels >= THREADS:
+            return cls()
+        if channels < FEW and time >= 4 * SHORTEST:
+            return cls(segments=min(THREADS // channels, time // SHORTEST))
+        wanted = min(max(FEWEST, THREADS // channels), LANES, pl.cdiv(time, 2 * ahead(walk)))
+        lanes = 2 ** (wanted.bit_length() - 1)
+        return cls(NARROW if lanes > 1 else WIDE, lanes)
+
+    @property
+    def threads(self) -> int:
+        return self.channels * self.lanes
+
+
+def ahead(walk: Walk) -> int:
+    """How many steps a lane takes of a tile: so many rows are on their way."""
+    rows = sum(planes(a) for a in walk.arrays) + (walk.ahead is not None)
+    return max(1, LOADS // rows)
 
 
 def solve(walk: Walk, *, interpret: bool = False) -> tuple[Rows, Rows]:
     """Walks by the kernel; `interpret` runs it anywhere, slowly."""
-    batch, time, features = walk.sizes
-    count = segments(batch * features, time) if walk.affine else 1
-    walk = walk._replace(carry=tuple(c[:, None] for c in walk.carry))
-    if count > 1:
-        (first,) = walk.carry
-        still = jnp.zeros((batch, count, features), first.dtype)
+    if max(a.size for a in walk.arrays) >= 2**31:  # the kernel counts in 32 bits
+        return chunked(walk)
+    tiling = Tiling.of(walk)
+    carry = tuple(c[:, None] for c in walk.carry)
+    if tiling.segments > 1:
+        (batch, _, features), (first,) = walk.sizes, walk.carry
+        still = jnp.zeros((batch, tiling.segments, features), first.dtype)
         reduction = walk._replace(step=affine_map(walk.step), carry=(still, still + 1), outs=())
-        maps, _ = _launch(reduction, interpret)
-        _, starts = _launch(Walk(apply_map, walk.carry, maps, ((0, first.dtype),)), interpret)
-        walk = walk._replace(carry=starts)
-    ends, outputs = _launch(walk, interpret)
+        maps, _ = _launch(reduction, tiling, interpret)
+        starts = Walk(apply_map, walk.carry, maps, ((0, first.dtype),), affine=True)
+        _, carry = solve(starts, interpret=interpret)
+    ends, outputs = _launch(walk._replace(carry=carry), tiling, interpret)
     return tuple(end[:, -1] for end in ends), outputs
 
 
-def segments(channels: int, time: int) -> int:
-    """Into how many pieces time is split."""
-    return max(1, min(THREADS // channels, time // SHORTEST))
-
-
-def _launch(walk: Walk, interpret: bool) -> tuple[Rows, Rows]:
+def _launch(walk: Walk, tiling: Tiling, interpret: bool) -> tuple[Rows, Rows]:
     """One launch; the carries are `(batch, segments, features)`."""
-    (batch, time, features), segments = walk.sizes, walk.carry[0].shape[1]
-    blocks = pl.cdiv(features, CHANNELS)
+    batch, time, features = walk.sizes
+    blocks, segments, dtype = pl.cdiv(features, tiling.channels), tiling.segments, walk.carry[0].dtype
+    programs = batch * segments * blocks
     operands = Operands(walk.carry, walk.constants, walk.arrays, walk.ahead or ())
     ends = tuple(jax.ShapeDtypeStruct(c.shape, c.dtype) for c in walk.carry)
     outputs = tuple(jax.ShapeDtypeStruct(walk.arrays[number].shape, dtype) for number, dtype in walk.outs)
-    tree = jax.tree.structure((operands, ends, outputs))
+    board = (jax.ShapeDtypeStruct((programs, 2, 2, tiling.threads), dtype),) if tiling.lanes > 1 else ()
+    tree, results = jax.tree.structure((operands, ends, outputs, board)), (*ends, *outputs, *board)
 
     def kernel(*refs):
-        refs, end_refs, output_refs = jax.tree.unflatten(tree, refs)
-        program, dtype = pl.program_id(0), walk.carry[0].dtype
-        place = Place(program // (segments * blocks), program // blocks % segments, program % blocks, features, dtype)
-        _walk_segment(walk, refs, end_refs, output_refs, place, pl.cdiv(time, segments))
+        refs, end_refs, output_refs, board = jax.tree.unflatten(tree, refs)
+        place = Place.of(pl.program_id(0), segments, blocks, features, tiling, dtype)
+        board = Board(board[0], place, not interpret) if board else None
+        _walk_segment(walk, refs, end_refs, output_refs, board, place, pl.cdiv(time, segments))
 
-    results = pl.pallas_call(
+    found = pl.pallas_call(
         kernel,
-        out_shape=ends + outputs,
-        grid=(batch * segments * blocks,),
-        compiler_params=plgpu.CompilerParams(num_warps=WARPS),
+        out_shape=tuple(jax.ShapeDtypeStruct((math.prod(r.shape),), r.dtype) for r in results),
+        grid=(programs,),
+        compiler_params=plgpu.CompilerParams(num_warps=pl.cdiv(tiling.threads, 32)),
         interpret=interpret,
         name="ranjax_walk",
-    )(*jax.tree.leaves(operands))
-    return results[: len(ends)], results[len(ends) :]
+    )(*(a.reshape(-1) for a in jax.tree.leaves(operands)))
+    found = tuple(flat.reshape(r.shape) for flat, r in zip(found, results, strict=True))
+    return found[: len(ends)], found[len(ends) : len(ends) + len(outputs)]
 
 
 class Operands(NamedTuple):
-    """What the kernel reads, or the references to it."""
+    """What the kernel reads, or the references to it, flattened."""
 
     carry: Any
     constants: Any
@@ -79,67 +121,132 @@ class Operands(NamedTuple):
 
 
 class Place(NamedTuple):
-    """Where a program stands: its sequence, its segment of time, its block of channels."""
+    """Where a program stands, and its threads: each has a channel in one of the lanes."""
 
+    program: Array
     batch: Array
     segment: Array
-    block: Array
+    channel: Array
+    inside: Array
+    lane: Array | int
     features: int
+    tiling: Tiling
     dtype: Any
 
-    @property
-    def channels(self) -> Any:
-        return pl.ds(self.block * CHANNELS, CHANNELS)
+    @classmethod
+    def of(cls, program: Array, segments: int, blocks: int, features: int, tiling: Tiling, dtype: Any) -> "Place":
+        thread, channels = lax.iota(jnp.int32, tiling.threads), tiling.channels
+        block, rest = _rem(program, blocks), _div(program, blocks)
+        channel = block * channels + _rem(thread, channels)
+        lane = _div(thread, channels) if tiling.lanes > 1 else 0
+        batch, segment = _div(rest, segments), _rem(rest, segments)
+        return cls(program, batch, segment, channel, channel < features, lane, features, tiling, dtype)
 
-    @property
-    def inside(self) -> Array:
-        """Which of its channels there are."""
-        return self.block * CHANNELS + jnp.arange(CHANNELS) < self.features
+    def row(self, number: Array | int) -> Array:
+        """Where the threads find theirs of a row of features, by its number in a flattened array."""
+        return number * self.features + self.channel
 
-    def load(self, ref: Any, *index: Any) -> Array:
-        return plgpu.load(ref.at[(*index, self.channels)], mask=self.inside, other=0).astype(self.dtype)
+    def load(self, ref: Any, index: Array) -> Array:
+        """What threads beyond the last channel load is never stored."""
+        return plgpu.load(ref.at[index], mask=self.inside).astype(self.dtype)
 
-    def store(self, ref: Any, row: Array, *index: Any, where: Array | bool = True) -> None:
-        plgpu.store(ref.at[(*index, self.channels)], row.astype(ref.dtype), mask=self.inside & where)
+    def store(self, ref: Any, index: Array, values: Array, where: Array | bool = True) -> None:
+        there = self.inside & where
+        index = jnp.where(there, index, ref.size)  # nowhere, for masked threads
+        plgpu.store(ref.at[index], values.astype(ref.dtype), mask=there)
 
 
-def _walk_segment(walk: Walk, refs: Operands, ends: Any, outputs: Any, place: Place, length: int) -> None:
-    """One program. Rows are asked for `AHEAD` steps before they are needed."""
-    start, time = place.segment * length, walk.sizes[1]
-    stop = jnp.minimum(start + length, time)
-    constants = tuple(place.load(ref) for ref in refs.constants)
+class Board(NamedTuple):
+    """Where the lanes of a program write their maps for each other, on one of two sides in turn."""
 
-    def advance(n, rows, carry):
-        after, made = walk.step(carry, constants, rows)
-        going = n < stop
-        for (ref, plane), row in zip(_planes(outputs), made, strict=True):
-            place.store(ref, row, place.batch, _moment(walk, n), *plane, where=going)
-        return tuple(jnp.where(going, new, old) for new, old in zip(after, carry, strict=True))
+    ref: Any
+    place: Place
+    waits: bool
+
+    def exchange(self, side: Array, maps: Rows, carry: Array) -> tuple[Array, Array]:
+        """The carry that each lane starts from, and the one that the last lane leaves."""
+        channels, lanes = self.place.tiling[:2]
+        threads = lax.iota(jnp.int32, channels * lanes)
+        first = (self.place.program * 2 + side) * 2 * channels * lanes
+        for n, row in enumerate(maps):
+            plgpu.store(self.ref.at[first + n * channels * lanes + threads], row)
+        if self.waits:
+            plgpu.debug_barrier()
+        column, start, end = first + _rem(threads, channels), carry, carry
+        for n in range(lanes):
+            offset, slope = (plgpu.load(self.ref.at[column + (m * lanes + n) * channels]) for m in range(2))
+            end = slope * end + offset
+            start = jnp.where(n < self.place.lane, end, start)
+        return start, end
+
+
+def _walk_segment(
+    walk: Walk, refs: Operands, ends: Any, outputs: Any, board: Board | None, place: Place, length: int
+) -> None:
+    """One program. Rows are asked for a tile before they are needed."""
+    begin, time = place.segment * length, walk.sizes[1]
+    stop = jnp.minimum(begin + length, time)
+    many = ahead(walk)
+    tile = place.tiling.lanes * many
+    constants = tuple(place.load(ref, place.channel) for ref in refs.constants)
+    edge = place.load(refs.ahead[1], place.row(place.batch)) if refs.ahead else None
+    written = [planes(walk.arrays[number]) for number, _ in walk.outs]
+
+    def first(k):
+        """The number of the first step of each lane in tile number `k`."""
+        return begin + k * tile + place.lane * many
+
+    def rows(k):
+        return tuple(_rows(walk, refs, edge, place, first(k) + r) for r in range(many))
+
+    def through(step, k, carry, now, write=None):
+        """A lane's steps in a tile."""
+        for r in range(many):
+            n = first(k) + r
+            after, made = step(carry, constants, now[r])
+            carry = tuple(jnp.where(n < stop, new, old) for new, old in zip(after, carry, strict=True))
+            if write is not None:
+                write(n, made)
+        return carry
+
+    def write(n, made):
+        places = _places(walk, place, outputs, written, n)
+        for (ref, index), values in zip(places, made, strict=True):
+            place.store(ref, index, values, where=n < stop)
 
     def several(k, loop):
         carry, now = loop
-        first = start + k * AHEAD
-        later = tuple(_rows(walk, refs, place, first + AHEAD + r) for r in range(AHEAD))
-        for r in range(AHEAD):
-            carry = advance(first + r, now[r], carry)
-        return carry, later
+        later = rows(k + 1)
+        if board is None:
+            return through(walk.step, k, carry, now, write), later
+        still = jnp.zeros_like(carry[0])
+        maps = through(affine_map(walk.step), k, (still, still + 1), now)
+        start, end = board.exchange(_rem(k, 2), maps, carry[0])
+        through(walk.step, k, (start,), now, write)
+        return (end,), later
 
-    initial = tuple(place.load(ref, place.batch, place.segment) for ref in refs.carry)
-    loop = initial, tuple(_rows(walk, refs, place, start + r) for r in range(AHEAD))
-    carry, _ = lax.fori_loop(0, pl.cdiv(length, AHEAD), several, loop)
-    for ref, row in zip(ends, carry, strict=True):
-        place.store(ref, row, place.batch, place.segment)
+    state = place.row(place.batch * place.tiling.segments + place.segment)
+    initial = tuple(place.load(ref, state) for ref in refs.carry)
+    carry, _ = lax.fori_loop(0, pl.cdiv(length, tile), several, (initial, rows(0)))
+    for ref, values in zip(ends, carry, strict=True):
+        place.store(ref, state, values, where=place.lane == 0)
 
 
-def _rows(walk: Walk, refs: Operands, place: Place, n: Array) -> Rows:
+def _rows(walk: Walk, refs: Operands, edge: Array | None, place: Place, n: Array) -> Rows:
     """What step number `n` reads; beyond the last, what that one reads."""
-    time = walk.sizes[1]
-    found = [place.load(ref, place.batch, _moment(walk, n), *plane) for ref, plane in _planes(refs.arrays)]
-    if refs.ahead:
-        states, edge = refs.ahead
-        following = place.load(states, place.batch, _moment(walk, n + 1))
-        found.append(jnp.where(n + 1 < time, following, place.load(edge, place.batch)))
+    time, read = walk.sizes[1], [planes(a) for a in walk.arrays]
+    found = [place.load(ref, index) for ref, index in _places(walk, place, refs.arrays, read, n)]
+    if edge is not None:
+        following = place.load(refs.ahead[0], place.row(place.batch * time + _moment(walk, n + 1)))
+        found.append(jnp.where(n + 1 < time, following, edge))
     return tuple(found)
+
+
+def _places(walk: Walk, place: Place, refs: Any, counts: list[int], n: Array) -> list[tuple[Any, Array]]:
+    """The rows of step number `n`, of arrays of so many planes: reference and place of each."""
+    number = place.batch * walk.sizes[1] + _moment(walk, n)
+    rows = {count: [place.row(number * count + plane) for plane in range(count)] for count in set(counts)}
+    return [(ref, row) for ref, count in zip(refs, counts, strict=True) for row in rows[count]]
 
 
 def _moment(walk: Walk, n: Array) -> Array:
@@ -149,10 +256,10 @@ def _moment(walk: Walk, n: Array) -> Array:
     return last - n if walk.backwards else n
 
 
-def _planes(refs: Any) -> list[tuple[Any, tuple[Array, ...]]]:
-    """Every row of a step: its reference, and what stands between the indices of time and channel."""
-    return [
-        (ref, plane)
-        for ref in refs
-        for plane in ([()] if len(ref.shape) == 3 else [(jnp.int32(n),) for n in range(ref.shape[2])])
-    ]
+def _div(a: Array, b: int) -> Array:
+    """Of integers that are not negative, as is the next; `jax.numpy` provides for those that are."""
+    return lax.div(a, a.dtype.type(b))
+
+
+def _rem(a: Array, b: int) -> Array:
+    return lax.rem(a, a.dtype.type(b))
