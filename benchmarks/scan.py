@@ -7,6 +7,7 @@ of the inputs, seconds of compilation, and the largest deviation from a float64 
 
 import dataclasses
 import json
+import math
 import re
 import time
 from collections.abc import Callable
@@ -41,7 +42,7 @@ class Options:
       out: folder of the results.
     """
 
-    solvers: tuple[str, ...] = ("sequential", "associative", "chunked", "auto")
+    solvers: tuple[str, ...] = ("sequential", "associative", "chunked")
     lengths: tuple[int, ...] = (64, 256, 1024, 4096, 16384, 65536)
     widths: tuple[int, ...] = (64, 512, 2048)
     elements: int = 2**22
@@ -51,11 +52,11 @@ class Options:
 
     @property
     def shapes(self) -> list[tuple[int, int, int]]:
-        """Batch, time, features."""
-        grid = [
-            (self.elements // (time * features), time, features) for time in self.lengths for features in self.widths
-        ]
-        return [MAIN, *((max(1, min(64, batch)), *rest) for batch, *rest in grid if (batch, *rest) != MAIN)]
+        """Batch, time, features; what is larger by itself than twice the elements is left out."""
+        rest = [(time, features) for time in self.lengths for features in self.widths]
+        batches = [max(1, min(64, self.elements // (time * features))) for time, features in rest]
+        grid = [(batch, *shape) for batch, shape in zip(batches, rest, strict=True)]
+        return [MAIN, *(shape for shape in grid if shape != MAIN and math.prod(shape) <= 2 * self.elements)]
 
 
 def plain_scan(decay: Array, inputs: Array, initial: Array) -> Array:

@@ -5,8 +5,8 @@ rule: the derivative of a linear recurrence is a linear recurrence, so no solver
 Axes are `(*batch, time, features)` throughout.
 """
 
-import math
 from functools import partial
+from importlib.util import find_spec
 from typing import Any, NamedTuple
 
 import jax
@@ -44,8 +44,8 @@ def linear_recurrence(
       inputs: floating array of the same shape.
       initial: floating array `(*batch, features)`; None is the same as zeros.
       reverse: run from the last step to the first.
-      solver: `"auto"`, the default, takes one of the others by platform, when the program is lowered, and by
-        shape. `"sequential"`: a loop, one step after another. `"associative"`: `jax.lax.associative_scan`.
+      solver: `"auto"`, the default, takes one of the others by platform, when the program is lowered.
+        `"sequential"`: a loop, one step after another. `"associative"`: `jax.lax.associative_scan`.
         `"chunked"`: all chunks of 64 steps at once, with a pass over the chunks between two over the sequence;
         memory grows with the length only. `"pallas"`: a kernel for GPU or TPU; without one, its interpretation,
         which is slow.
@@ -133,9 +133,14 @@ def _transposed_step(carry: Rows, _: Rows, rows: Rows) -> tuple[Rows, Rows]:
 
 
 def _auto(walk: Walk) -> tuple[Rows, Rows]:
-    """The first of `CHOICES` that fits the platform and the shape."""
-    fitting = [choice for choice in CHOICES if walk.carry[0].size < choice.channels]
-    return _by_platform(walk, {choice.platform: SOLVERS[choice.solver] for choice in reversed(fitting)})
+    """What `CHOICES` has for the platform."""
+    choices = [choice for choice in CHOICES if choice.solver != "pallas" or _has_gpu()]
+    return _by_platform(walk, {choice.platform: SOLVERS[choice.solver] for choice in choices})
+
+
+def _has_gpu() -> bool:
+    """Whether there is a GPU to run a kernel on, and what compiles it: without one no program waits for its tracing."""
+    return jax.default_backend() == "gpu" and find_spec("jax.experimental.pallas.triton") is not None
 
 
 def _pallas(walk: Walk) -> tuple[Rows, Rows]:
@@ -168,20 +173,20 @@ SOLVERS: dict[str, Solver] = {
 
 
 class Choice(NamedTuple):
-    """What `"auto"` takes on a platform where batch times features is below `channels`, and why."""
+    """What `"auto"` takes on a platform, and why."""
 
     platform: str
-    channels: float
     solver: str
     evidence: str
 
 
-# A kernel that has not run on its device is not a default: "pallas" stays a choice until a figure stands here.
+# Milliseconds of a gradient, from benchmarks/results/, where other shapes are too: no other solver wins at any of them
+# by more than the noise. A kernel that has not run on its device is not a default.
 CHOICES = (
-    Choice("cpu", 512, "chunked", "2 cores of an AMD EPYC, 2026-11-23: 11.7 against 15.1 ms at 65,536 x 64"),
-    Choice("cpu", math.inf, "sequential", "the same: 11.1 against 18.4 ms at 8 x 1024 x 512"),
-    Choice("cuda", math.inf, "pallas", "to be measured"),
-    Choice("default", math.inf, "associative", "not measured: log2(T) sweeps instead of T turns of a loop"),
+    Choice("cpu", "sequential", "AMD EPYC, 2 cores, 2026-11-23, 8 x 1024 x 512: 14.1; chunked 18.2, associative 48.6"),
+    Choice("cuda", "pallas", "H100, 2026-11-23, 32 x 1024 x 512: 0.255; associative 0.798"),
+    Choice("tpu", "sequential", "not measured; associative_scan is slower there, De et al. 2024 (Griffin)"),
+    Choice("default", "associative", "not measured: log2(T) sweeps instead of T turns of a loop"),
 )
 
 

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from jax.test_util import check_grads
 
 import ranjax
+import ranjax.scan
 from ranjax.scan import SOLVERS
 
 linear_recurrence = jax.jit(ranjax.linear_recurrence, static_argnames=("reverse", "solver"))  # one compilation a call
@@ -191,8 +192,20 @@ def test_one_traced_program_serves_every_platform():
     traced = jax.jit(jax.grad(lambda *a: linear_recurrence(*a).sum(), (0, 1, 2))).trace(*problem(dtype=np.float32))
     lowered = {platform: traced.lower(lowering_platforms=(platform,)).as_text() for platform in ("cpu", "tpu", "cuda")}
     assert "stablehlo.while" in lowered["cpu"]
-    assert "stablehlo.while" not in lowered["tpu"]
+    assert "stablehlo.while" in lowered["tpu"]
     assert "stablehlo.while" not in lowered["cuda"]
+
+
+def test_the_kernel_is_taken_where_there_is_a_gpu(monkeypatch):
+    def taken():
+        gradient = jax.grad(lambda *a: ranjax.linear_recurrence(*a).sum())
+        return "pallas_call" in str(jax.make_jaxpr(gradient)(*problem(dtype=np.float32)))
+
+    assert not taken()
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    assert taken()
+    monkeypatch.setattr(ranjax.scan, "find_spec", lambda name: None)  # a JAX without Triton
+    assert not taken()
 
 
 @pytest.mark.parametrize(
