@@ -36,9 +36,7 @@ def built(decay: np.ndarray, inputs: np.ndarray, weight: np.ndarray) -> dict[str
             continue
         try:
             found[name] = build(importlib.import_module(module))(decay, inputs, weight)
-        except ImportError:
-            continue
-        except RuntimeError as error:  # what PyTorch says of a shape, a build or a memory that it cannot
+        except (ImportError, OSError, RuntimeError) as error:  # not installed, not built, too large
             if "CUDA error" in str(error):
                 raise
             print(f"  {name} is left out: {str(error).splitlines()[0]}", flush=True)

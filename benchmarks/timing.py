@@ -44,8 +44,8 @@ def alternate(calls: Mapping[str, Callable[[], Any]], *, seconds: float, rounds:
 def repeated(call: Callable, arguments: tuple) -> tuple[Callable[[], Any], int]:
     """What the clock is to time for a function of JAX, and of how many calls that is.
 
-    On a CPU of one. On an accelerator short calls are queued, several in a program, one after another and each on
-    arrays of its own: so neither the launch from Python nor what the last call left in the caches is timed.
+    On a CPU of one. On an accelerator calls are queued, those below 0.2 ms several in a program, one after another and
+    each on arrays of its own: so neither the launch from Python nor what the last call left in the caches is timed.
     """
     import jax
 

@@ -18,7 +18,13 @@ import timing
 from ranjax.hugepages import restart_with_huge_pages
 
 RESULTS = Path(__file__).parent / "results"
-SIZES = {200: (20, 35), 650: (20, 35), 1024: (64, 512)}  # features of both layers: batch, steps
+SIZES = {  # features of both layers, batch, steps
+    "small": (200, 20, 35),
+    "medium": (650, 20, 35),
+    "large": (1024, 64, 512),
+    "long": (650, 16, 1024),
+    "longest": (650, 2, 8192),
+}
 VOCABULARY = 10_000
 BLOCK = 5  # steps timed together
 
@@ -28,12 +34,13 @@ class Options:
     """Whole training steps against PyTorch's.
 
     Attributes:
-      features: of both layers: 200 and 650 (batches of 20, 35 steps), 1024 (batches of 64, 512 steps; for a GPU).
+      sizes: small and medium (2 x 200 and 2 x 650, batches of 20, 35 steps); for a GPU large (2 x 1024, 64, 512 steps),
+        long (2 x 650, 16, 1024 steps) and longest (2 x 650, 2, 8192 steps), these two with the fixed point solver too.
       seconds: for the rounds of one size.
       out: folder of the results.
     """
 
-    features: tuple[int, ...] = (200, 650)
+    sizes: tuple[str, ...] = ("small", "medium")
     seconds: float = 60.0
     out: Path = RESULTS
 
@@ -117,6 +124,8 @@ def measure(features: int, batch: int, steps: int, seconds: float) -> list[dict]
         f"RAN, {gates} gates": ranjax_steps(features, batch, steps, gates=gates)
         for gates in ("recurrent", "diagonal", "input")
     }
+    if steps > 1000:
+        calls["RAN, recurrent gates, fixed point"] = ranjax_steps(features, batch, steps, solver="fixed_point")
     calls["flax OptimizedLSTMCell"] = ranjax_steps(features, batch, steps, cell="lstm")
     calls |= {name: torch_steps(features, batch, steps, cell) for name, cell in torch_cells(steps).items()}
     times = timing.alternate(calls, seconds=seconds)
@@ -145,14 +154,14 @@ def main(options: Options) -> None:
     stamp, rows = timing.stamp() | {"torch": torch.__version__}, []
     options.out.mkdir(parents=True, exist_ok=True)
     name = re.sub(r"\W+", "-", stamp["device"].lower()).strip("-")
-    for features in options.features:
-        batch, steps = SIZES[features]
+    for size in options.sizes:
+        features, batch, steps = SIZES[size]
         found = measure(features, batch, steps, options.seconds)
         rows += found
         print(f"2 x {features}, batch {batch}, {steps} steps, vocabulary {VOCABULARY:,}")
         for row in found:
             print(
-                "  {name:24} {step_ms:8.2f} ms a step (least {step_least_ms:.2f}), {tokens_per_second:9,} tokens/s, "
+                "  {name:33} {step_ms:8.2f} ms a step (least {step_least_ms:.2f}), {tokens_per_second:9,} tokens/s, "
                 "{over_torch_lstm:.2f} times PyTorch's LSTM".format(**row),
                 flush=True,
             )

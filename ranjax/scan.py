@@ -139,8 +139,11 @@ def _auto(walk: Walk) -> tuple[Rows, Rows]:
 
 
 def _has_gpu() -> bool:
-    """Whether there is a GPU to run a kernel on, and what compiles it: without one no program waits for its tracing."""
-    return jax.default_backend() == "gpu" and find_spec("jax.experimental.pallas.triton") is not None
+    """Whether there is a GPU that the kernel compiles for, Ampere or newer: otherwise nobody waits for its tracing."""
+    if jax.default_backend() != "gpu" or find_spec("jax.experimental.pallas.triton") is None:
+        return False
+    capability = getattr(jax.local_devices()[0], "compute_capability", "")  # of AMD's: another name
+    return capability.replace(".", "").isdecimal() and float(capability) >= 8
 
 
 def _pallas(walk: Walk) -> tuple[Rows, Rows]:
@@ -180,8 +183,8 @@ class Choice(NamedTuple):
     evidence: str
 
 
-# Milliseconds of a gradient, from benchmarks/results/, where other shapes are too: no other solver wins at any of them
-# by more than the noise. A kernel that has not run on its device is not a default.
+# Milliseconds of a gradient, from benchmarks/results/. Other shapes are there for the CPU: chunked wins at one of them,
+# 4 x 16,384 x 64. A kernel that has not run on its device is not a default.
 CHOICES = (
     Choice("cpu", "sequential", "AMD EPYC, 2 cores, 2026-11-23, 8 x 1024 x 512: 14.1; chunked 18.2, associative 48.6"),
     Choice("cuda", "pallas", "H100, 2026-11-23, 32 x 1024 x 512: 0.255; associative 0.798"),

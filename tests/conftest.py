@@ -7,7 +7,9 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
 from jaxtyping import install_import_hook
 
-install_import_hook([f"ranjax.{name}" for name in ("cell", "gated", "layer", "lm", "scan")], "beartype.beartype")
+install_import_hook(
+    [f"ranjax.{name}" for name in ("cell", "gated", "layer", "lm", "masks", "scan")], "beartype.beartype"
+)
 
 from pathlib import Path  # noqa: E402
 
@@ -26,12 +28,12 @@ hypothesis.settings.load_profile("ranjax")
 
 
 @pytest.fixture(autouse=True, scope="session")
-def fewer_loads_ahead():
-    """Of the GPU kernel, whose interpretation compiles for a time that grows with them."""
+def a_smaller_gpu():
+    """The GPU kernel's interpretation compiles for a time that grows with its loads and its lanes."""
     from ranjax.kernels import gpu
 
     if jax.default_backend() == "cpu":
-        gpu.LOADS = 4
+        gpu.LOADS, gpu.LANES = 4, 4
 
 
 @pytest.fixture

@@ -142,14 +142,17 @@ def test_narrow_arrays_are_walked_in_the_dtype_of_the_carry(solve):
     ("solve", "platform", "call"), [(tpu.solve, "tpu", "tpu_custom_call"), (gpu.solve, "cuda", "triton")]
 )
 @pytest.mark.parametrize("kind", KINDS)
-def test_lowers_on_a_machine_without_the_device(solve, platform, call, kind):
-    walk = problem(kind, 2, 300, 700)._replace(backwards=True)
+@pytest.mark.parametrize("batch", [2, 4])  # on a GPU: segments, lanes
+def test_lowers_on_a_machine_without_the_device(solve, platform, call, kind, batch):
+    walk = problem(kind, batch, 300, 700)._replace(backwards=True)
     known = {"device_kind": "NVIDIA H100", "num_cores": None, "platform": "cuda"}
     fields = [field.name for field in dataclasses.fields(jax.sharding.AbstractDevice)]  # newer versions have more
     device = jax.sharding.AbstractDevice(**{name: known[name] for name in fields})
     with jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((1,), ("x",), abstract_device=device)):
         traced = jax.jit(lambda arrays: solve(walk._replace(arrays=arrays))).trace(walk.arrays)
-        assert call in traced.lower(lowering_platforms=(platform,)).as_text()
+        lowered = traced.lower(lowering_platforms=(platform,)).as_text()
+    assert call in lowered
+    assert ("barrier" in lowered) == (platform == "cuda" and batch == 4 and walk.affine)
 
 
 @pytest.mark.parametrize(
@@ -158,12 +161,14 @@ def test_lowers_on_a_machine_without_the_device(solve, platform, call, kind):
         (8, 1024, 512, (32, 16, 1)),
         (16, 1024, 1024, (32, 4, 1)),
         (8, 10, 512, (64, 1, 1)),
+        (8, 35, 512, (32, 2, 1)),
         (1, 65536, 64, (64, 1, 1024)),
         (256, 4096, 1024, (64, 1, 1)),
     ],
 )
 def test_how_a_gpu_is_filled(monkeypatch, batch, time, features, tiling):
     monkeypatch.setattr(gpu, "LOADS", 16)
+    monkeypatch.setattr(gpu, "LANES", 16)
     array = jax.ShapeDtypeStruct((batch, time, features), jnp.float32)
     walk = Walk(linear, (), (array, array), (), affine=True)
     assert gpu.Tiling.of(walk) == tiling

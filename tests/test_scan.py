@@ -1,5 +1,7 @@
 """Every property of `linear_recurrence` over one table of solvers."""
 
+import types
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -196,16 +198,22 @@ def test_one_traced_program_serves_every_platform():
     assert "stablehlo.while" not in lowered["cuda"]
 
 
-def test_the_kernel_is_taken_where_there_is_a_gpu(monkeypatch):
-    def taken():
+def test_the_kernel_is_taken_where_there_is_a_gpu_for_it(monkeypatch):
+    def taken(capability):
+        device = types.SimpleNamespace(**({"compute_capability": capability} if capability else {}))
+        monkeypatch.setattr(jax, "local_devices", lambda: [device])
         gradient = jax.grad(lambda *a: ranjax.linear_recurrence(*a).sum())
         return "pallas_call" in str(jax.make_jaxpr(gradient)(*problem(dtype=np.float32)))
 
-    assert not taken()
+    assert not taken("9.0")
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
-    assert taken()
+    assert taken("9.0")
+    assert taken("12.1")
+    assert not taken("7.5")
+    assert not taken("gfx90a")
+    assert not taken(None)
     monkeypatch.setattr(ranjax.scan, "find_spec", lambda name: None)  # a JAX without Triton
-    assert not taken()
+    assert not taken("9.0")
 
 
 @pytest.mark.parametrize(

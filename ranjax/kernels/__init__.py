@@ -10,6 +10,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 from jax import Array
 
 Rows = tuple[Array, ...]
@@ -72,4 +73,9 @@ def affine_map(step: Step) -> Step:
 def apply_map(carry: Rows, _: Rows, rows: Rows) -> tuple[Rows, Rows]:
     """A step that applies one such map to the carry, and writes the carry that it found."""
     (c,), (offset, slope) = carry, rows
-    return (slope * c + offset,), (c,)
+    return (mapped(offset, slope, c),), (c,)
+
+
+def mapped(offset: Array, slope: Array, c: Array) -> Array:
+    """slope * c + offset; where the map forgets the carry, also one that is not finite."""
+    return jnp.where(slope == 0, offset, slope * c + offset)

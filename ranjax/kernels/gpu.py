@@ -16,14 +16,14 @@ from jax import Array, lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
-from ranjax.kernels import Rows, Walk, affine_map, apply_map, planes
+from ranjax.kernels import Rows, Walk, affine_map, apply_map, mapped, planes
 from ranjax.kernels.plain import chunked
 
 LOADS = 16  # of a thread on their way while as many are worked on; the time of compilation grows with their cube
 THREADS = 2**16  # that keep the chip busy
 WIDE = 64  # channels of a program without lanes
 NARROW = 32  # and with lanes
-FEWEST, LANES = 4, 16  # lanes, where there are any
+FEWEST, LANES = 4, 16  # lanes, unless time is too short for them
 FEW = 2**11  # channels that lanes alone cannot help
 SHORTEST = 64  # steps of a segment
 
@@ -74,7 +74,7 @@ def solve(walk: Walk, *, interpret: bool = False) -> tuple[Rows, Rows]:
     if tiling.segments > 1:
         (batch, _, features), (first,) = walk.sizes, walk.carry
         still = jnp.zeros((batch, tiling.segments, features), first.dtype)
-        reduction = walk._replace(step=affine_map(walk.step), carry=(still, still + 1), outs=())
+        reduction = walk._replace(step=affine_map(walk.step), carry=(still, still + 1), outs=(), affine=False)
         maps, _ = _launch(reduction, tiling, interpret)
         starts = Walk(apply_map, walk.carry, maps, ((0, first.dtype),), affine=True)
         _, carry = solve(starts, interpret=interpret)
@@ -175,7 +175,7 @@ class Board(NamedTuple):
         column, start, end = first + _rem(threads, channels), carry, carry
         for n in range(lanes):
             offset, slope = (plgpu.load(self.ref.at[column + (m * lanes + n) * channels]) for m in range(2))
-            end = slope * end + offset
+            end = mapped(offset, slope, end)
             start = jnp.where(n < self.place.lane, end, start)
         return start, end
 

@@ -74,7 +74,8 @@ def chunked(walk: Walk) -> tuple[Rows, Rows]:
         return sequential(walk)
     chunks, dtype = _chunks(walk, count), walk.carry[0].dtype
     still = jnp.zeros((batch * count, features), dtype)
-    maps, _ = sequential(chunks._replace(step=affine_map(walk.step), carry=(still, still + 1), outs=(), in_place=False))
+    reduction = chunks._replace(step=affine_map(walk.step), carry=(still, still + 1), outs=(), affine=False)
+    maps, _ = sequential(reduction._replace(in_place=False))
     maps = tuple(m.reshape(batch, count, features) for m in maps)
     last, (starts,) = sequential(Walk(apply_map, walk.carry, maps, ((0, dtype),), backwards=walk.backwards))
     _, outputs = sequential(chunks._replace(carry=(starts.reshape(still.shape),)))
