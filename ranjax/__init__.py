@@ -14,7 +14,7 @@ So a state is a weighted sum of the contents of its past, and once the gates are
 c. They are known beforehand where they see x only (`gates="input"`, without W_ih and W_fh); those of the paper read
 h_{t-1} (`gates="recurrent"`, the default).
 
-Public names: `RANCell`, `RAN`, `linear_recurrence`, `LanguageModel`; the module `data`.
+Public names: `RANCell`, `RAN`, `FixedPoint`, `solve`, `linear_recurrence`, `LanguageModel`; the module `data`.
 They are imported when first used, so that programs can answer `--help` at once.
 """
 
@@ -24,14 +24,23 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from ranjax import data as data
     from ranjax.cell import RANCell as RANCell
+    from ranjax.fixed_point import FixedPoint as FixedPoint
+    from ranjax.gated import solve as solve
     from ranjax.layer import RAN as RAN
     from ranjax.lm import LanguageModel as LanguageModel
     from ranjax.scan import linear_recurrence as linear_recurrence
 
-_HOMES = {"RANCell": "cell", "RAN": "layer", "LanguageModel": "lm", "linear_recurrence": "scan"}
+_HOMES = {
+    "FixedPoint": "fixed_point",
+    "LanguageModel": "lm",
+    "RAN": "layer",
+    "RANCell": "cell",
+    "linear_recurrence": "scan",
+    "solve": "gated",
+}
 _MODULES = ("cell", "data", "layer", "lm", "scan")
 
-__all__ = ["RAN", "LanguageModel", "RANCell", "data", "linear_recurrence"]
+__all__ = ["RAN", "FixedPoint", "LanguageModel", "RANCell", "data", "linear_recurrence", "solve"]
 
 
 def __getattr__(name: str) -> Any:

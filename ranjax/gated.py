@@ -2,74 +2,109 @@
 
 Where each gate sees the input, or its own feature of h_{t-1} besides, a step is elementwise: one walk goes from the
 pre-activations and the content straight to the states, and one walk back makes the gradients. Neither stores a gate.
-
-Where the gates read all of h_{t-1}, the derivative of the recurrence c_t = F_t(c_{t-1}) is linear: dc_t = J_t dc_{t-1}
-+ r_t, with J_t = f_t + (the gates' answer to h_{t-1}) and r_t what the weights and the inputs contribute. Everything in
-r_t is a product over all steps at once, so only c and the linear system for dc (in reverse mode its transpose) are
-walked through step by step, and no loop accumulates the gradient of a weight.
+Where the gates read all of h_{t-1}, see `recurrent`.
 """
 
 from functools import partial
-from typing import NamedTuple, cast
+from typing import cast
 
 import jax
 import jax.numpy as jnp
-from jax import Array, lax
-from jaxtyping import Bool, Float
+from jax import Array
+from jax.typing import ArrayLike
+from jaxtyping import Float
 
-from ranjax.cell import ACTIVATIONS, Params, gates_of_state, update
+from ranjax.cell import ACTIVATIONS, Params, checked_carry, content, gates_of_input
+from ranjax.fixed_point import FixedPoint, Record, exact
 from ranjax.kernels import Rows, Walk
-from ranjax.scan import SOLVERS, linear_recurrence
+from ranjax.masks import States, Steps, seen
+from ranjax.recurrent import recurrent_states
+from ranjax.scan import SOLVERS, linear_recurrence, state_dtype
 
-States = Float[Array, "time *batch features"]
-Gates = Float[Array, "time *batch 2 features"]
 State = Float[Array, "*batch features"]
-Mask = Bool[Array, "time *batch"]
 FUSED = ("auto", "pallas")  # solvers that go from the pre-activations straight to the states
+RECURRENT = ("auto", "sequential", "fixed_point")
 
 
-class Steps(NamedTuple):
-    """What each step is given, all of it known before the walk; time is the first axis.
+def solve(
+    params: Params,
+    x: ArrayLike,
+    c0: ArrayLike | None = None,
+    *,
+    gates: str,
+    activation: str = "tanh",
+    solver: str | FixedPoint = "auto",
+) -> tuple[Array, Record]:
+    """The states of a recurrent additive network over a sequence, and what the solver did.
 
-    Attributes:
-      u: content W_c x.
-      z: the inputs' part of both gates' pre-activations.
+    Args:
+      params: the parameters as a `RANCell` makes them.
+      x: inputs `(*batch, time, in)`.
+      c0: state before the first step, `(*batch, features)`, float32 or wider; None is the same as zeros.
+      gates: what the gates of these parameters see: `"recurrent"`, `"diagonal"` or `"input"`.
+      activation: `"tanh"` or `"identity"`, the g of h = g(c).
+      solver: as for `RAN`.
+
+    Returns:
+      The states c, `(*batch, time, features)`, and a `Record`: iterations, residual, converged.
+
+    Raises:
+      ValueError: for gates that are not those of the parameters, for a solver or an activation that does not fit them.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, ranjax
+      >>> cell, x = ranjax.RANCell(features=4), jnp.ones((2, 50, 3))
+      >>> params = cell.init(jax.random.key(0), jnp.zeros((2, 4)), x[:, 0])["params"]
+      >>> states, record = ranjax.solve(params, x, gates="recurrent", solver="fixed_point")
+      >>> states.shape, bool(record.converged)
+      ((2, 50, 4), True)
     """
-
-    u: States
-    z: Gates
-
-
-def masked(steps: Steps, starts: Mask | None, padding: Mask | None) -> Steps:
-    """The steps with masks, told by gates that are shut or open for certain.
-
-    Where a segment starts, the forget gate's pre-activation is -inf: nothing of c_{t-1} gets through, and the gates do
-    not see it (`_before`). In the padding it is +inf and the input gate's -inf: c_{t-1} passes unchanged.
-    """
-    if starts is None and padding is None:
-        return steps
-    i, f = steps.z[..., 0, :], steps.z[..., 1, :]
-    if starts is not None:
-        f = jnp.where(starts[..., None], -jnp.inf, f)
-    if padding is not None:
-        i, f = jnp.where(padding[..., None], -jnp.inf, i), jnp.where(padding[..., None], jnp.inf, f)
-    return steps._replace(z=jnp.stack([i, f], axis=-2))
+    if activation not in ACTIVATIONS:
+        raise ValueError(f"`activation` must be one of {', '.join(map(repr, ACTIVATIONS))}; got {activation!r}.")
+    found = {None: "input", 2: "diagonal", 3: "recurrent"}[
+        getattr(params["gates"].get("recurrent_kernel"), "ndim", None)
+    ]
+    if gates != found:
+        raise ValueError(f"`gates` must be {found!r}, which these parameters are for; got {gates!r}.")
+    check_solver(solver, gates)
+    x = jnp.asarray(x)
+    u, z = content(params, x), gates_of_input(params, x)
+    shape = (*u.shape[:-2], u.shape[-1])
+    c0 = jnp.zeros(shape, state_dtype(u)) if c0 is None else checked_carry("c0", c0, shape)
+    steps = Steps(jnp.moveaxis(u, -2, 0), jnp.moveaxis(z, -3, 0))
+    c, record = states(params, steps, c0, activation=activation, solver=solver)
+    return jnp.moveaxis(c, 0, -2), record
 
 
-def states(params: Params, steps: Steps, c0: State, *, activation: str, solver: str) -> States:
-    """The states c_1 ... c_T from the state `c0`."""
+def check_solver(solver: str | FixedPoint, gates: str) -> None:
+    """Raises a ValueError where a solver does not fit the gates."""
+    allowed = {"input": tuple(SOLVERS), "diagonal": ("sequential", *FUSED)}.get(gates, RECURRENT)
+    name = "fixed_point" if isinstance(solver, FixedPoint) else solver
+    if name in allowed:
+        return
+    why = (
+        "" if gates == "input" else " These gates read h_{t-1}, so this is not one linear recurrence; gates='input' is."
+    )
+    why = " It is for gates='recurrent'." if name == "fixed_point" else why
+    raise ValueError(
+        f"`solver` must be one of {', '.join(map(repr, allowed))} for gates={gates!r}; got {solver!r}.{why}"
+    )
+
+
+def states(
+    params: Params, steps: Steps, c0: State, *, activation: str, solver: str | FixedPoint
+) -> tuple[States, Record]:
+    """The states c_1 ... c_T from the state `c0`, and what the solver did."""
     if steps.u.size == 0:
-        return steps.u.astype(c0.dtype)
-    weights = params["gates"].get("recurrent_kernel")
-    if solver in FUSED and (weights is None or weights.ndim == 2):
-        return _fused(steps, c0, weights, activation, solver)
+        return steps.u.astype(c0.dtype), exact(c0.dtype)
+    weights, name = params["gates"].get("recurrent_kernel"), solver if isinstance(solver, str) else "fixed_point"
+    if name in FUSED and (weights is None or weights.ndim == 2):
+        return _fused(steps, c0, weights, activation, name), exact(c0.dtype)
     steps = Steps(*(a.astype(c0.dtype) for a in steps))
     if weights is None:
-        return _linear_states(steps, c0, solver)
-    used = {"gates": {"recurrent_kernel": weights}}
-    if "projection" in params:
-        used["projection"] = params["projection"]
-    return _sequential_states(used, steps, c0, activation)
+        return _linear_states(steps, c0, name), exact(c0.dtype)
+    settings = solver if isinstance(solver, FixedPoint) else FixedPoint() if name == "fixed_point" else None
+    return recurrent_states(params, steps, c0, activation, settings)
 
 
 def _linear_states(steps: Steps, c0: State, solver: str) -> States:
@@ -134,121 +169,8 @@ _elementwise.defvjp(_elementwise_forward, _elementwise_backward)
 def _step(c: Array, weights: Rows, rows: Rows, activation: str) -> Array:
     """c_t of elementwise gates; `weights` are those of the input and the forget gate on h_{t-1}, if they see it."""
     z_i, z_f, u = rows
-    c = _before(z_f, c)
+    c = seen(z_f, c)
     if weights:
         h = ACTIVATIONS[activation](c)
         z_i, z_f = z_i + weights[0] * h, z_f + weights[1] * h
     return jax.nn.sigmoid(z_i) * u + jax.nn.sigmoid(z_f) * c
-
-
-def _before(z_f: Array, c: Array) -> Array:
-    """c_{t-1} as the step sees it: nothing where a forget gate of -inf starts a segment."""
-    return jnp.where(z_f == -jnp.inf, 0.0, c)
-
-
-@partial(jax.custom_jvp, nondiff_argnums=(3,))
-def _sequential_states(params: Params, steps: Steps, c0: State, activation: str) -> States:
-    """The states c_1 ... c_T from the state `c0`, one `jax.lax.scan` step after another."""
-    return _walk(params, steps, c0, activation)[0]
-
-
-@_sequential_states.defjvp
-def _sequential_states_jvp(activation, primals, tangents):
-    (params, steps, c0), (d_params, d_steps, d_c0) = primals, tangents
-    states, gates = _walk(params, steps, c0, activation)
-    seen = steps.z[..., 1, :]
-    before = _before(seen, jnp.concatenate([c0[None], states[:-1]]))
-    answer = gates * (1 - gates) * jnp.stack([steps.u, before], axis=-2)  # dc_t / dz_t
-
-    # r_t: the weights and the inputs, at a fixed c_{t-1}.
-    _, d_z = jax.jvp(lambda p: gates_of_state(p, before, activation), (params,), (d_params,))
-    r = jnp.sum(answer * (d_steps.z + d_z), axis=-2) + gates[..., 0, :] * d_steps.u
-
-    # J_t: what the decay passes on, and what the gates make of h_{t-1}.
-    f, answer = gates[..., 1, :], _before(seen[..., None, :], answer)
-    _, slope = jax.jvp(ACTIVATIONS[activation], (before,), (jnp.ones_like(before),))
-    jacobians = Jacobians(f, answer, slope)
-    first = jax.tree.map(lambda a: a[0], jacobians)
-    r = r.at[0].add(_jacobian_product(params, first, d_c0))
-    return states, _linear_solve(params, jacobians, r)
-
-
-def _walk(params: Params, steps: Steps, c0: State, activation: str) -> tuple[States, Gates]:
-    """The states, and the gates that made them."""
-
-    def walk(c, step):
-        before = _before(step.z[..., 1, :], c)
-        recurrent = gates_of_state(params, before, activation)
-        gates = jax.nn.sigmoid(step.z + recurrent.astype(c.dtype))
-        after = update(before, step.u, gates)
-        return after, (after, gates)
-
-    return lax.scan(walk, c0, steps)[1]
-
-
-class Jacobians(NamedTuple):
-    """J_t of every step: v -> f * v + answer_i * (W_ih (slope * v)) + answer_f * (W_fh (slope * v)).
-
-    Attributes:
-      f: what the decay passes on.
-      answer: dc_t / dz_t of both gates, where they see c_{t-1}.
-      slope: dh_{t-1} / dc_{t-1}, before a projection.
-    """
-
-    f: Array
-    answer: Array
-    slope: Array
-
-
-def _jacobian_product(params: Params, at: Jacobians, v: Array) -> Array:
-    """J_t v, for one step or for all of them."""
-    d_h = at.slope * v
-    _, d_z = jax.jvp(lambda h: gates_of_state(params, h, "identity"), (d_h,), (d_h,))
-    return at.f * v + jnp.sum(at.answer * d_z.astype(v.dtype), axis=-2)
-
-
-def _transposed(params: Params) -> Params:
-    """The weights as products with their transposes want them: turned once, not at every step of a loop."""
-    kernel = params["gates"]["recurrent_kernel"]
-    if kernel.ndim == 3:
-        kernel = jnp.moveaxis(kernel, 0, -1).reshape(-1, kernel.shape[0])
-    turned = {"gates": {"recurrent_kernel": kernel}}
-    return turned | ({"projection": {"kernel": params["projection"]["kernel"].T}} if "projection" in params else {})
-
-
-def _transposed_jacobian_product(turned: Params, at: Jacobians, v: Array) -> Array:
-    """The transpose of J_t, times v, for one step."""
-    d_z, kernel = at.answer * v[..., None, :], turned["gates"]["recurrent_kernel"]
-    if at.answer.shape[-2:] == kernel.shape:  # diagonal
-        d_h = jnp.sum(d_z * kernel, axis=-2)
-    else:
-        d_h = jnp.dot(d_z.reshape(*v.shape[:-1], -1).astype(kernel.dtype), kernel)
-    if "projection" in turned:
-        d_h = jnp.dot(d_h, turned["projection"]["kernel"])
-    return at.f * v + at.slope * d_h.astype(v.dtype)
-
-
-def _linear_solve(params: Params, jacobians: Jacobians, r: States) -> States:
-    """v_t = J_t v_{t-1} + r_t from zero, as a linear system that JAX can transpose."""
-    zero = jnp.zeros_like(r[0])
-
-    def solve(_, r):
-        def walk(v, step):
-            v = _jacobian_product(params, step[0], v) + step[1]
-            return v, v
-
-        return lax.scan(walk, zero, (jacobians, r))[1]
-
-    def transpose_solve(_, g):
-        turned = _transposed(params)
-
-        def walk(v, step):
-            v = v + step[1]
-            return _transposed_jacobian_product(turned, step[0], v), v
-
-        return lax.scan(walk, zero, (jacobians, g), reverse=True)[1]
-
-    def matvec(v):
-        return v - _jacobian_product(params, jacobians, jnp.concatenate([zero[None], v[:-1]]))
-
-    return lax.custom_linear_solve(matvec, r, solve, transpose_solve)

@@ -11,8 +11,10 @@ from jax import Array, lax
 from jax.typing import ArrayLike
 
 from ranjax.cell import RANCell, checked_carry, content, gates_of_input, output
-from ranjax.gated import FUSED, Steps, masked, states
-from ranjax.scan import SOLVERS, state_dtype
+from ranjax.fixed_point import FixedPoint
+from ranjax.gated import check_solver, states
+from ranjax.masks import Steps, masked
+from ranjax.scan import state_dtype
 
 
 class RAN(nn.Module):
@@ -23,7 +25,8 @@ class RAN(nn.Module):
 
     The parameters are those of `nn.RNN(cell)`, so either loads the other's. The products with x are made for
     the whole sequence at once. With `gates="input"` the states are one linear recurrence; the other gates read
-    h_{t-1} and are walked through step by step.
+    h_{t-1} and are walked through step by step. Those of the paper, `gates="recurrent"`, can be solved for all steps at
+    once with `solver="fixed_point"`, by iterating linear recurrences: the same states and gradients to rounding.
 
     With `solver="auto"` or `"pallas"`, gates that see the input or their own feature of h only go from their
     pre-activations straight to the states, and no gate is stored: the gradient (reverse mode, once) recomputes
@@ -32,7 +35,9 @@ class RAN(nn.Module):
     Attributes:
       cell: a `RANCell`.
       solver: for `gates="input"` a solver of `ranjax.linear_recurrence`; for `"diagonal"` `"auto"`, `"pallas"` or
-        `"sequential"`; for `"recurrent"` `"auto"` or `"sequential"`.
+        `"sequential"`; for `"recurrent"` `"auto"` (which is `"sequential"`), `"sequential"`, `"fixed_point"` (all time
+        steps at once) or a `ranjax.FixedPoint` with settings of one's own. What that solver did is sown as `record` in
+        the collection `"solver"`.
       time_major: axes are `(time, *batch, in)` instead of `(*batch, time, in)`.
       return_carry: return `(carry, outputs)` instead of the outputs alone.
       reverse: process from the last step to the first; the outputs come in the order of processing.
@@ -53,7 +58,7 @@ class RAN(nn.Module):
     """
 
     cell: RANCell
-    solver: str = "auto"
+    solver: str | FixedPoint = "auto"
     time_major: bool = False
     return_carry: bool = False
     reverse: bool = False
@@ -64,15 +69,7 @@ class RAN(nn.Module):
             raise TypeError(
                 f"`cell` must be a ranjax.RANCell; got a {type(self.cell).__name__}. Use nn.RNN for other cells."
             )
-        allowed = {"input": tuple(SOLVERS), "diagonal": ("sequential", *FUSED)}
-        allowed = allowed.get(self.cell.gates, ("auto", "sequential"))
-        if self.solver not in allowed:
-            why = " These gates read h_{t-1}, so this is not one linear recurrence; gates='input' is."
-            why = "" if self.cell.gates == "input" else why
-            raise ValueError(
-                f"`solver` must be one of {', '.join(map(repr, allowed))} for gates={self.cell.gates!r}; "
-                f"got {self.solver!r}.{why}"
-            )
+        check_solver(self.solver, self.cell.gates)
         super().__post_init__()
 
     def __call__(
@@ -134,7 +131,9 @@ class RAN(nn.Module):
         c0 = self._initial(initial_carry, init_key, (*batch, x.shape[-1]), x.dtype)
         steps, masks = Steps(content(params, x), gates_of_input(params, x)), (segment_starts, padding)
         steps, masks = jax.tree.map(lambda a: jnp.moveaxis(a, time, 0), (steps, masks))
-        c = states(params, masked(steps, *masks), c0, activation=self.cell.activation, solver=self.solver)
+        c, record = states(params, masked(steps, *masks), c0, activation=self.cell.activation, solver=self.solver)
+        if not self.is_initializing():
+            self.sow("solver", "record", record, init_fn=lambda: record, reduce_fn=lambda _, new: new)
         c = jnp.moveaxis(c, 0, time)
         h = output(params, c, self.cell.activation).astype(x.dtype)
 

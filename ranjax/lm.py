@@ -13,6 +13,7 @@ from jax import Array
 from jaxtyping import Float, Int
 
 from ranjax.cell import RANCell, uniform
+from ranjax.fixed_point import FixedPoint
 from ranjax.layer import RAN
 
 Tokens = Int[Array | np.ndarray, "batch time"]
@@ -67,7 +68,7 @@ class LanguageModel(nn.Module):
     projection: int | None = None
     gates: str = "recurrent"
     activation: str = "tanh"
-    solver: str = "auto"
+    solver: str | FixedPoint = "auto"
     dropout: float = 0.0
     tie: bool = False
     init_scale: float | None = None
@@ -109,7 +110,7 @@ class LanguageModel(nn.Module):
     @property
     def _time_major(self) -> bool:
         """Whether the layers run with time first: where they walk through full matrices step by step."""
-        return self.cell != "ran" or self.gates == "recurrent"
+        return self.cell != "ran" or (self.gates == "recurrent" and self.solver in ("auto", "sequential"))
 
     def setup(self):
         init = uniform(self.init_scale or 0.1)

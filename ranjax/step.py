@@ -28,6 +28,7 @@ class TrainState(NamedTuple):
       bad, bad_in_row: steps skipped for a loss or gradient that was not finite.
       best: lowest validation loss so far, nats per token.
       seconds, timed: spent training, compilation left out, and on how many steps.
+      passes: of the fixed point solver, the mean over the layers, summed over the epoch so far.
     """
 
     params: Any
@@ -42,6 +43,7 @@ class TrainState(NamedTuple):
     best: "Array"
     seconds: "Array"
     timed: "Array"
+    passes: "Array"
 
 
 def build_model(config: Config, vocabulary: int) -> "LanguageModel":
@@ -97,7 +99,7 @@ def initial_state(model: "LanguageModel", optimizer: "optax.GradientTransformati
     zero, count = jnp.zeros(()), jnp.zeros((), jnp.int32)
     state = TrainState(
         params=params, optimizer=optimizer.init(params), carry=carry, step=count, epoch=count, loss=zero,
-        tokens=count, bad=count, bad_in_row=count, best=jnp.array(jnp.inf), seconds=zero, timed=count,
+        tokens=count, bad=count, bad_in_row=count, best=jnp.array(jnp.inf), seconds=zero, timed=count, passes=zero,
     )  # fmt: skip
     return jax.tree.map(jnp.copy, state)  # donated buffers must be distinct
 
@@ -115,18 +117,21 @@ def make_step(model: "LanguageModel", optimizer: "optax.GradientTransformation",
     from ranjax.lm import cross_entropy
 
     def loss_fn(params, carry, window, key):
-        logits, carry = model.apply(
-            {"params": params}, window[:, :-1], carry, deterministic=config.dropout == 0, rngs={"dropout": key}
-        )
+        (logits, carry), sown = model.apply(
+            {"params": params}, window[:, :-1], carry, deterministic=config.dropout == 0, rngs={"dropout": key},
+            mutable="solver",
+        )  # fmt: skip
         loss = cross_entropy(logits, window[:, 1:])
-        return jnp.mean(jnp.sum(loss, axis=1)), carry
+        return jnp.mean(jnp.sum(loss, axis=1)), (carry, passes(sown))
 
     def step(state, text):
         position = state.step % windows
         window = jax.lax.dynamic_slice_in_dim(text, position * config.steps, config.steps + 1, axis=1)
         carry = jax.tree.map(lambda c: jnp.where(position == 0, 0, c), state.carry)
         key = jax.random.fold_in(jax.random.key(config.seed + 1), state.step)
-        (loss, new_carry), gradient = jax.value_and_grad(loss_fn, has_aux=True)(state.params, carry, window, key)
+        (loss, (new_carry, made)), gradient = jax.value_and_grad(loss_fn, has_aux=True)(
+            state.params, carry, window, key
+        )
         updates, new_optimizer = optimizer.update(gradient, state.optimizer, state.params)
         new = optax.apply_updates(state.params, updates), new_optimizer, new_carry
         running = state.bad_in_row < BAD_STEPS
@@ -142,6 +147,15 @@ def make_step(model: "LanguageModel", optimizer: "optax.GradientTransformation",
             tokens=jnp.where(fresh, 0, state.tokens) + good * config.batch_size * config.steps,
             bad=state.bad + ~good,
             bad_in_row=jnp.where(good, 0, state.bad_in_row + 1),
+            passes=jnp.where(fresh, 0, state.passes) + made,
         )
 
     return jax.jit(step, donate_argnums=0)
+
+
+def passes(sown: Any) -> "Array | float":
+    """Of the fixed point solver in a forward pass, the mean over the layers; 0 where nothing was iterated."""
+    import jax.numpy as jnp
+
+    records = [layer["record"] for layer in sown.get("solver", {}).values()]
+    return jnp.mean(jnp.stack([record.iterations for record in records])) if records else 0.0

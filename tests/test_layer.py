@@ -26,6 +26,7 @@ WAYS += [
     if options["gates"] in ELEMENTWISE and not options["projection"]
     for solver in ("sequential", "pallas")
 ]
+WAYS += [(options, "fixed_point") for options in VARIANTS if options["gates"] == "recurrent"][1:3]
 ways = pytest.mark.parametrize(
     ("options", "solver"), WAYS, ids=lambda v: v if isinstance(v, str) else "-".join(map(str, v.values()))
 )
@@ -118,6 +119,17 @@ def test_nan_in_the_padding_reaches_no_gradient(options, solver):
     clean = gradient(arguments, np.nan_to_num(x))
     jax.tree.map(np.testing.assert_array_equal, gradient(arguments, x), clean)
     assert all(bool(jnp.all(jnp.isfinite(leaf))) for leaf in jax.tree.leaves(clean))
+
+
+@pytest.mark.parametrize(("gates", "solver"), [("input", "auto"), ("input", "pallas"), ("recurrent", "fixed_point")])
+def test_a_segment_keeps_out_what_was_not_finite_before_it(gates, solver):
+    layer, variables = layer_and_variables({"gates": gates}, solver=solver)
+    x, starts = inputs(1, 40, 3), np.arange(40)[None] == 20
+    _, expected = layer.apply(variables, x[:, 20:])
+    x[0, 5], x[0, 6] = np.inf, np.nan
+    _, h = layer.apply(variables, x, segment_starts=starts)
+    assert not np.isfinite(h[:, 6:20]).any()
+    np.testing.assert_allclose(h[:, 20:], expected, rtol=1e-5, atol=1e-5)
 
 
 @variants
@@ -235,7 +247,9 @@ def test_bad_arguments(arguments, kind, message):
 def test_bad_options():
     with pytest.raises(TypeError, match=r"(?s)cell.*LSTMCell"):
         RAN(nn.LSTMCell(4))
-    with pytest.raises(ValueError, match=r"`solver` must be one of 'auto', 'sequential' .* read h_{t-1}"):
+    with pytest.raises(
+        ValueError, match=r"`solver` must be one of 'auto', 'sequential', 'fixed_point' .* read h_{t-1}"
+    ):
         RAN(RANCell(4), solver="associative")
     with pytest.raises(ValueError, match=r"`solver` must be one of 'sequential', 'auto', 'pallas' .* read h_{t-1}"):
         RAN(RANCell(4, gates="diagonal"), solver="chunked")

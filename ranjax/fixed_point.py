@@ -1,0 +1,139 @@
+"""Recurrences that are not linear, solved for all time steps at once: settings, and the iteration.
+
+A recurrence c_t = F_t(c_{t-1}) is solved by iterating linear ones. With any D_t in place of the Jacobian dF_t/dc_{t-1},
+
+    c_t <- D_t c_{t-1} + (F_t(p_{t-1}) - D_t p_{t-1}),    p the states of the pass before,
+
+has the states of the sequential walk for its only fixed point: after k passes the first k steps are exact, whatever
+D is, and how much sooner all of them are depends on how near D is to the Jacobian.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal, NamedTuple, get_args
+
+import jax.numpy as jnp
+from jax import Array, lax
+
+Splitting = Literal["diagonal", "frozen"]
+OnFailure = Literal["sequential", "nan", "ignore"]
+Precision = Literal["default", "high", "highest"]
+
+
+@dataclass(frozen=True)
+class FixedPoint:
+    """How a RAN whose gates read h_{t-1} is solved for all time steps at once.
+
+    A pass is one product over all steps and one linear recurrence. The passes end when in every sequence the one-step
+    residual max |F(c_{t-1}) - c_t| is at most `rtol` times max |c|: a sequence whose states are much larger for a while
+    than later has its later ones to that tolerance. Gradients solve the transposed linear system, with the full
+    Jacobian, by the same iteration in reverse, to a tolerance of their own. Products are in the dtype of the states.
+
+    Batch by the leading axes. Under `vmap` `on_failure="sequential"` always walks, for both branches of a condition
+    that is batched are computed; `"nan"` does not.
+
+    Attributes:
+      splitting: what stands for the Jacobian in a pass. `"diagonal"`: its diagonal, clipped to [-1, 1]; `"frozen"`: the
+        forget gate, as if the gates did not answer to the state.
+      recurrence: solver of the linear recurrences; see `linear_recurrence`.
+      rtol: tolerance of the states. None: 32 times the eps of their dtype.
+      adjoint_rtol: tolerance of the gradient's system, relative to its largest value. None: 8 times eps.
+      max_iterations: passes after which the iteration has failed.
+      precision: of the products on a GPU or TPU until the residual is below 1e-2; the last passes always run at
+        `"highest"`, for with rounded products the residual stalls near 1e-3.
+      on_failure: `"sequential"`: the states, or the gradient's system, are solved by the sequential walk; `"nan"`: they
+        are NaN; `"ignore"`: they are what the last pass left, which for a gradient nothing tells.
+
+    Raises:
+      ValueError: for a setting out of its range.
+
+    References:
+      Gonzalez, Warrington, Smith, Linderman, "Towards Scalable and Stable Parallelization of Nonlinear RNNs", NeurIPS
+      2024 (quasi-DEER).
+    """
+
+    splitting: Splitting = "diagonal"
+    recurrence: str = "auto"
+    rtol: float | None = None
+    adjoint_rtol: float | None = None
+    max_iterations: int = 100
+    precision: Precision = "highest"
+    on_failure: OnFailure = "sequential"
+
+    def __post_init__(self):
+        from ranjax.scan import SOLVERS
+
+        for name, choices in (
+            ("splitting", get_args(Splitting)),
+            ("recurrence", tuple(SOLVERS)),
+            ("precision", get_args(Precision)),
+            ("on_failure", get_args(OnFailure)),
+        ):
+            value = getattr(self, name)
+            if value not in choices:
+                raise ValueError(f"`{name}` must be one of {', '.join(map(repr, choices))}; got {value!r}.")
+        for name in ("rtol", "adjoint_rtol"):
+            value = getattr(self, name)
+            if value is not None and not 0 < value < 1:
+                raise ValueError(f"`{name}` must be above 0 and below 1, or None; got {value!r}.")
+        if self.max_iterations < 1:
+            raise ValueError(f"`max_iterations` must be at least 1; got {self.max_iterations!r}.")
+
+
+class Record(NamedTuple):
+    """What a solver did to find the states; of the gradient's system nothing is recorded.
+
+    Attributes:
+      iterations: passes; 0 for a solver that does not iterate.
+      residual: largest one-step residual, relative to the largest state of its sequence; where the passes came to an
+        end before it was within the tolerance, that of the pass before the last.
+      converged: whether the residual is within the tolerance.
+    """
+
+    iterations: Array
+    residual: Array
+    converged: Array
+
+
+def exact(dtype: jnp.dtype) -> Record:
+    """The record of a solver that does not iterate."""
+    return Record(jnp.int32(0), jnp.zeros((), dtype), jnp.bool(True))
+
+
+Pass = Callable[[Array], tuple[Array, Array]]
+
+
+def iterate(apply: Pass, first: Array, rtol: float, record: Record | None = None, *, most: int) -> tuple[Array, Record]:
+    """Applies passes until one finds a relative residual of at most `rtol`, or is the `most`-th.
+
+    Args:
+      apply: x -> the next x, and the relative residual of this one.
+      first: x to start from.
+      record: of the iteration that this one goes on with.
+
+    Returns:
+      The x whose residual the record tells; a residual that is not finite ends the iteration at once.
+    """
+
+    def going(loop):
+        _, record = loop
+        return ~record.converged & (record.iterations < most) & jnp.isfinite(record.residual)
+
+    def turn(loop):
+        x, record = loop
+        after, residual = apply(x)
+        converged = residual <= rtol
+        record = Record(record.iterations + 1, residual, converged)
+        return jnp.where(converged, x, after), record
+
+    if record is None:
+        record = Record(jnp.int32(0), jnp.asarray(jnp.finfo(first.dtype).max, first.dtype), jnp.bool(False))
+    else:
+        record = record._replace(converged=jnp.bool(False))
+    return lax.while_loop(going, turn, (first, record))
+
+
+def relative(difference: Array, to: Array) -> Array:
+    """max |difference| over max |to| of every sequence `(time, features)`, at its largest; 0 where both are 0."""
+    difference, scale = jnp.abs(difference), jnp.max(jnp.abs(to), axis=(-2, -1), keepdims=True)
+    return jnp.max(jnp.where(difference == 0, 0, difference / scale))

@@ -1,0 +1,44 @@
+"""What each step of a sequence is given, and how segment starts and padding are told to it."""
+
+from typing import NamedTuple
+
+import jax.numpy as jnp
+from jax import Array
+from jaxtyping import Bool, Float
+
+States = Float[Array, "time *batch features"]
+Gates = Float[Array, "time *batch 2 features"]
+Mask = Bool[Array, "time *batch"]
+
+
+class Steps(NamedTuple):
+    """What each step is given, all of it known before the walk.
+
+    Attributes:
+      u: content W_c x.
+      z: the inputs' part of both gates' pre-activations.
+    """
+
+    u: States
+    z: Gates
+
+
+def masked(steps: Steps, starts: Mask | None, padding: Mask | None) -> Steps:
+    """The steps with masks, told by gates that are shut or open for certain.
+
+    Where a segment starts, the forget gate's pre-activation is -inf: nothing of c_{t-1} gets through, and the gates do
+    not see it (`seen`). In the padding it is +inf and the input gate's -inf: c_{t-1} passes unchanged.
+    """
+    if starts is None and padding is None:
+        return steps
+    i, f = steps.z[..., 0, :], steps.z[..., 1, :]
+    if starts is not None:
+        f = jnp.where(starts[..., None], -jnp.inf, f)
+    if padding is not None:
+        i, f = jnp.where(padding[..., None], -jnp.inf, i), jnp.where(padding[..., None], jnp.inf, f)
+    return steps._replace(z=jnp.stack([i, f], axis=-2))
+
+
+def seen(z_f: Array, c: Array) -> Array:
+    """c_{t-1} as a step sees it: nothing where a forget gate of -inf starts a segment."""
+    return jnp.where(z_f == -jnp.inf, 0.0, c)

@@ -1,0 +1,291 @@
+"""Gates on h_{t-1} solved for all steps at once: the sequential answer and its gradient, or a reported fall-back."""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import oracle
+import pytest
+from jax.test_util import check_grads
+
+import ranjax
+from ranjax import RAN, FixedPoint, LanguageModel, RANCell, recurrent
+from ranjax.cell import content, gates_of_input, gates_of_state
+from ranjax.fixed_point import iterate
+from ranjax.masks import Steps
+
+FEATURES = 8
+IDENTITY = {"activation": "identity"}
+
+
+def problem(time=40, batch=2, scale=1.0, dtype=jnp.float64, **options):
+    """Parameters, inputs and a first state; `scale` is of the weights on h."""
+    cell = RANCell(FEATURES, param_dtype=dtype, **options)
+    rng = np.random.default_rng(time)
+    x = jnp.asarray(rng.normal(size=(batch, time, 5)), dtype)
+    c0 = jnp.asarray(rng.normal(size=(batch, FEATURES)), dtype)
+    params = cell.init(jax.random.key(0), c0, jnp.zeros((batch, 5), dtype))["params"]
+    params = jax.tree.map(lambda p: p + 0.3 * jnp.asarray(rng.normal(size=p.shape), dtype), params)
+    params["gates"]["recurrent_kernel"] *= scale
+    return params, x, c0
+
+
+def solve(*arrays, solver="fixed_point", activation="tanh"):
+    return ranjax.solve(*arrays, gates="recurrent", activation=activation, solver=solver)
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize("splitting", ["diagonal", "frozen"])
+@pytest.mark.parametrize(
+    ("time", "options"),
+    [
+        (0, {}),
+        (1, {}),
+        (3, {"activation": "identity"}),
+        (40, {"projection": 3}),
+        (257, {}),
+        (257, {"activation": "identity"}),
+    ],
+    ids=str,
+)
+def test_equals_the_equations(time, options, splitting, x64):
+    params, x, c0 = problem(time, **options)
+    activation = options.get("activation", "tanh")
+    states, record = solve(params, x, c0, solver=FixedPoint(splitting), activation=activation)
+    assert bool(record.converged)
+    assert int(record.iterations) <= time + 2
+    if time:
+        expected, _ = oracle.ran(params, x, c0, activation)
+        np.testing.assert_allclose(states, expected, rtol=0, atol=1e-12 * np.abs(expected).max())
+
+
+@pytest.mark.parametrize(("scale", "time"), [(1, 2048), (2, 512), (4, 512), (16, 512)])
+def test_never_a_wrong_answer_in_silence(scale, time, x64):
+    """Weights on h far above those of a trained model: the states may be chaotic, and the passes fail."""
+    params, x, c0 = problem(time, scale=scale)
+    states, record = jax.jit(solve)(params, x, c0)
+    expected, _ = oracle.ran(params, x, c0, "tanh")
+    turned = {
+        **params,
+        "gates": {**params["gates"], "recurrent_kernel": params["gates"]["recurrent_kernel"] * (1 + 2e-16)},
+    }
+    rounding = np.abs(oracle.ran(turned, x, c0, "tanh")[0] - expected).max()
+    assert np.abs(states - expected).max() <= max(1e-10, 100 * rounding)
+    before = jnp.concatenate([c0[:, None], states[:, :-1]], axis=1)
+    step = jax.vmap(lambda c, x: ranjax.cell.step(params, c, x), (1, 1), 1)
+    assert float(jnp.abs(step(before, x) - states).max()) <= 1e-12
+    assert bool(record.converged) == (scale <= 2)
+
+
+def test_every_sequence_by_its_own_measure():
+    """States and gradients of a small sequence, beside a large one."""
+    params, x, c0 = problem(100, dtype=jnp.float32)
+    x = x.at[0].multiply(1e6)
+
+    def gradients(solver):
+        def weighed(x):
+            return jnp.sum(solve(params, x, c0, solver=solver)[0] * jnp.array([1e6, 1.0])[:, None, None])
+
+        return jax.jit(jax.grad(weighed))(x)[1]
+
+    for of in (gradients, lambda solver: jax.jit(partial(solve, solver=solver))(params, x, c0)[0][1]):
+        got, expected = of(FixedPoint(on_failure="nan")), of("sequential")
+        np.testing.assert_allclose(got, expected, rtol=0, atol=3e-5 * float(jnp.abs(expected).max()))
+
+
+@pytest.mark.parametrize("splitting", ["diagonal", "frozen"])
+def test_with_one_feature_the_diagonal_is_the_jacobian(splitting, x64):
+    """So the iteration is Newton's, forwards and in reverse: a few passes, where frozen gates take many."""
+    cell = RANCell(1, param_dtype=jnp.float64)
+    x = jnp.asarray(np.random.default_rng(0).normal(size=(1, 400, 3)))
+    params = cell.init(jax.random.key(1), jnp.zeros((1, 1)), x[:, 0])["params"]
+    params["gates"] |= {"bias": jnp.array([[0.0], [1.0]]), "recurrent_kernel": jnp.full((1, 2, 1), 0.3)}
+    solver = FixedPoint(splitting, max_iterations=8, on_failure="nan")
+    gradient = jax.grad(lambda x: jnp.sum(solve(params, x, solver=solver)[0] ** 2))(x)
+    assert bool(jnp.all(jnp.isfinite(gradient))) == (splitting == "diagonal")
+    reverse = FixedPoint(splitting, max_iterations=8, on_failure="nan", rtol=0.5)  # so that only the gradient can fail
+    gradient = jax.grad(lambda x: jnp.sum(solve(params, x, solver=reverse)[0] ** 2))(x)
+    assert bool(jnp.all(jnp.isfinite(gradient))) == (splitting == "diagonal")
+
+
+@pytest.mark.parametrize("options", [{}, {"projection": 3}], ids=str)
+def test_the_splitting_is_the_diagonal_of_the_jacobian(options, x64):
+    params, x, c0 = problem(1, batch=1, **options)
+    c0 = 0.1 * c0
+    steps = Steps(content(params, x), gates_of_input(params, x))
+    z = steps.z + gates_of_state(params, c0, "tanh")[:, None]
+    gates = jax.nn.sigmoid(z)
+    answer = gates * (1 - gates) * jnp.stack([steps.u, c0[:, None]], axis=-2)
+    jacobians = recurrent._jacobians(steps, c0[:, None], gates, answer, "tanh")
+    found = recurrent._clipped(jacobians, recurrent._diagonal(params))[0, 0]
+    full = jax.jacfwd(lambda c: ranjax.cell.step(params, c, x[0, 0]))(c0[0])
+    np.testing.assert_allclose(found, np.clip(np.diag(full), -1, 1), atol=1e-13)
+
+
+def test_float32_equals_the_walk_to_rounding():
+    arrays = problem(300, dtype=jnp.float32)
+    states, record = solve(*arrays)
+    expected, _ = solve(*arrays, solver="sequential")
+    assert bool(record.converged)
+    np.testing.assert_allclose(states, expected, rtol=0, atol=1e-5 * float(jnp.abs(expected).max()))
+
+
+@pytest.mark.parametrize("options", [{}, {"activation": "identity", "projection": 3}], ids=str)
+@pytest.mark.parametrize("splitting", ["diagonal", "frozen"])
+def test_gradients_equal_autodiff_of_the_walk(options, splitting, x64):
+    arrays = problem(60, **options)
+
+    def loss(solver):
+        def of(*arrays):
+            states, _ = solve(*arrays, solver=solver, activation=options.get("activation", "tanh"))
+            return jnp.sum(jnp.sin(states) * jnp.arange(60.0)[:, None])
+
+        return jax.jit(jax.grad(of, (0, 1, 2)))
+
+    def plain(params, x, c0):  # no derivative rule of ours
+        def walk(c, x):
+            c = ranjax.cell.step(params, c, x, options.get("activation", "tanh"))
+            return c, c
+
+        states = jnp.swapaxes(jax.lax.scan(walk, c0, jnp.swapaxes(x, 0, 1))[1], 0, 1)
+        return jnp.sum(jnp.sin(states) * jnp.arange(60.0)[:, None])
+
+    expected = jax.jit(jax.grad(plain, (0, 1, 2)))(*arrays)
+    failing = FixedPoint(splitting, max_iterations=2)
+    for solver in ("sequential", FixedPoint(splitting, on_failure="nan"), failing):
+        got = loss(solver)(*arrays)
+        for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(expected), strict=True):
+            np.testing.assert_allclose(a, b, rtol=0, atol=1e-9 * max(1, np.abs(b).max()))
+
+
+def test_second_derivatives(x64):
+    arrays = problem(4, batch=1)
+    check_grads(jax.jit(lambda *a: solve(*a)[0]), arrays, order=2, modes=("rev",))
+
+
+@pytest.mark.parametrize("on_failure", ["sequential", "nan", "ignore"])
+def test_what_stands_for_a_failure(on_failure, x64):
+    arrays = problem()
+    states, record = solve(*arrays, solver=FixedPoint(max_iterations=3, on_failure=on_failure))
+    expected, _ = solve(*arrays, solver="sequential")
+    assert int(record.iterations) == 3
+    assert not bool(record.converged)
+    assert float(record.residual) > 1e-9
+    if on_failure == "sequential":
+        np.testing.assert_array_equal(states, expected)
+    elif on_failure == "nan":
+        assert bool(jnp.all(jnp.isnan(states)))
+    else:
+        np.testing.assert_allclose(states[:, :3], expected[:, :3], atol=1e-14)  # after 3 passes 3 steps are exact
+        assert float(jnp.abs(states - expected).max()) > 1e-9
+
+
+def test_nan_ends_the_passes_at_once(x64):
+    params, x, c0 = problem()
+    _, record = solve(params, x.at[0, 5].set(jnp.nan), c0)
+    assert int(record.iterations) == 1
+    assert not bool(record.converged)
+
+
+def test_a_looser_tolerance_takes_fewer_passes(x64):
+    arrays = problem(256)
+    loose, tight = (solve(*arrays, solver=FixedPoint(rtol=rtol))[1] for rtol in (1e-3, 1e-12))
+    assert 1 < int(loose.iterations) < int(tight.iterations)
+    assert float(loose.residual) <= 1e-3
+
+
+def test_rough_products_first(x64):
+    """The record goes on where the rough passes end; on a CPU their products are exact."""
+    arrays = problem()
+    states, record = solve(*arrays, solver=FixedPoint(precision="default"))
+    expected, exact = solve(*arrays)
+    np.testing.assert_allclose(states, expected, atol=1e-13)
+    assert int(record.iterations) == int(exact.iterations) + 1  # the pass that ends the rough ones is made again
+
+
+@pytest.mark.parametrize("recurrence", ["associative", "chunked"])
+def test_any_solver_of_the_linear_recurrences(recurrence, x64):
+    arrays = problem(130)
+    states, _ = solve(*arrays, solver=FixedPoint(recurrence=recurrence, on_failure="nan"))
+    np.testing.assert_allclose(states, solve(*arrays, solver="sequential")[0], atol=1e-12)
+
+
+@pytest.mark.parametrize("most", [2, 100])
+def test_narrow_parameters_are_multiplied_in_the_dtype_of_the_states(most):
+    """Whether the passes fail does not choose the function."""
+    params, x, c0 = problem(30, dtype=jnp.float32)
+    narrow = jax.tree.map(lambda p: p.astype(jnp.bfloat16), params)
+    wide = jax.tree.map(lambda p: p.astype(jnp.float32), narrow)
+    u, z = content(wide, x), gates_of_input(wide, x)
+    steps = Steps(jnp.swapaxes(u, 0, 1), jnp.swapaxes(z, 0, 1))
+    solver = FixedPoint(max_iterations=most)
+    got, expected = (recurrent.recurrent_states(p, steps, c0, "tanh", solver)[0] for p in (narrow, wide))
+    np.testing.assert_array_equal(got, expected)
+
+
+def test_iterate_returns_what_its_record_tells():
+    x, record = iterate(lambda x: (x / 2, x), jnp.float32(1), 0.1, most=20)
+    assert (float(x), int(record.iterations), float(record.residual)) == (0.0625, 5, 0.0625)
+
+
+def test_memory_does_not_grow_with_the_passes():
+    params, x, c0 = problem(512, dtype=jnp.float32)
+    features = FEATURES
+
+    def temporaries(solver):
+        of = jax.jit(jax.grad(lambda *a: jnp.sum(solve(*a, solver=solver)[0] ** 2), (0, 1, 2)))
+        size = of.lower(params, x, c0).compile().memory_analysis().temp_size_in_bytes
+        return size / (x.shape[0] * x.shape[1] * features * 4)
+
+    few, many = (temporaries(FixedPoint(max_iterations=n)) for n in (2, 200))
+    assert few == many < 20
+
+
+def test_the_language_model_with_it_and_without():
+    tokens = jnp.asarray(np.random.default_rng(0).integers(0, 20, (2, 30)))
+    plain = LanguageModel(20, features=FEATURES, init_scale=0.5)
+    variables = plain.init(jax.random.key(0), tokens, deterministic=True)
+    assert set(variables) == {"params"}
+    model = LanguageModel(20, features=FEATURES, init_scale=0.5, solver="fixed_point")
+    expected, state = plain.apply(variables, tokens, deterministic=True)
+    (logits, found), sown = model.apply(variables, tokens, deterministic=True, mutable="solver")
+    np.testing.assert_allclose(logits, expected, atol=1e-5)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), found, state)
+    records = [layer["record"] for layer in sown["solver"].values()]
+    assert len(records) == 2
+    assert all(bool(record.converged) and int(record.iterations) > 2 for record in records)
+
+
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        ({"splitting": "full"}, r"`splitting` must be one of 'diagonal', 'frozen'; got 'full'"),
+        ({"recurrence": "magic"}, r"`recurrence` must be one of .*'sequential'"),
+        ({"on_failure": "shrug"}, r"`on_failure` must be one of 'sequential', 'nan', 'ignore'"),
+        ({"precision": "low"}, r"`precision` must be one of"),
+        ({"rtol": 0}, r"`rtol` must be above 0 and below 1, or None; got 0"),
+        ({"adjoint_rtol": 2}, r"`adjoint_rtol` must be above 0"),
+        ({"max_iterations": 0}, r"`max_iterations` must be at least 1; got 0"),
+    ],
+)
+def test_bad_settings(setting, message):
+    with pytest.raises(ValueError, match=message):
+        FixedPoint(**setting)
+
+
+@pytest.mark.parametrize("gates", ["diagonal", "input"])
+def test_gates_that_need_no_passes(gates):
+    for solver in ("fixed_point", FixedPoint()):
+        with pytest.raises(ValueError, match=rf"for gates='{gates}'; got .*It is for gates='recurrent'"):
+            RAN(RANCell(4, gates), solver)
+
+
+def test_bad_arguments_of_solve():
+    params, x, _ = problem(dtype=jnp.float32)
+    with pytest.raises(ValueError, match=r"`gates` must be 'recurrent', .*; got 'input'"):
+        ranjax.solve(params, x, gates="input")
+    with pytest.raises(ValueError, match=r"`activation` must be one of 'tanh', 'identity'; got 'relu'"):
+        ranjax.solve(params, x, gates="recurrent", activation="relu")
+    with pytest.raises(ValueError, match=r"`c0` must have the shape .* = \(2, 8\); got \(3, 8\)"):
+        ranjax.solve(params, x, jnp.zeros((3, 8)), gates="recurrent")
