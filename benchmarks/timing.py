@@ -15,6 +15,8 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # or one library's idle threads spin while the other works
+
 
 def alternate(calls: Mapping[str, Callable[[], Any]], *, seconds: float, rounds: tuple[int, int] = (5, 200)) -> dict:
     """Times every call once a round, for about so many seconds in all: the list of its times, in seconds, by name.
@@ -137,6 +139,7 @@ def stamp() -> dict[str, str]:
         "date": datetime.date.today().isoformat(),
         "jax": jax.__version__,
         "GLIBC_TUNABLES": os.environ.get("GLIBC_TUNABLES", ""),
+        "OMP_WAIT_POLICY": os.environ["OMP_WAIT_POLICY"],
     }
 
 

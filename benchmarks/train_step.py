@@ -7,11 +7,9 @@ does falls on all of them.
 
 import dataclasses
 import json
-import os
 import re
 from pathlib import Path
-
-os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # or one library's idle threads spin while the other works
+from typing import Literal
 
 import timing
 
@@ -40,7 +38,7 @@ class Options:
       out: folder of the results.
     """
 
-    sizes: tuple[str, ...] = ("small", "medium")
+    sizes: tuple[Literal["small", "medium", "large", "long", "longest"], ...] = ("small", "medium")
     seconds: float = 60.0
     out: Path = RESULTS
 
