@@ -142,7 +142,7 @@ def _has_gpu() -> bool:
     """Whether there is a GPU that the kernel compiles for, Ampere or newer: otherwise nobody waits for its tracing."""
     if jax.default_backend() != "gpu" or find_spec("jax.experimental.pallas.triton") is None:
         return False
-    capability = getattr(jax.local_devices()[0], "compute_capability", "")  # of AMD's: another name
+    capability = str(getattr(jax.local_devices()[0], "compute_capability", ""))  # of AMD's: another name
     return capability.replace(".", "").isdecimal() and float(capability) >= 8
 
 
