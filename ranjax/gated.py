@@ -61,9 +61,8 @@ def solve(
     """
     if activation not in ACTIVATIONS:
         raise ValueError(f"`activation` must be one of {', '.join(map(repr, ACTIVATIONS))}; got {activation!r}.")
-    found = {None: "input", 2: "diagonal", 3: "recurrent"}[
-        getattr(params["gates"].get("recurrent_kernel"), "ndim", None)
-    ]
+    weights = params["gates"].get("recurrent_kernel")
+    found = "input" if weights is None else "diagonal" if weights.ndim == 2 else "recurrent"
     if gates != found:
         raise ValueError(f"`gates` must be {found!r}, which these parameters are for; got {gates!r}.")
     check_solver(solver, gates)
@@ -82,10 +81,11 @@ def check_solver(solver: str | FixedPoint, gates: str) -> None:
     name = "fixed_point" if isinstance(solver, FixedPoint) else solver
     if name in allowed:
         return
-    why = (
-        "" if gates == "input" else " These gates read h_{t-1}, so this is not one linear recurrence; gates='input' is."
-    )
-    why = " It is for gates='recurrent'." if name == "fixed_point" else why
+    why = " These gates read h_{t-1}, so this is not one linear recurrence; gates='input' is."
+    if name == "fixed_point":
+        why = " It is for gates='recurrent'."
+    elif gates == "input":
+        why = ""
     raise ValueError(
         f"`solver` must be one of {', '.join(map(repr, allowed))} for gates={gates!r}; got {solver!r}.{why}"
     )

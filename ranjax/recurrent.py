@@ -58,13 +58,13 @@ def _states_jvp(activation, solver, primals, tangents):
         states, record = _states(params, steps, c0, activation, solver)
         before = seen(steps.z[..., 1, :], _shifted(states, c0, axis))
         gates = jax.nn.sigmoid(steps.z + _recurrent(params, before, activation))
-    answer = gates * (1 - gates) * jnp.stack([steps.u, before], axis=-2)  # dc_t / dz_t
+    answer = _answer(steps, before, gates)
 
     # r_t: the weights and the inputs, at a fixed c_{t-1}.
     _, d_z = jax.jvp(lambda p: gates_of_state(p, before, activation), (params,), (d_params,))
     r = jnp.sum(answer * (d_steps.z + d_z), axis=-2) + gates[..., 0, :] * d_steps.u
 
-    jacobians = _jacobians(steps, before, gates, answer, activation)
+    jacobians = _jacobians(steps, before, gates, activation)
     at_first = Jacobians(*(_first(a, axis - (a.ndim - r.ndim) if axis else 0) for a in jacobians))
     r = r.at[(0,) if axis == 0 else (..., 0, slice(None))].add(_jacobian_product(params, at_first, d_c0))
     return (states, record), (_linear_solve(params, jacobians, r, solver), jax.tree.map(_no_tangent, record))
@@ -117,8 +117,7 @@ def make_pass(params: Params, steps: Steps, c0: Array, activation: str, solver: 
         i, f = gates[..., 0, :], gates[..., 1, :]
         after, d = i * steps.u + f * before, f
         if solver.splitting == "diagonal":
-            answer = gates * (1 - gates) * jnp.stack([steps.u, before], axis=-2)
-            d = _clipped(_jacobians(steps, before, gates, answer, activation), diagonal)
+            d = _clipped(_jacobians(steps, before, gates, activation), diagonal)
         inputs = i * steps.u + (f - d) * before
         return linear_recurrence(d, inputs, c0, solver=solver.recurrence), relative(after - c, after)
 
@@ -169,10 +168,15 @@ class Jacobians(NamedTuple):
     slope: Array
 
 
-def _jacobians(steps: Steps, before: Array, gates: Array, answer: Array, activation: str) -> Jacobians:
+def _answer(steps: Steps, before: Array, gates: Array) -> Array:
+    """dc_t / dz_t of both gates."""
+    return gates * (1 - gates) * jnp.stack([steps.u, before], axis=-2)
+
+
+def _jacobians(steps: Steps, before: Array, gates: Array, activation: str) -> Jacobians:
     """What the decay passes on, and what the gates make of h_{t-1}."""
     _, slope = jax.jvp(ACTIVATIONS[activation], (before,), (jnp.ones_like(before),))
-    return Jacobians(gates[..., 1, :], seen(steps.z[..., 1:, :], answer), slope)
+    return Jacobians(gates[..., 1, :], seen(steps.z[..., 1:, :], _answer(steps, before, gates)), slope)
 
 
 def _diagonal(params: Params) -> Array:

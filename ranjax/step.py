@@ -114,24 +114,14 @@ def make_step(model: "LanguageModel", optimizer: "optax.GradientTransformation",
     import jax.numpy as jnp
     import optax
 
-    from ranjax.lm import cross_entropy
-
-    def loss_fn(params, carry, window, key):
-        (logits, carry), sown = model.apply(
-            {"params": params}, window[:, :-1], carry, deterministic=config.dropout == 0, rngs={"dropout": key},
-            mutable="solver",
-        )  # fmt: skip
-        loss = cross_entropy(logits, window[:, 1:])
-        return jnp.mean(jnp.sum(loss, axis=1)), (carry, passes(sown))
+    differentiate = jax.value_and_grad(make_loss(model, config), has_aux=True)
 
     def step(state, text):
         position = state.step % windows
         window = jax.lax.dynamic_slice_in_dim(text, position * config.steps, config.steps + 1, axis=1)
         carry = jax.tree.map(lambda c: jnp.where(position == 0, 0, c), state.carry)
         key = jax.random.fold_in(jax.random.key(config.seed + 1), state.step)
-        (loss, (new_carry, made)), gradient = jax.value_and_grad(loss_fn, has_aux=True)(
-            state.params, carry, window, key
-        )
+        (loss, (new_carry, made)), gradient = differentiate(state.params, carry, window, key)
         updates, new_optimizer = optimizer.update(gradient, state.optimizer, state.params)
         new = optax.apply_updates(state.params, updates), new_optimizer, new_carry
         running = state.bad_in_row < BAD_STEPS
@@ -151,6 +141,23 @@ def make_step(model: "LanguageModel", optimizer: "optax.GradientTransformation",
         )
 
     return jax.jit(step, donate_argnums=0)
+
+
+def make_loss(model: "LanguageModel", config: Config) -> Callable:
+    """`loss(params, carry, window, key) -> (loss, (carry, passes))`: summed over time, averaged over the batch."""
+    import jax.numpy as jnp
+
+    from ranjax.lm import cross_entropy
+
+    def loss(params, carry, window, key):
+        (logits, carry), sown = model.apply(
+            {"params": params}, window[:, :-1], carry, deterministic=config.dropout == 0, rngs={"dropout": key},
+            mutable="solver",
+        )  # fmt: skip
+        nats = cross_entropy(logits, window[:, 1:])
+        return jnp.mean(jnp.sum(nats, axis=1)), (carry, passes(sown))
+
+    return loss
 
 
 def passes(sown: Any) -> "Array | float":

@@ -16,7 +16,7 @@ from jax import Array, lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
-from ranjax.kernels import Rows, Walk, affine_map, apply_map, mapped, planes
+from ranjax.kernels import Rows, Step, Walk, affine_map, apply_map, mapped, planes
 from ranjax.kernels.plain import chunked
 
 LOADS = 16  # of a thread on their way while as many are worked on; the time of compilation grows with their cube
@@ -180,54 +180,70 @@ class Board(NamedTuple):
         return start, end
 
 
+class Segment(NamedTuple):
+    """What one program walks through: steps number `begin` to `stop`, each lane `many` at a time."""
+
+    walk: Walk
+    refs: Operands
+    outputs: Any
+    place: Place
+    begin: Array
+    stop: Array
+    many: int
+    constants: Rows
+    edge: Array | None
+
+    def first(self, k: Array | int) -> Array:
+        """The number of the first step of each lane in tile number `k`."""
+        return self.begin + k * (self.place.tiling.lanes * self.many) + self.place.lane * self.many
+
+    def rows(self, k: Array | int) -> tuple[Rows, ...]:
+        """What the steps of a tile read."""
+        return tuple(_rows(self.walk, self.refs, self.edge, self.place, self.first(k) + r) for r in range(self.many))
+
+    def through(self, step: Step, k: Array, carry: Rows, rows: tuple[Rows, ...]) -> Rows:
+        """The carry of each lane after its steps in a tile; what they make is written."""
+        for r in range(self.many):
+            n = self.first(k) + r
+            after, made = step(carry, self.constants, rows[r])
+            carry = tuple(jnp.where(n < self.stop, new, old) for new, old in zip(after, carry, strict=True))
+            if made:
+                self.write(n, made)
+        return carry
+
+    def write(self, n: Array, made: Rows) -> None:
+        """The rows that step number `n` has made."""
+        written = [planes(self.walk.arrays[number]) for number, _ in self.walk.outs]
+        places = _places(self.walk, self.place, self.outputs, written, n)
+        for (ref, index), values in zip(places, made, strict=True):
+            self.place.store(ref, index, values, where=n < self.stop)
+
+
 def _walk_segment(
     walk: Walk, refs: Operands, ends: Any, outputs: Any, board: Board | None, place: Place, length: int
 ) -> None:
     """One program. Rows are asked for a tile before they are needed."""
-    begin, time = place.segment * length, walk.sizes[1]
+    begin, time, many = place.segment * length, walk.sizes[1], ahead(walk)
     stop = jnp.minimum(begin + length, time)
-    many = ahead(walk)
-    tile = place.tiling.lanes * many
     constants = tuple(place.load(ref, place.channel) for ref in refs.constants)
     edge = place.load(refs.ahead[1], place.row(place.batch)) if refs.ahead else None
-    written = [planes(walk.arrays[number]) for number, _ in walk.outs]
-
-    def first(k):
-        """The number of the first step of each lane in tile number `k`."""
-        return begin + k * tile + place.lane * many
-
-    def rows(k):
-        return tuple(_rows(walk, refs, edge, place, first(k) + r) for r in range(many))
-
-    def through(step, k, carry, now, write=None):
-        """A lane's steps in a tile."""
-        for r in range(many):
-            n = first(k) + r
-            after, made = step(carry, constants, now[r])
-            carry = tuple(jnp.where(n < stop, new, old) for new, old in zip(after, carry, strict=True))
-            if write is not None:
-                write(n, made)
-        return carry
-
-    def write(n, made):
-        places = _places(walk, place, outputs, written, n)
-        for (ref, index), values in zip(places, made, strict=True):
-            place.store(ref, index, values, where=n < stop)
+    segment = Segment(walk, refs, outputs, place, begin, stop, many, constants, edge)
 
     def several(k, loop):
         carry, now = loop
-        later = rows(k + 1)
+        later = segment.rows(k + 1)
         if board is None:
-            return through(walk.step, k, carry, now, write), later
+            return segment.through(walk.step, k, carry, now), later
         still = jnp.zeros_like(carry[0])
-        maps = through(affine_map(walk.step), k, (still, still + 1), now)
+        maps = segment.through(affine_map(walk.step), k, (still, still + 1), now)
         start, end = board.exchange(_rem(k, 2), maps, carry[0])
-        through(walk.step, k, (start,), now, write)
+        segment.through(walk.step, k, (start,), now)
         return (end,), later
 
     state = place.row(place.batch * place.tiling.segments + place.segment)
     initial = tuple(place.load(ref, state) for ref in refs.carry)
-    carry, _ = lax.fori_loop(0, pl.cdiv(length, tile), several, (initial, rows(0)))
+    tiles = pl.cdiv(length, place.tiling.lanes * many)
+    carry, _ = lax.fori_loop(0, tiles, several, (initial, segment.rows(0)))
     for ref, values in zip(ends, carry, strict=True):
         place.store(ref, state, values, where=place.lane == 0)
 
