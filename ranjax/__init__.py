@@ -14,7 +14,8 @@ So a state is a weighted sum of the contents of its past, and once the gates are
 c. They are known beforehand where they see x only (`gates="input"`, without W_ih and W_fh); those of the paper read
 h_{t-1} (`gates="recurrent"`, the default).
 
-Public names: `RANCell`, `RAN`, `FixedPoint`, `solve`, `linear_recurrence`, `LanguageModel`; the module `data`.
+Public names: `RANCell`, `RAN`, `FixedPoint`, `solve`, `linear_recurrence`, `LanguageModel`; the modules `data`,
+`weights` (which inputs made a state) and `attribution` (which words made a prediction).
 They are imported when first used, so that programs can answer `--help` at once.
 """
 
@@ -22,7 +23,9 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from ranjax import attribution as attribution
     from ranjax import data as data
+    from ranjax import weights as weights
     from ranjax.cell import RANCell as RANCell
     from ranjax.fixed_point import FixedPoint as FixedPoint
     from ranjax.gated import solve as solve
@@ -38,9 +41,19 @@ _HOMES = {
     "linear_recurrence": "scan",
     "solve": "gated",
 }
-_MODULES = ("cell", "data", "layer", "lm", "scan")
+_MODULES = ("attribution", "cell", "data", "layer", "lm", "scan", "weights")
 
-__all__ = ["RAN", "FixedPoint", "LanguageModel", "RANCell", "data", "linear_recurrence", "solve"]
+__all__ = [
+    "RAN",
+    "FixedPoint",
+    "LanguageModel",
+    "RANCell",
+    "attribution",
+    "data",
+    "linear_recurrence",
+    "solve",
+    "weights",
+]
 
 
 def __getattr__(name: str) -> Any:

@@ -61,10 +61,8 @@ def solve(
     """
     if activation not in ACTIVATIONS:
         raise ValueError(f"`activation` must be one of {', '.join(map(repr, ACTIVATIONS))}; got {activation!r}.")
-    weights = params["gates"].get("recurrent_kernel")
-    found = "input" if weights is None else "diagonal" if weights.ndim == 2 else "recurrent"
-    if gates != found:
-        raise ValueError(f"`gates` must be {found!r}, which these parameters are for; got {gates!r}.")
+    if gates != gates_of(params):
+        raise ValueError(f"`gates` must be {gates_of(params)!r}, which these parameters are for; got {gates!r}.")
     check_solver(solver, gates)
     x = jnp.asarray(x)
     u, z = content(params, x), gates_of_input(params, x)
@@ -73,6 +71,12 @@ def solve(
     steps = Steps(jnp.moveaxis(u, -2, 0), jnp.moveaxis(z, -3, 0))
     c, record = states(params, steps, c0, activation=activation, solver=solver)
     return jnp.moveaxis(c, 0, -2), record
+
+
+def gates_of(params: Params) -> str:
+    """What the gates of these parameters see: `"recurrent"`, `"diagonal"` or `"input"`."""
+    weights = params["gates"].get("recurrent_kernel")
+    return "input" if weights is None else "diagonal" if weights.ndim == 2 else "recurrent"
 
 
 def check_solver(solver: str | FixedPoint, gates: str) -> None:

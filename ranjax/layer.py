@@ -13,7 +13,7 @@ from jax.typing import ArrayLike
 from ranjax.cell import RANCell, checked_carry, content, gates_of_input, output
 from ranjax.fixed_point import FixedPoint
 from ranjax.gated import check_solver, states
-from ranjax.masks import Steps, masked
+from ranjax.masks import Steps, checked, masked, padding_after
 from ranjax.scan import state_dtype
 
 
@@ -113,8 +113,8 @@ class RAN(nn.Module):
             raise ValueError(f"`inputs` must have the axes (*batch, time, in); got the shape {x.shape}.")
         time = 0 if time_major else x.ndim - 2
         batch = x.shape[:time] + x.shape[time + 1 : -1]
-        seq_lengths = _checked("seq_lengths", seq_lengths, jnp.integer, batch)
-        segment_starts = _checked("segment_starts", segment_starts, jnp.bool_, x.shape[:-1])
+        seq_lengths = checked("seq_lengths", seq_lengths, jnp.integer, batch)
+        segment_starts = checked("segment_starts", segment_starts, jnp.bool_, x.shape[:-1])
 
         def flip(a):
             return flip_sequences(a, seq_lengths, num_batch_dims=len(batch), time_major=time_major)
@@ -124,7 +124,7 @@ class RAN(nn.Module):
             segment_starts = None if segment_starts is None else _starts_in_reverse(flip(segment_starts), time)
         padding = None
         if seq_lengths is not None:
-            padding = lax.broadcasted_iota(jnp.int32, x.shape[:-1], time) >= jnp.expand_dims(seq_lengths, time)
+            padding = padding_after(seq_lengths, x.shape[:-1], time)
             x = jnp.where(padding[..., None], 0, x)  # before any product: padding may hold NaN
 
         params, x = self.cell.parameters(x)
@@ -155,16 +155,3 @@ def _starts_in_reverse(flipped: Array, time: int) -> Array:
     first = jnp.arange(flipped.shape[time]) == 0
     first = first.reshape(first.shape + (1,) * (flipped.ndim - 1 - time))
     return jnp.roll(flipped, 1, axis=time) & ~first
-
-
-def _checked(name: str, value: ArrayLike | None, kind: Any, shape: tuple[int, ...]) -> Array | None:
-    """A mask or a list of lengths, if there is one, with the kind of dtype and the shape that the inputs ask for."""
-    if value is None:
-        return None
-    array = jnp.asarray(value)
-    if not jnp.issubdtype(array.dtype, kind):
-        expected = "bool" if kind is jnp.bool_ else kind.__name__
-        raise TypeError(f"`{name}` must be of dtype {expected}; got {array.dtype}. Convert it with `.astype`.")
-    if array.shape != shape:
-        raise ValueError(f"`{name}` must have the shape {shape} to fit the inputs; got {array.shape}.")
-    return array

@@ -1,9 +1,10 @@
 """What each step of a sequence is given, and how segment starts and padding are told to it."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
-from jax import Array
+from jax import Array, lax
+from jax.typing import ArrayLike
 from jaxtyping import Bool, Float
 
 States = Float[Array, "time *batch features"]
@@ -42,3 +43,21 @@ def masked(steps: Steps, starts: Mask | None, padding: Mask | None) -> Steps:
 def seen(z_f: Array, c: Array) -> Array:
     """c_{t-1} as a step sees it: nothing where a forget gate of -inf starts a segment."""
     return jnp.where(z_f == -jnp.inf, 0.0, c)
+
+
+def padding_after(seq_lengths: Array, shape: tuple[int, ...], time: int) -> Array:
+    """Where steps are padding: beyond the length of their sequence; `time` is the axis that counts them."""
+    return lax.broadcasted_iota(jnp.int32, shape, time) >= jnp.expand_dims(seq_lengths, time)
+
+
+def checked(name: str, value: ArrayLike | None, kind: Any, shape: tuple[int, ...]) -> Array | None:
+    """A mask or a list of lengths, if there is one, with the kind of dtype and the shape that the inputs ask for."""
+    if value is None:
+        return None
+    array = jnp.asarray(value)
+    if not jnp.issubdtype(array.dtype, kind):
+        expected = "bool" if kind is jnp.bool_ else kind.__name__
+        raise TypeError(f"`{name}` must be of dtype {expected}; got {array.dtype}. Convert it with `.astype`.")
+    if array.shape != shape:
+        raise ValueError(f"`{name}` must have the shape {shape} to fit the inputs; got {array.shape}.")
+    return array

@@ -84,9 +84,9 @@ def budget(minutes: float | None) -> Iterator[None]:
 def _settings(config: Config | dict[str, Any]) -> dict[str, Any]:
     """Settings that make a difference to a result; those that are not in a saved row are at their defaults."""
     if isinstance(config, dict):
-        config = Config(**config | {"features": tuple(config["features"])})
-    free = {"out": None, "resume": False, "data_dir": None}
-    return dataclasses.asdict(dataclasses.replace(config, **free))
+        saved: dict[str, Any] = {**config, "features": tuple(config["features"])}
+        config = Config(**saved)
+    return dataclasses.asdict(dataclasses.replace(config, out=None, resume=False, data_dir=None))
 
 
 def _name(config: Config) -> str:

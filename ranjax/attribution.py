@@ -1,0 +1,200 @@
+r"""Which words made a prediction: the logits of a language model of RAN layers as sums over the words read.
+
+Once its gates are known a RAN layer is linear in what it reads, but for the tanh of its outputs. Read each tanh as a
+factor, tanh(c) = r * c with r = tanh(c) / c as it was, and the whole network is linear in the embeddings of the words,
+in the states it began with and in its biases; so a logit is exactly the sum of a share for each of them:
+
+.. math::
+    \text{logit} = \sum_j \text{share}(\text{word}_j) + \sum_l \text{share}(\text{carry}_l) + \text{share}(\text{bias})
+
+With the identity for its activation r is 1, and this is the decomposition of `ranjax.weights` carried on to the logit,
+for any number of layers. With tanh it is a rule: the rescale rule (Shrikumar, Greenside, Kundaje, "Learning Important
+Features Through Propagating Activation Differences", 2017) with a reference at which no word offers anything. For one
+layer the integrated gradients along the contents give the same numbers. What a word did by moving gates is in no
+word's share: the gates are taken as they were. `integrated_gradients` has that in them, too, at the price of a path
+that is summed up numerically. How either compares with changing a word and watching the logit: `experiments/weights`.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+from jax.typing import ArrayLike
+
+from ranjax.cell import Params, content, output
+from ranjax.decomposition import Decomposition, decompose
+from ranjax.gated import solve
+from ranjax.lm import LanguageModel, State
+from ranjax.scan import linear_recurrence, state_dtype
+
+
+class Shares(NamedTuple):
+    """What a logit is the sum of.
+
+    Attributes:
+      words: the share of each word read, `(time,)`; 0 for those after the step that predicts.
+      carry: the share of each layer's first state, `(layers,)`.
+      bias: the share of the biases of the output layer and of projections, `()`.
+    """
+
+    words: Array
+    carry: Array
+    bias: Array
+
+    @property
+    def total(self) -> Array:
+        """The logit."""
+        return jnp.sum(self.words) + jnp.sum(self.carry) + self.bias
+
+
+def decompositions(
+    model: LanguageModel, params: Params, tokens: ArrayLike, state: State | None = None
+) -> list[Decomposition]:
+    """The decomposition of every layer's states, over a text.
+
+    Args:
+      model: a language model with `cell="ran"`.
+      params: its parameters.
+      tokens: ids `(*batch, time)`.
+      state: one carry `(*batch, features)` per layer, as the model returns it; None for the beginning of a text.
+
+    Raises:
+      ValueError: for a model of another cell, whose states are not weighted sums.
+    """
+    _check_cell(model)
+    x, layers = params["embed"]["embedding"][jnp.asarray(tokens)], []
+    for n, carry in enumerate(state or (None,) * len(model.sizes)):
+        cell = params[f"stack_{n}"]["cell"]
+        layers.append(decompose(cell, x, carry, activation=model.activation, solver=model.solver))
+        x = output(cell, layers[-1].c, model.activation)
+    return layers
+
+
+def shares(
+    model: LanguageModel,
+    params: Params,
+    tokens: ArrayLike,
+    target: ArrayLike,
+    step: ArrayLike,
+    state: State | None = None,
+) -> Shares:
+    """What the words before it put into the logit of a word.
+
+    Shares are linear in the logits: the difference of two words' shares is what makes one of them likelier.
+
+    Args:
+      model: a language model with `cell="ran"`.
+      params: its parameters.
+      tokens: ids of the text, `(time,)`.
+      target: id of the word whose logit it is; may be traced, as `step` may: `jax.vmap` over either.
+      step: the step after which it is predicted, from 0.
+      state: one carry `(features,)` per layer; None for the beginning of a text.
+
+    Raises:
+      ValueError: for a model of another cell.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, ranjax
+      >>> from ranjax.attribution import shares
+      >>> model, tokens = ranjax.LanguageModel(vocabulary=50, features=16), jnp.arange(10)
+      >>> params = model.init(jax.random.key(0), tokens[None], deterministic=True)["params"]
+      >>> logits, _ = model.apply({"params": params}, tokens[None], deterministic=True)
+      >>> found = shares(model, params, tokens, target=7, step=9)
+      >>> found.words.shape, bool(jnp.allclose(found.total, logits[0, 9, 7], atol=1e-6))
+      ((10,), True)
+    """
+    return shares_of(model, params, decompositions(model, params, tokens, state), target, step)
+
+
+def shares_of(
+    model: LanguageModel, params: Params, layers: list[Decomposition], target: ArrayLike, step: ArrayLike
+) -> Shares:
+    """`shares` of a text whose decompositions are there already."""
+
+    def logit(scale: Shares) -> Array:
+        h = jnp.zeros(())
+        for n, made in enumerate(layers):
+            cell = params[f"stack_{n}"]["cell"]
+            u = content(cell, h) if n else made.u * scale.words[:, None]
+            c = linear_recurrence(made.f, made.i * u, made.c0 * scale.carry[n])
+            h = c if model.activation == "identity" else c * _ratio(made.c)
+            if "projection" in cell:
+                h = jnp.dot(h, cell["projection"]["kernel"]) + scale.bias * cell["projection"]["bias"]
+        weight, bias = _output_layer(model, params, target)
+        return jnp.dot(h[step], weight) + scale.bias * bias
+
+    time, dtype = layers[0].u.shape[0], layers[0].u.dtype
+    return jax.grad(logit)(Shares(jnp.ones(time, dtype), jnp.ones(len(layers), dtype), jnp.ones((), dtype)))
+
+
+def integrated_gradients(
+    model: LanguageModel,
+    params: Params,
+    tokens: ArrayLike,
+    target: ArrayLike,
+    step: ArrayLike,
+    state: State | None = None,
+    *,
+    nodes: int = 32,
+) -> Shares:
+    r"""What the words put into the logit of a word, their work on the gates included.
+
+    .. math::
+        \text{share}(x_j) = x_j \cdot
+            \int_0^1 \frac{\partial\, \text{logit}}{\partial x_j}(\alpha x, \alpha c_0)\, d\alpha
+
+    x are the embeddings of the words, c_0 the states to begin with. The path begins where all of them are 0: no word
+    offers anything, and the gates are at their biases. `bias` of the result is the logit there, and `total` is the
+    logit up to the error of the integral, a Gauss-Legendre sum.
+
+    Args:
+      model, params, tokens, target, step, state: as for `shares`.
+      nodes: points of the path at which the gradient is taken.
+
+    Raises:
+      ValueError: for a model of another cell.
+
+    References:
+      Sundararajan, Taly, Yan, "Axiomatic Attribution for Deep Networks", ICML 2017.
+    """
+    _check_cell(model)
+    x = params["embed"]["embedding"][jnp.asarray(tokens)]
+    if state is None:
+        state = tuple(jnp.zeros(size, state_dtype(x)) for size in model.sizes)
+
+    def logit(scale: Array, x: Array, state: State) -> Array:
+        h = scale * x
+        for n, c0 in enumerate(state):
+            cell, options = params[f"stack_{n}"]["cell"], {"gates": model.gates, "activation": model.activation}
+            c, _ = solve(cell, h, scale * c0, solver=model.solver, **options)
+            h = output(cell, c, model.activation)
+        weight, bias = _output_layer(model, params, target)
+        return jnp.dot(h[step], weight) + bias
+
+    points, parts = (jnp.asarray(a / 2, x.dtype) for a in np.polynomial.legendre.leggauss(nodes))
+    # The gradient of logit(a x) in x is a times that of logit at a x, hence the division: no point of the path is 0.
+    gradients = jax.vmap(jax.grad(logit, argnums=(1, 2)), in_axes=(0, None, None))(points + 0.5, x, state)
+    mean = jax.tree.map(lambda g: jnp.tensordot(parts / (points + 0.5), g, 1), gradients)
+    words, carry = jax.tree.map(lambda g, a: jnp.sum(g * a, axis=-1), mean, (x, tuple(state)))
+    return Shares(words, jnp.stack(carry), logit(jnp.zeros((), x.dtype), x, state))
+
+
+def _check_cell(model: LanguageModel) -> None:
+    if model.cell != "ran":
+        raise ValueError(
+            f"`model` must have cell='ran'; got cell={model.cell!r}, whose states are not weighted sums of its inputs."
+        )
+
+
+def _ratio(c: Array) -> Array:
+    """tanh(c) / c, which is 1 at 0."""
+    return jnp.where(c == 0, 1, jnp.tanh(c) / jnp.where(c == 0, 1, c))
+
+
+def _output_layer(model: LanguageModel, params: Params, target: ArrayLike) -> tuple[Array, Array]:
+    """The weights and the bias of a word's logit."""
+    if model.tie:
+        return params["embed"]["embedding"][target], params["bias"][target]
+    return params["decode"]["kernel"][:, target], params["decode"]["bias"][target]

@@ -1,0 +1,81 @@
+"""How long a trained model remembers, over a corpus: half-lives of components and spans of words."""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Int
+
+from ranjax import weights
+from ranjax.attribution import decompositions
+from ranjax.cell import Params
+from ranjax.errors import UserError
+from ranjax.lm import LanguageModel, zero_state
+
+
+class Memory(NamedTuple):
+    """How long one layer remembers the steps of a corpus.
+
+    Attributes:
+      half_lives: how many steps have a half-life of n in a component, at `[component, n - 1]`; the last column counts
+        those of `most` and more, `(features, most)`.
+      spans: `weights.spans` of each step, `(steps,)`.
+    """
+
+    half_lives: Int[np.ndarray, "features most"]
+    spans: Int[np.ndarray, " steps"]
+
+    def quantile(self, q: float) -> Int[np.ndarray, " features"]:
+        """The half-life that a share `q` of the steps does not exceed, of each component."""
+        share = np.cumsum(self.half_lives, axis=1) / self.half_lives.sum(axis=1, keepdims=True)
+        return 1 + np.argmax(share >= q, axis=1)
+
+
+def memory(
+    model: LanguageModel,
+    params: Params,
+    ids: Int[np.ndarray, " tokens"],
+    *,
+    reduce: str = "l2",
+    share: float = 0.1,
+    most: int = 512,
+    window: int = 4096,
+) -> list[Memory]:
+    """Half-lives and spans in every layer, over a text read as one stream.
+
+    The last `most` - 1 steps, and what does not fill a window before them, are read but not counted: every step counted
+    is seen for `most` steps.
+
+    Args:
+      model: a language model with `cell="ran"`.
+      params: its parameters.
+      ids: the text.
+      reduce, share: what a step's span is until; see `weights.spans`.
+      most: steps that are looked ahead.
+      window: steps counted at once; memory grows with `window` + `most`.
+
+    Raises:
+      UserError: for a text of fewer than `window` + `most` tokens.
+    """
+    if len(ids) < window + most:
+        raise UserError(f"the text must have at least {window + most:,} tokens; got {len(ids):,}. Lower the window.")
+
+    @jax.jit
+    def count(state, tokens):
+        found, state_after = [], []
+        for made in decompositions(model, params, tokens, state):
+            lives = weights.half_lives(made, most)[:window]
+            counts = jax.vmap(lambda n: jnp.bincount(n - 1, length=most), in_axes=1)(lives)
+            found.append((counts, weights.spans(made, reduce, share, most)[:window]))
+            state_after.append(made.c[window - 1])
+        return tuple(state_after), found
+
+    state, windows = jax.tree.map(lambda c: c[0], zero_state(model, params, batch_size=1)), []
+    for start in range(0, len(ids) - window - most + 1, window):
+        state, found = count(state, ids[start : start + window + most])
+        windows.append(jax.device_get(found))
+    return [
+        Memory(np.sum([counts for counts, _ in layer], axis=0), np.concatenate([spans for _, spans in layer]))
+        for layer in zip(*windows, strict=True)
+    ]

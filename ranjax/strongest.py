@@ -1,0 +1,107 @@
+"""The strongest sources of every state, in memory that grows with the length of a sequence and not with its square.
+
+A sequence is cut into blocks. A weight of a source in an earlier block is a product of three: from the source to the
+end of its block, over whole blocks, from the start of the state's block to the state. So the weights between two
+blocks, reduced, are a matrix product, and nothing is divided. From a state's block the search goes back block by block,
+and ends where what is still to come cannot be more than what was found: weights only shrink on their way.
+"""
+
+import math
+from collections.abc import Callable
+
+import jax.numpy as jnp
+from jax import Array, lax
+from jaxtyping import Float, Int
+
+from ranjax.decomposition import Decomposition, measure_of, rows, scale_of
+
+BLOCK = 256  # steps
+PRECISION = lax.Precision.HIGHEST
+
+# How much the sources `w` `(sources, features)` are to each state whose decays from there are `p` `(states, features)`.
+_PAIRS: dict[str, Callable[[Array, Array], Array]] = {
+    "max": lambda p, w: jnp.max(p[:, None] * w, axis=-1),
+    "l1": lambda p, w: jnp.matmul(p, w.T, precision=PRECISION),
+    "l2": lambda p, w: jnp.sqrt(jnp.matmul(p * p, (w * w).T, precision=PRECISION)),
+    "contribution": lambda p, w: jnp.matmul(p, w.T, precision=PRECISION),
+}
+
+
+def top(
+    made: Decomposition, k: int, reduce: str = "l2"
+) -> tuple[Float[Array, "*batch time k"], Int[Array, "*batch time k"]]:
+    """The k sources of each state that are most to it.
+
+    Args:
+      made: what `decompose` returns.
+      k: how many.
+      reduce: `"max"`, `"l1"`, `"l2"` or `"contribution"`; see `ranjax.weights`.
+
+    Returns:
+      The reduced weights, the largest first, and the steps they are of, int32. Of equal ones the later step comes
+      first. Where there are fewer than k sources of a weight above 0, the weight is 0 and the step -1.
+
+    Raises:
+      ValueError: for another `reduce`, or a `k` below 1.
+    """
+    measure_of(reduce)
+    if k < 1:
+        raise ValueError(f"`k` must be at least 1; got {k}.")
+    *batch, time, features = made.f.shape
+    if not time:
+        return jnp.zeros((*batch, 0, k), made.f.dtype), jnp.zeros((*batch, 0, k), jnp.int32)
+    size = min(BLOCK, time)
+    blocks = -(-time // size)
+
+    def in_blocks(a, fill):
+        missing = (*((0, 0) for _ in batch), (0, -time % size), (0, 0))
+        return jnp.pad(a, missing, constant_values=fill).reshape(math.prod(batch), blocks, size, features)
+
+    i, f = in_blocks(made.i * scale_of(made, reduce), 0), in_blocks(made.f, 1)
+    values, steps = lax.map(lambda gates: _top(gates[0], gates[1], k, reduce), (i, f))
+    values, steps = (a[:, :time].reshape(*batch, time, k) for a in (values, steps))
+    return values, steps
+
+
+def _top(i: Array, f: Array, k: int, reduce: str) -> tuple[Array, Array]:
+    """`top` of one sequence in blocks, `(blocks, steps, features)`, with the scale of the sources in `i`."""
+    pairs, (blocks, size, features) = _PAIRS[reduce], f.shape
+    to_end = i * lax.cumprod(jnp.concatenate([f[:, 1:], jnp.ones_like(f[:, :1])], 1), 1, reverse=True)
+    from_start, whole = lax.cumprod(f, 1), jnp.prod(f, 1)
+
+    def grow(most, block):
+        most = jnp.maximum(jnp.max(block[0], 0), block[1] * most)
+        return most, most
+
+    # The largest weight that any source has at the end of a block, component by component.
+    _, most = lax.scan(grow, jnp.zeros_like(whole[0]), (to_end, whole))
+    most = most * (1 + 4 * features * jnp.finfo(f.dtype).eps)  # sums in another order must not exceed it
+
+    def of_block(b):
+        def going(loop):
+            a, decay, (values, _) = loop
+            bound = pairs(from_start[b] * decay, most[jnp.maximum(a, 0)][None])[:, 0]
+            return (a >= 0) & jnp.any(bound > values[:, -1])
+
+        def back(loop):
+            a, decay, found = loop
+            scores = pairs(from_start[b] * decay, to_end[a])
+            better = jnp.any(scores > found[0][:, -1:])
+            found = lax.cond(better, lambda: _merged(found, scores, a * size), lambda: found)
+            return a - 1, decay * whole[a], found
+
+        none = jnp.zeros((size, k), f.dtype), jnp.full((size, k), -1, jnp.int32)
+        found = _merged(none, rows(i[b], f[b], measure_of(reduce)), b * size)
+        return lax.while_loop(going, back, (b - 1, jnp.ones_like(whole[0]), found))[2]
+
+    values, steps = lax.map(of_block, jnp.arange(blocks, dtype=jnp.int32))
+    return values.reshape(-1, k), steps.reshape(-1, k)
+
+
+def _merged(found: tuple[Array, Array], scores: Array, first: Array) -> tuple[Array, Array]:
+    """The best of what was found and of a block's sources, of which `first` is the step of the first."""
+    (values, steps), (states, size) = found, scores.shape
+    theirs = first + jnp.arange(size - 1, -1, -1, dtype=jnp.int32)
+    steps = jnp.concatenate([steps, jnp.broadcast_to(theirs, (states, size))], axis=1)
+    values, order = lax.top_k(jnp.concatenate([values, scores[:, ::-1]], axis=1), values.shape[1])
+    return values, jnp.where(values > 0, jnp.take_along_axis(steps, order, axis=1), -1)

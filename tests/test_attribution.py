@@ -1,0 +1,135 @@
+"""Logits as sums over the words read: complete, exact where the network is linear, and right against finite changes."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import oracle
+import pytest
+
+import ranjax
+from ranjax import attribution, weights
+
+TOKENS = jnp.array([3, 1, 4, 1, 5, 9, 2, 6, 5, 3])
+
+
+def trained(x64=True, **options):
+    """A model whose leaves are all at random, and a state to begin with."""
+    model = ranjax.LanguageModel(vocabulary=11, **{"features": 6} | options)
+    params = model.init(jax.random.key(0), TOKENS[None], deterministic=True)["params"]
+    leaves, tree = jax.tree.flatten(params)
+    keys = jax.random.split(jax.random.key(1), len(leaves))
+    leaves = [0.7 * jax.random.normal(k, p.shape, jnp.float64) for k, p in zip(keys, leaves)]
+    state = tuple(jax.random.normal(jax.random.key(2 + n), (size,), jnp.float64) for n, size in enumerate(model.sizes))
+    return model, jax.tree.unflatten(tree, leaves), state
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize("options", [
+    {}, {"layers": 1}, {"layers": 3, "gates": "diagonal"}, {"gates": "input", "tie": True},
+    {"activation": "identity"}, {"projection": 4}, {"projection": 4, "activation": "identity", "features": (6, 5)},
+])  # fmt: skip
+def test_the_shares_sum_to_the_logit(x64, options):
+    model, params, state = trained(**options)
+    logits, _ = model.apply({"params": params}, TOKENS[None], tuple(c[None] for c in state), deterministic=True)
+    every = jax.vmap(lambda target: attribution.shares(model, params, TOKENS, target, 7, state))
+    found = every(jnp.arange(11))
+    assert found.words.shape == (11, 10)
+    assert found.carry.shape == (11, len(model.sizes))
+    total = found.words.sum(1) + found.carry.sum(1) + found.bias
+    np.testing.assert_allclose(total, logits[0, 7], rtol=0, atol=1e-12)
+    np.testing.assert_array_equal(found.words[:, 8:], 0)
+    assert float(jnp.min(jnp.abs(found.words[:, :8]))) > 0
+
+
+def test_one_identity_layer_gives_each_word_its_weighted_content(x64):
+    model, params, state = trained(layers=1, activation="identity")
+    (made,) = attribution.decompositions(model, params, TOKENS, state)
+    found = attribution.shares(model, params, TOKENS, 4, 9, state)
+    column = params["decode"]["kernel"][:, 4]
+    expected = [np.dot(column, w * u) for w, u in zip(weights.at(made, 9), made.u)]
+    np.testing.assert_allclose(found.words, expected, rtol=1e-12, atol=1e-14)
+    np.testing.assert_allclose(found.carry[0], np.dot(column, weights.carried(made)[9] * state[0]), rtol=1e-12)
+    np.testing.assert_allclose(found.bias, params["decode"]["bias"][4], rtol=1e-12)
+
+
+def test_with_the_identity_a_share_is_what_the_logit_loses_without_the_word(x64):
+    """Two layers, the gates as they were: the oracle takes one content away."""
+    model, params, state = trained(activation="identity")
+    one, two = attribution.decompositions(model, params, TOKENS, state)
+    found = attribution.shares(model, params, TOKENS, 4, 9, state)
+
+    def logit(u):
+        h = oracle.recurrence(one.f, one.i * u, one.c0)
+        h = oracle.recurrence(two.f, two.i * (h @ params["stack_1"]["cell"]["content"]["kernel"]), two.c0)
+        return h[9] @ params["decode"]["kernel"][:, 4]
+
+    u = np.asarray(one.u)
+    for j in range(10):
+        without = u.copy()
+        without[j] = 0
+        np.testing.assert_allclose(found.words[j], logit(u) - logit(without), rtol=1e-10, atol=1e-12)
+
+
+def test_for_one_tanh_layer_the_shares_are_integrated_gradients(x64):
+    model, params, state = trained(layers=1)
+    (made,) = attribution.decompositions(model, params, TOKENS, state)
+    column = params["decode"]["kernel"][:, 4]
+
+    def logit(u, c0):
+        return jnp.dot(jnp.tanh(ranjax.linear_recurrence(made.f, made.i * u, c0))[9], column)
+
+    nodes, parts = np.polynomial.legendre.leggauss(60)
+    gradient = jax.jit(jax.grad(logit))
+    gradients = [gradient((n + 1) / 2 * made.u, (n + 1) / 2 * made.c0) for n in nodes]
+    mean = sum(p / 2 * g for p, g in zip(parts, gradients))
+    found = attribution.shares(model, params, TOKENS, 4, 9, state)
+    np.testing.assert_allclose(found.words, jnp.sum(mean * made.u, axis=-1), rtol=1e-8, atol=1e-12)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"gates": "diagonal", "layers": 1}, {"gates": "input", "projection": 4, "tie": True, "embedding": 4}],
+)
+def test_integrated_gradients_are_complete(x64, options):
+    model, params, state = trained(**options)
+    logits, _ = model.apply({"params": params}, TOKENS[None], tuple(c[None] for c in state), deterministic=True)
+    found = attribution.integrated_gradients(model, params, TOKENS, 4, 7, state, nodes=64)
+    assert abs(float(found.total - logits[0, 7, 4])) < 1e-6
+    np.testing.assert_array_equal(found.words[8:], 0)
+    assert found.carry.shape == (len(model.sizes),)
+
+
+def test_integrated_gradients_sum_up_the_path(x64):
+    """Against a plain midpoint sum over the model itself, its embeddings and first states scaled down."""
+    model, params, state = trained()
+
+    def logit(scale, x):
+        h = scale * x
+        for n in range(2):
+            layer = ranjax.RAN(ranjax.RANCell(6, param_dtype=jnp.float64))
+            h = layer.apply({"params": {"cell": params[f"stack_{n}"]["cell"]}}, h, initial_carry=scale * state[n])
+        return model.apply({"params": params}, h[9], method="logits")[4]
+
+    x = params["embed"]["embedding"][TOKENS]
+    scales = (jnp.arange(400) + 0.5) / 400
+    gradients = jax.vmap(lambda a: jax.grad(logit, 1)(a, x) / a)(scales)
+    found = attribution.integrated_gradients(model, params, TOKENS, 4, 9, state, nodes=64)
+    np.testing.assert_allclose(found.words, jnp.sum(gradients.mean(0) * x, axis=-1), rtol=0, atol=1e-4)
+
+
+def test_a_state_of_zero_has_finite_shares():
+    model = ranjax.LanguageModel(vocabulary=11, features=6)
+    params = model.init(jax.random.key(0), TOKENS[None], deterministic=True)["params"]
+    params = params | {"embed": {"embedding": jnp.zeros((11, 6))}}
+    found = attribution.shares(model, params, TOKENS, 4, 9)
+    assert all(bool(jnp.all(jnp.isfinite(a))) for a in found)
+
+
+def test_other_cells_are_refused():
+    model = ranjax.LanguageModel(vocabulary=11, cell="lstm", features=6)
+    with pytest.raises(
+        ValueError, match=r"cell='ran'; got cell='lstm', whose states are not weighted sums of its inputs"
+    ):
+        attribution.decompositions(model, {}, TOKENS)
+    with pytest.raises(ValueError, match="cell='ran'"):
+        attribution.integrated_gradients(model, {}, TOKENS, 0, 0)

@@ -1,0 +1,272 @@
+"""Every state as the weighted sum of what its past offered: against loops in float64, and by moving one content."""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import oracle
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from jax.test_util import check_grads
+
+import ranjax
+from ranjax import memory, strongest, weights
+from ranjax.attribution import decompositions
+from ranjax.errors import UserError
+
+KINDS = [(gates, activation) for gates in ranjax.cell.GATES for activation in ("tanh", "identity")]
+BATCH, TIME, SIZE, FEATURES = 3, 37, 5, 6
+
+
+def drawn(gates, activation="tanh", projection=None, time=TIME, seed=0, dtype=jnp.float64, features=FEATURES):
+    """A cell's parameters, every leaf at random, inputs and a first state."""
+    cell = ranjax.RANCell(features, gates, activation, projection, param_dtype=dtype)
+    keys = jax.random.split(jax.random.key(seed), 4)
+    x = jax.random.normal(keys[0], (BATCH, time, SIZE), dtype)
+    c0 = jax.random.normal(keys[1], (BATCH, features), dtype)
+    params = cell.init(keys[2], c0, x[:, 0])["params"]
+    leaves, tree = jax.tree.flatten(params)
+    leaves = [
+        0.6 * jax.random.normal(k, p.shape, dtype) for k, p in zip(jax.random.split(keys[3], len(leaves)), leaves)
+    ]
+    return jax.tree.unflatten(tree, leaves), x, c0
+
+
+def weights_by_loop(i, f):
+    """w^t_j and what is left of the carry, step by step."""
+    i, f = np.asarray(i, np.float64), np.asarray(f, np.float64)
+    time = i.shape[-2]
+    w, carry = np.zeros((*i.shape[:-2], time, time, i.shape[-1])), np.ones_like(i)
+    for t in range(time):
+        if t:
+            w[..., t, :, :] = f[..., t, None, :] * w[..., t - 1, :, :]
+        w[..., t, t, :] = i[..., t, :]
+        carry[..., t, :] = f[..., t, :] * (carry[..., t - 1, :] if t else 1)
+    return w, carry
+
+
+def reduced_by_loop(w, u, reduce):
+    part = np.abs(w * np.asarray(u)[..., None, :, :]) if reduce == "contribution" else w
+    return {"max": part.max(-1), "l2": np.sqrt((part**2).sum(-1))}.get(reduce, part.sum(-1))
+
+
+def the_sum(made, w):
+    return jnp.einsum("...tjf,...jf->...tf", w, made.u) + weights.carried(made) * made.c0[..., None, :]
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize(("gates", "activation"), KINDS)
+@pytest.mark.parametrize("masks", [False, True])
+def test_the_weighted_sum_is_the_state_that_the_layer_returns(x64, gates, activation, masks):
+    params, x, c0 = drawn(gates, activation)
+    told = {}
+    if masks:
+        told = {"seq_lengths": jnp.array([TIME, 0, 20]), "segment_starts": jnp.zeros((BATCH, TIME), bool)}
+        told["segment_starts"] = told["segment_starts"].at[0, 7].set(True).at[2, 0].set(True).at[2, 11].set(True)
+        x = x.at[2, 20:].set(jnp.nan).at[1].set(jnp.nan)
+    made = jax.jit(weights.decompose, static_argnames="activation")(params, x, c0, activation=activation, **told)
+    layer = ranjax.RAN(ranjax.RANCell(FEATURES, gates, activation, param_dtype=jnp.float64), return_carry=True)
+    carry, h = layer.apply({"params": {"cell": params}}, x, initial_carry=c0, **told)
+    np.testing.assert_array_equal(made.c[:, -1], carry)
+    starts, lengths = told.get("segment_starts"), told.get("seq_lengths")
+    expected, _ = oracle.ran(params, x, c0, activation, starts, lengths)
+    np.testing.assert_allclose(made.c, expected, rtol=0, atol=1e-12)
+    np.testing.assert_allclose(ranjax.cell.output(params, made.c, activation), h, rtol=0, atol=1e-12)
+    np.testing.assert_allclose(the_sum(made, weights.full(made)), made.c, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("projection", [None, 4])
+def test_the_sum_holds_over_2048_steps(x64, projection):
+    inputs = drawn("recurrent", projection=projection, time=2048)
+    for dtype, tolerance in ((jnp.float64, 1e-12), (jnp.float32, 2e-5)):
+        params, x, c0 = jax.tree.map(partial(jnp.asarray, dtype=dtype), inputs)
+        made = weights.decompose(params, x, c0)
+        assert made.c.dtype == dtype
+        for t in (0, 1, 1000, 2047):
+            w = weights.at(made, t)
+            found = jnp.sum(w * made.u, axis=-2) + weights.carried(made)[:, t] * made.c0
+            scale = jnp.sum(jnp.abs(w * made.u), axis=-2) + 1  # what rounding is relative to
+            np.testing.assert_allclose(found / scale, made.c[:, t] / scale, rtol=0, atol=tolerance)
+
+
+@given(
+    gates=st.sampled_from(ranjax.cell.GATES),
+    seed=st.integers(0, 2**20),
+    source=st.integers(0, TIME - 1),
+    time=st.integers(0, TIME - 1),
+)
+def test_moving_one_content_moves_a_state_by_its_weight(x64, gates, seed, source, time):
+    params, x, c0 = drawn(gates, seed=seed)
+    made = weights.decompose(params, x, c0)
+    moved = np.array(made.i * made.u)
+    moved[:, source] += np.asarray(made.i)[:, source]  # the content by 1, the gates as they were
+    before = oracle.recurrence(made.f, made.i * made.u, c0)
+    after = oracle.recurrence(made.f, moved, c0)
+    np.testing.assert_allclose((after - before)[:, time], weights.at(made, time)[:, source], rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.quick
+def test_all_ways_to_the_weights_agree_with_the_loop(x64):
+    params, x, c0 = drawn("recurrent")
+    made = weights.decompose(params, x, c0)
+    expected, carry = weights_by_loop(made.i, made.f)
+    np.testing.assert_allclose(weights.full(made), expected, rtol=1e-12)
+    np.testing.assert_allclose(weights.carried(made), carry, rtol=1e-12)
+    traced = jax.jit(weights.at)
+    for t in (0, 5, TIME - 1):
+        np.testing.assert_allclose(traced(made, t), expected[:, t], rtol=1e-12)
+    for reduce in weights.REDUCTIONS:
+        np.testing.assert_allclose(
+            jax.jit(weights.reduced, static_argnums=1)(made, reduce),
+            reduced_by_loop(expected, made.u, reduce),
+            rtol=1e-12,
+        )
+
+
+@pytest.mark.parametrize("reduce", weights.REDUCTIONS)
+@pytest.mark.parametrize("open_gates", [0.0, 4.0])
+def test_the_strongest_sources_are_those_of_the_whole_map(x64, monkeypatch, reduce, open_gates):
+    monkeypatch.setattr(strongest, "BLOCK", 8)
+    params, x, c0 = drawn("recurrent", time=61)
+    params["gates"]["bias"] = params["gates"]["bias"].at[1].add(open_gates)  # of blocks few, or all, can be left out
+    made = weights.decompose(params, x, c0, segment_starts=jnp.zeros((BATCH, 61), bool).at[1, 30].set(True))
+    whole = reduced_by_loop(weights_by_loop(made.i, made.f)[0], made.u, reduce)
+    for k in (1, 4, 70):
+        values, steps = jax.jit(weights.top, static_argnums=(1, 2))(made, k, reduce)
+        assert values.shape == steps.shape == (BATCH, 61, k)
+        order = np.argsort(-whole, axis=-1, kind="stable")[..., :k]
+        expected = np.take_along_axis(whole, order, -1)
+        found = np.asarray(values)[..., : expected.shape[-1]]
+        np.testing.assert_allclose(found, expected, rtol=1e-10)
+        there = expected > 0
+        np.testing.assert_array_equal(np.asarray(steps)[..., : expected.shape[-1]][there], order[there])
+        assert np.all(np.asarray(steps)[np.asarray(values) == 0] == -1)
+
+
+def test_equal_sources_come_with_the_latest_first_and_none_is_made_up(monkeypatch):
+    monkeypatch.setattr(strongest, "BLOCK", 4)
+    ones = jnp.ones((10, 2))
+    made = weights.Decomposition(ones / 2, ones, ones, ones, ones[0])
+    values, steps = weights.top(made, 3, "max")
+    np.testing.assert_array_equal(np.asarray(steps)[[0, 1, 9]], [[0, -1, -1], [1, 0, -1], [9, 8, 7]])
+    np.testing.assert_array_equal(values[0], [0.5, 0, 0])
+
+
+def test_the_search_for_the_strongest_ends_where_nothing_more_can_come(monkeypatch):
+    """Blocks that cannot matter are not looked at: NaN in them does no harm."""
+    monkeypatch.setattr(strongest, "BLOCK", 4)
+    looked = []
+    pairs = strongest._PAIRS["l2"]
+
+    def spying(p, w):
+        if w.shape[0] > 1:
+            jax.debug.callback(lambda: looked.append(1))
+        return pairs(p, w)
+
+    monkeypatch.setitem(strongest._PAIRS, "l2", spying)
+    gates = jnp.full((64, 3), 0.5)
+    jax.block_until_ready(weights.top(weights.Decomposition(gates, gates, gates, gates, gates[0]), 2))
+    jax.effects_barrier()
+    assert len(looked) == 15  # one block back from each but the first, of 120
+
+
+@pytest.mark.parametrize("most", [1, 5, 16, 1000])
+def test_half_lives_and_spans_against_a_loop(x64, most):
+    params, x, c0 = drawn("recurrent", time=50)
+    params["gates"]["bias"] = params["gates"]["bias"].at[1].add(2.0)
+    made = weights.decompose(params, x, c0)
+    w, _ = weights_by_loop(made.i, made.f)
+    expected = np.full(made.f.shape, most)
+    shares = dict(zip(weights.REDUCTIONS, (0.5, 0.5, 0.1, 0.9)))
+    words = {reduce: np.full(made.f.shape[:-1], most) for reduce in shares}
+    for j in range(50):
+        for n in reversed(range(1, min(most, 50 - j))):
+            expected[:, j][w[:, j + n, j] <= w[:, j, j] / 2] = n
+            for reduce, found in words.items():
+                numbers = reduced_by_loop(w, made.u, reduce)
+                found[:, j][numbers[:, j + n, j] <= numbers[:, j, j] * shares[reduce]] = n
+    np.testing.assert_array_equal(weights.half_lives(made, most), expected)
+    for reduce, found in words.items():
+        np.testing.assert_array_equal(weights.spans(made, reduce, shares[reduce], most), found)
+    assert most < 16 or len(np.unique(expected)) > 5
+
+
+def test_weights_are_differentiated_through_the_gates(x64):
+    params, x, c0 = drawn("recurrent", time=6)
+
+    def number(reduce, params, x):
+        made = weights.decompose(params, x, c0)
+        return jnp.sum(weights.reduced(made, reduce)[:, -1] * jnp.arange(6.0)) + jnp.sum(weights.at(made, 3) ** 2)
+
+    for reduce in weights.REDUCTIONS:
+        check_grads(lambda p, x, r=reduce: number(r, p, x), (params, x), order=1, modes=["rev", "fwd"], atol=1e-6)
+
+
+def test_a_hundred_thousand_steps_in_bounded_memory():
+    """64 components; the blocks' own arrays are a constant number of the sequence's size."""
+    time = 100_000
+    key = jax.random.split(jax.random.key(0), 3)
+    i, u = jax.random.uniform(key[0], (time, 64)), jax.random.normal(key[1], (time, 64))
+    f = jax.nn.sigmoid(jax.random.normal(key[2], (time, 64)) + jnp.linspace(-2, 4, 64))
+    made = weights.Decomposition(i, f, u, u, u[0])
+    compiled = jax.jit(weights.top, static_argnums=(1, 2)).lower(made, 5, "l2").compile()
+    assert compiled.memory_analysis().temp_size_in_bytes < 12 * f.nbytes
+    values, steps = compiled(made)
+    for t in (0, 3, 50_000, time - 1):
+        row = jnp.linalg.norm(weights.at(made, t)[max(0, t - 5000) : t + 1], axis=-1)  # the rest is below 1e-30
+        order = jnp.argsort(-row)[:5]
+        np.testing.assert_allclose(values[t, : len(order)], row[order], rtol=1e-5)
+        np.testing.assert_array_equal(steps[t, : len(order)], order + max(0, t - 5000))
+
+
+def test_no_steps_and_no_sequences():
+    for shape in ((0, 4, 3), (2, 0, 3)):
+        params, _, _ = drawn("input", dtype=jnp.float32, features=3)
+        made = weights.decompose(params, jnp.zeros((*shape[:-1], SIZE)))
+        assert weights.full(made).shape == (*shape[:-1], shape[1], 3)
+        assert weights.reduced(made).shape == (*shape[:-1], shape[1])
+        assert weights.top(made, 2)[0].shape == (*shape[:-1], 2)
+        assert weights.half_lives(made).shape == shape
+        assert weights.spans(made).shape == shape[:-1]
+
+
+def test_bad_arguments_say_how_to_mend_them():
+    params, x, c0 = drawn("recurrent", dtype=jnp.float32)
+    made = weights.decompose(params, x, c0)
+    with pytest.raises(ValueError, match=r"98,568 bytes, more than the `limit` of 1,000.*`at`"):
+        weights.full(made, limit=1000)
+    with pytest.raises(ValueError, match="`reduce` must be one of 'max', 'l1', 'l2', 'contribution'; got 'mean'"):
+        weights.reduced(made, "mean")
+    with pytest.raises(ValueError, match="`reduce`"):
+        weights.top(made, 2, "mean")
+    with pytest.raises(ValueError, match="`k` must be at least 1; got 0"):
+        weights.top(made, 0)
+    with pytest.raises(ValueError, match="`most` must be at least 1"):
+        weights.half_lives(made, 0)
+    with pytest.raises(ValueError, match="`share` must be above 0 and below 1; got 1"):
+        weights.spans(made, share=1)
+    with pytest.raises(ValueError, match="`activation`"):
+        weights.decompose(params, x, activation="relu")
+    with pytest.raises(ValueError, match="`c0` must have the shape"):
+        weights.decompose(params, x, c0[0])
+    with pytest.raises(ValueError, match="`segment_starts` must have the shape"):
+        weights.decompose(params, x, segment_starts=jnp.zeros(3, bool))
+
+
+def test_the_memory_over_a_text_is_that_of_its_parts(x64):
+    """Windows with the state carried on count what one reading of the whole text does."""
+    model = ranjax.LanguageModel(vocabulary=9, features=(5, 4))
+    ids = np.random.default_rng(0).integers(0, 9, 90).astype(np.int32)
+    params = model.init(jax.random.key(0), ids[None], deterministic=True)["params"]
+    params = jax.tree.map(lambda p: 3 * p.astype(jnp.float64), params)
+    found = memory.memory(model, params, ids, most=8, window=20)
+    for layer, made in zip(found, decompositions(model, params, ids)):
+        lives = np.asarray(weights.half_lives(made, 8))[:80]
+        np.testing.assert_array_equal(layer.spans, weights.spans(made, share=0.1, most=8)[:80])
+        np.testing.assert_array_equal(layer.half_lives, [np.bincount(n - 1, minlength=8) for n in lives.T])
+        np.testing.assert_array_equal(layer.quantile(0.5), np.quantile(lives, 0.5, axis=0, method="inverted_cdf"))
+        np.testing.assert_array_equal(layer.quantile(1.0), lives.max(axis=0))
+    with pytest.raises(UserError, match="at least 28 tokens; got 27"):
+        memory.memory(model, params, ids[:27], most=8, window=20)
