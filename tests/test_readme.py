@@ -6,17 +6,23 @@ from pathlib import Path
 README = Path(__file__).parents[1] / "README.md"
 
 
-def test_the_example_runs():
-    (code,) = re.findall(r"```python\n(.*?)```", README.read_text("utf-8"), re.DOTALL)
-    exec(compile(code, "README.md", "exec"), {})
+def test_the_examples_run():
+    """One after the other, the later with the names of the earlier."""
+    code = re.findall(r"```python\n(.*?)```", README.read_text("utf-8"), re.DOTALL)
+    assert len(code) == 2
+    exec(compile("\n".join(code), "README.md", "exec"), {})
 
 
 def test_every_flag_named_exists():
     from dataclasses import fields
 
-    from ranjax import evaluate, generate
+    from ranjax import evaluate, explain, generate
     from ranjax.config import Config
 
-    known = {field.name for options in (Config, evaluate.Options, generate.Options) for field in fields(options)}
+    known = {
+        field.name
+        for options in (Config, evaluate.Options, generate.Options, explain.Options)
+        for field in fields(options)
+    }
     named = {flag.replace("-", "_") for flag in re.findall(r"--([a-z][a-z-]+)", README.read_text("utf-8"))}
     assert named <= known | {"help"}
