@@ -17,6 +17,7 @@ from jaxtyping import Float
 
 from ranjax.kernels import Rows, Solver, Step, Walk
 from ranjax.kernels.plain import associative, chunked, sequential
+from ranjax.mesh import at_the_edge, before, carry_in, varying_as
 
 Sequence = Float[Array, "*batch time features"]
 State = Float[Array, "*batch features"]
@@ -29,6 +30,7 @@ def linear_recurrence(
     *,
     reverse: bool = False,
     solver: str = "auto",
+    axis_name: str | None = None,
 ) -> Array:
     r"""Solves a first-order linear recurrence over the axis of time, feature by feature.
 
@@ -38,6 +40,10 @@ def linear_recurrence(
     With `reverse=True` time runs backwards: h_t = decay_t * h_{t+1} + inputs_t, and `initial` stands
     after the last step. Reverse mode, forward mode and `vmap` work with every solver, in all three
     arrays; the cotangent is one more recurrence, run the other way.
+
+    Inside `jax.shard_map` the sequence may be spread over the devices of a mesh axis, each of which has as many steps as
+    the others: with `axis_name` every device solves its part, and they exchange two states each, the product of the
+    decays and the last state from zero.
 
     Args:
       decay: floating array `(*batch, time, features)`.
@@ -49,6 +55,8 @@ def linear_recurrence(
         `"chunked"`: all chunks of 64 steps at once, with a pass over the chunks between two over the sequence;
         memory grows with the length only. `"pallas"`: a kernel for GPU or TPU; without one, its interpretation,
         which is slow.
+      axis_name: name of the mesh axis that the time is spread over; `decay`, `inputs` and the states are then a
+        device's part, `initial` is the same on all of them and stands before the first step of the whole.
 
     Returns:
       The states h, `(*batch, time, features)`, in float32, or in float64 where one of the arrays is.
@@ -71,26 +79,28 @@ def linear_recurrence(
     decay, inputs, initial = _as_states(decay, inputs, initial)
     if inputs.size == 0:
         return inputs
-    return _recurrence(decay, inputs, initial, solver, reverse)
+    return _recurrence(decay, inputs, initial, solver, reverse, axis_name)
 
 
-@partial(jax.custom_jvp, nondiff_argnums=(3, 4))
-def _recurrence(decay: Sequence, inputs: Sequence, initial: State, solver: str, reverse: bool) -> Sequence:
-    return _solved(_step, decay, inputs, initial, solver, reverse)
+@partial(jax.custom_jvp, nondiff_argnums=(3, 4, 5))
+def _recurrence(
+    decay: Sequence, inputs: Sequence, initial: State, solver: str, reverse: bool, axis_name: str | None
+) -> Sequence:
+    return _solved(_step, decay, inputs, initial, solver, reverse, axis_name)
 
 
 @_recurrence.defjvp
-def _recurrence_jvp(solver, reverse, primals, tangents):
+def _recurrence_jvp(solver, reverse, axis_name, primals, tangents):
     """dh_t = a_t dh_{t-1} + (da_t h_{t-1} + db_t), from dh_{-1} = dinitial: the same recurrence."""
     (decay, _, initial), (d_decay, d_inputs, d_initial) = primals, tangents
-    states = _recurrence(*primals, solver, reverse)
+    states = _recurrence(*primals, solver, reverse, axis_name)
     first = -1 if reverse else 0
-    source = d_inputs + d_decay * _before(states, initial, reverse)
-    source = source.at[..., first, :].add(decay[..., first, :] * d_initial)
-    return states, _linear_solve(decay, source, solver, reverse)
+    source = d_inputs + d_decay * before(states, initial, -2, reverse, axis_name)
+    source = source.at[..., first, :].add(decay[..., first, :] * at_the_edge(d_initial, reverse, axis_name))
+    return states, _linear_solve(decay, source, solver, reverse, axis_name)
 
 
-def _linear_solve(decay: Sequence, source: Sequence, solver: str, reverse: bool) -> Sequence:
+def _linear_solve(decay: Sequence, source: Sequence, solver: str, reverse: bool, axis_name: str | None) -> Sequence:
     """The recurrence from a zero state, as a linear system that JAX can transpose.
 
     The transpose of h_t - a_t h_{t-1} = b_t is g_t - a_{t+1} g_{t+1} = d_t: a recurrence the other way.
@@ -98,23 +108,30 @@ def _linear_solve(decay: Sequence, source: Sequence, solver: str, reverse: bool)
     zero = jnp.zeros_like(source[..., 0, :])
 
     def solve(_, b):
-        return _solved(_step, decay, b, zero, solver, reverse)
+        return _solved(_step, decay, b, zero, solver, reverse, axis_name)
 
     def transpose_solve(_, d):
-        return _solved(_transposed_step, decay, d, zero, solver, not reverse)
+        return _solved(_transposed_step, decay, d, zero, solver, not reverse, axis_name)
 
     def matvec(h):
-        return h - decay * _before(h, zero, reverse)
+        return h - decay * before(h, zero, -2, reverse, axis_name)
 
     return lax.custom_linear_solve(matvec, source, solve, transpose_solve)
 
 
-def _solved(step: Step, decay: Sequence, inputs: Sequence, initial: State, solver: str, reverse: bool) -> Sequence:
+def _solved(
+    step: Step, decay: Sequence, inputs: Sequence, initial: State, solver: str, reverse: bool, axis_name: str | None
+) -> Sequence:
     """What a walk over the sequences writes."""
     time, features = inputs.shape[-2:]
-    arrays = tuple(a.reshape(-1, time, features) for a in (decay, inputs))
-    walk = Walk(step, (initial.reshape(-1, features),), arrays, ((1, inputs.dtype),), backwards=reverse)
-    _, (states,) = SOLVERS[solver](walk._replace(affine=True, in_place=step is _step))
+    decay, inputs, initial = (varying_as(a, (decay, inputs, initial)) for a in (decay, inputs, initial))
+    arrays, carry = tuple(a.reshape(-1, time, features) for a in (decay, inputs)), initial.reshape(-1, features)
+    walk = Walk(step, (carry,), arrays, ((1, inputs.dtype),), backwards=reverse)
+    walk = walk._replace(affine=True, in_place=step is _step)
+    if axis_name is not None:
+        (last,), _ = SOLVERS[solver](walk._replace(carry=(jnp.zeros_like(carry),)))
+        walk = walk._replace(carry=(carry_in(jnp.prod(arrays[0], axis=1), last, carry, reverse, axis_name),))
+    _, (states,) = SOLVERS[solver](walk)
     return states.reshape(inputs.shape)
 
 
@@ -191,14 +208,6 @@ CHOICES = (
     Choice("tpu", "sequential", "not measured; associative_scan is slower there, De et al. 2024 (Griffin)"),
     Choice("default", "associative", "not measured: log2(T) sweeps instead of T turns of a loop"),
 )
-
-
-def _before(states: Sequence, initial: State, reverse: bool) -> Sequence:
-    """The state that each step starts from: h_{t-1}, or h_{t+1} in reverse."""
-    edge = initial[..., None, :]
-    if reverse:
-        return jnp.concatenate([states[..., 1:, :], edge], axis=-2)
-    return jnp.concatenate([edge, states[..., :-1, :]], axis=-2)
 
 
 def _as_states(decay: ArrayLike, inputs: ArrayLike, initial: ArrayLike | None) -> tuple[Array, Array, Array]:

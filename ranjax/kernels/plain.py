@@ -4,6 +4,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from ranjax.kernels import Rows, Walk, affine_map, apply_map, planes
+from ranjax.mesh import varying_as
 
 CHUNK = 64  # steps
 
@@ -136,7 +137,7 @@ def _buffers(walk: Walk) -> tuple[list[int], Rows]:
             places.append(number)
         else:
             places.append(len(buffers))
-            buffers += (lax.empty(buffers[number].shape, dtype),)
+            buffers += (varying_as(lax.empty(buffers[number].shape, dtype), walk.arrays),)
     return places, buffers
 
 
