@@ -74,7 +74,7 @@ class Config:
     """Largest global norm of the gradient."""
     init_scale: float | None = None
     """All weights uniform in +- this; the cells' own initialisers if not given."""
-    solver: Literal["auto", "sequential", "associative", "chunked", "pallas", "fixed_point"] = "auto"
+    solver: Literal["auto", "sequential", "associative", "chunked", "pallas", "fixed_point", "newton"] = "auto"
     """How a RAN layer solves its recurrence."""
     seed: int = 0
     """Seed of the weights and of dropout."""

@@ -15,6 +15,8 @@ from typing import Literal, NamedTuple, get_args
 import jax.numpy as jnp
 from jax import Array, lax
 
+from ranjax.mesh import largest, largest_anywhere
+
 Splitting = Literal["diagonal", "frozen"]
 OnFailure = Literal["sequential", "nan", "ignore"]
 Precision = Literal["default", "high", "highest"]
@@ -133,7 +135,7 @@ def iterate(apply: Pass, first: Array, rtol: float, record: Record | None = None
     return lax.while_loop(going, turn, (first, record))
 
 
-def relative(difference: Array, to: Array) -> Array:
+def relative(difference: Array, to: Array, axis_name: str | None = None) -> Array:
     """max |difference| over max |to| of every sequence `(time, features)`, at its largest; 0 where both are 0."""
-    difference, scale = jnp.abs(difference), jnp.max(jnp.abs(to), axis=(-2, -1), keepdims=True)
-    return jnp.max(jnp.where(difference == 0, 0, difference / scale))
+    difference, scale = jnp.abs(difference), largest(jnp.max(jnp.abs(to), axis=(-2, -1), keepdims=True), axis_name)
+    return largest_anywhere(jnp.max(jnp.where(difference == 0, 0, difference / scale)), axis_name)

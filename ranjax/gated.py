@@ -18,12 +18,12 @@ from ranjax.cell import ACTIVATIONS, Params, checked_carry, content, gates_of_in
 from ranjax.fixed_point import FixedPoint, Record, exact
 from ranjax.kernels import Rows, Walk
 from ranjax.masks import States, Steps, seen
-from ranjax.recurrent import recurrent_states
+from ranjax.recurrent import Way, recurrent_states
 from ranjax.scan import SOLVERS, linear_recurrence, state_dtype
 
 State = Float[Array, "*batch features"]
 FUSED = ("auto", "pallas")  # solvers that go from the pre-activations straight to the states
-RECURRENT = ("auto", "sequential", "fixed_point")
+ITERATED = {"recurrent": "fixed_point", "diagonal": "newton"}  # names of the iteration over all steps, by the gates
 
 
 def solve(
@@ -34,6 +34,7 @@ def solve(
     gates: str,
     activation: str = "tanh",
     solver: str | FixedPoint = "auto",
+    axis_name: str | None = None,
 ) -> tuple[Array, Record]:
     """The states of a recurrent additive network over a sequence, and what the solver did.
 
@@ -43,7 +44,7 @@ def solve(
       c0: state before the first step, `(*batch, features)`, float32 or wider; None is the same as zeros.
       gates: what the gates of these parameters see: `"recurrent"`, `"diagonal"` or `"input"`.
       activation: `"tanh"` or `"identity"`, the g of h = g(c).
-      solver: as for `RAN`.
+      solver, axis_name: as for `RAN`.
 
     Returns:
       The states c, `(*batch, time, features)`, and a `Record`: iterations, residual, converged.
@@ -63,13 +64,13 @@ def solve(
         raise ValueError(f"`activation` must be one of {', '.join(map(repr, ACTIVATIONS))}; got {activation!r}.")
     if gates != gates_of(params):
         raise ValueError(f"`gates` must be {gates_of(params)!r}, which these parameters are for; got {gates!r}.")
-    check_solver(solver, gates)
+    check_solver(solver, gates, axis_name)
     x = jnp.asarray(x)
     u, z = content(params, x), gates_of_input(params, x)
     shape = (*u.shape[:-2], u.shape[-1])
     c0 = jnp.zeros(shape, state_dtype(u)) if c0 is None else checked_carry("c0", c0, shape)
     steps = Steps(jnp.moveaxis(u, -2, 0), jnp.moveaxis(z, -3, 0))
-    c, record = states(params, steps, c0, activation=activation, solver=solver)
+    c, record = states(params, steps, c0, activation=activation, solver=solver, axis_name=axis_name)
     return jnp.moveaxis(c, 0, -2), record
 
 
@@ -79,43 +80,60 @@ def gates_of(params: Params) -> str:
     return "input" if weights is None else "diagonal" if weights.ndim == 2 else "recurrent"
 
 
-def check_solver(solver: str | FixedPoint, gates: str) -> None:
-    """Raises a ValueError where a solver does not fit the gates."""
-    allowed = {"input": tuple(SOLVERS), "diagonal": ("sequential", *FUSED)}.get(gates, RECURRENT)
-    name = "fixed_point" if isinstance(solver, FixedPoint) else solver
-    if name in allowed:
+def check_solver(solver: str | FixedPoint, gates: str, axis_name: str | None = None) -> None:
+    """Raises a ValueError where a solver does not fit the gates, or time that is spread over a mesh axis."""
+    walks = ("auto", "sequential") if axis_name is None else ("auto",)
+    fused = () if axis_name is not None else ("pallas",)
+    allowed = {
+        "input": tuple(SOLVERS),
+        "diagonal": (*walks, *fused, "newton"),
+        "recurrent": (*walks, "fixed_point"),
+    }[gates]
+    if solver in allowed or (isinstance(solver, FixedPoint) and gates in ITERATED):
         return
-    why = " These gates read h_{t-1}, so this is not one linear recurrence; gates='input' is."
-    if name == "fixed_point":
-        why = " It is for gates='recurrent'."
-    elif gates == "input":
-        why = ""
+    why = f" With axis_name={axis_name!r} no device can walk through all steps." if axis_name is not None else ""
+    if gates != "input" and solver in SOLVERS:
+        why = " These gates read h_{t-1}, so this is not one linear recurrence; gates='input' is." + why
     raise ValueError(
         f"`solver` must be one of {', '.join(map(repr, allowed))} for gates={gates!r}; got {solver!r}.{why}"
     )
 
 
 def states(
-    params: Params, steps: Steps, c0: State, *, activation: str, solver: str | FixedPoint
+    params: Params,
+    steps: Steps,
+    c0: State,
+    *,
+    activation: str,
+    solver: str | FixedPoint,
+    axis_name: str | None = None,
 ) -> tuple[States, Record]:
     """The states c_1 ... c_T from the state `c0`, and what the solver did."""
     if steps.u.size == 0:
         return steps.u.astype(c0.dtype), exact(c0.dtype)
-    weights, name = params["gates"].get("recurrent_kernel"), solver if isinstance(solver, str) else "fixed_point"
-    if name in FUSED and (weights is None or weights.ndim == 2):
-        return _fused(steps, c0, weights, activation, name), exact(c0.dtype)
+    gates, settings = gates_of(params), _iteration(solver, gates_of(params), axis_name)
+    if solver in FUSED and gates != "recurrent" and axis_name is None:
+        weights = params["gates"].get("recurrent_kernel")
+        return _fused(steps, c0, weights, activation, str(solver)), exact(c0.dtype)
     steps = Steps(*(a.astype(c0.dtype) for a in steps))
-    if weights is None:
-        return _linear_states(steps, c0, name), exact(c0.dtype)
-    settings = solver if isinstance(solver, FixedPoint) else FixedPoint() if name == "fixed_point" else None
-    return recurrent_states(params, steps, c0, activation, settings)
+    if gates == "input":
+        return _linear_states(steps, c0, str(solver), axis_name), exact(c0.dtype)
+    return recurrent_states(params, steps, c0, activation, Way(settings, axis_name))
 
 
-def _linear_states(steps: Steps, c0: State, solver: str) -> States:
+def _iteration(solver: str | FixedPoint, gates: str, axis_name: str | None) -> FixedPoint | None:
+    """The settings of the iteration over all steps, if it is what solves these gates."""
+    if isinstance(solver, FixedPoint):
+        return solver
+    spread = axis_name is not None and solver == "auto"
+    return FixedPoint() if gates in ITERATED and (spread or solver == ITERATED[gates]) else None
+
+
+def _linear_states(steps: Steps, c0: State, solver: str, axis_name: str | None) -> States:
     """The states where the gates see the input only, as one linear recurrence."""
     i, f = jnp.moveaxis(jax.nn.sigmoid(steps.z), -2, 0)
     decay, inputs = jnp.moveaxis(f, 0, -2), jnp.moveaxis(i * steps.u, 0, -2)
-    return jnp.moveaxis(linear_recurrence(decay, inputs, c0, solver=solver), -2, 0)
+    return jnp.moveaxis(linear_recurrence(decay, inputs, c0, solver=solver, axis_name=axis_name), -2, 0)
 
 
 def _fused(steps: Steps, c0: State, weights: Array | None, activation: str, solver: str) -> States:

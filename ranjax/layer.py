@@ -7,13 +7,14 @@ import jax.numpy as jnp
 from flax import linen as nn
 from flax.linen.recurrent import flip_sequences
 from flax.typing import Dtype
-from jax import Array, lax
+from jax import Array
 from jax.typing import ArrayLike
 
 from ranjax.cell import RANCell, checked_carry, content, gates_of_input, output
 from ranjax.fixed_point import FixedPoint
 from ranjax.gated import check_solver, states
 from ranjax.masks import Steps, checked, masked, padding_after
+from ranjax.mesh import last_state, steps_before
 from ranjax.scan import state_dtype
 
 
@@ -34,18 +35,22 @@ class RAN(nn.Module):
 
     Attributes:
       cell: a `RANCell`.
-      solver: for `gates="input"` a solver of `ranjax.linear_recurrence`; for `"diagonal"` `"auto"`, `"pallas"` or
-        `"sequential"`; for `"recurrent"` `"auto"` (which is `"sequential"`), `"sequential"`, `"fixed_point"` (all time
-        steps at once) or a `ranjax.FixedPoint` with settings of one's own. What that solver did is sown as `record` in
-        the collection `"solver"`.
+      solver: for `gates="input"` a solver of `ranjax.linear_recurrence`; for `"diagonal"` `"auto"`, `"pallas"`,
+        `"sequential"` or `"newton"`; for `"recurrent"` `"auto"` (which is `"sequential"`), `"sequential"` or
+        `"fixed_point"`. `"newton"` and `"fixed_point"` solve all time steps at once, by the same iteration; a
+        `ranjax.FixedPoint` in their place has settings of one's own. What that solver did is sown as `record` in the
+        collection `"solver"`.
       time_major: axes are `(time, *batch, in)` instead of `(*batch, time, in)`.
       return_carry: return `(carry, outputs)` instead of the outputs alone.
       reverse: process from the last step to the first; the outputs come in the order of processing.
       keep_order: with `reverse`, return the outputs in the order of the inputs.
+      axis_name: inside `jax.shard_map`, the mesh axis that time is spread over: inputs, masks and outputs are a
+        device's part, all of the same number of steps; carries and lengths are those of the whole, the same on all of
+        them. `"auto"` is then the solver that needs no device to walk through all steps. None: time is whole.
 
     Raises:
       TypeError: for a `cell` that is not a `RANCell`.
-      ValueError: for a `solver` that does not fit the gates.
+      ValueError: for a `solver` that does not fit the gates, or `reverse` with `axis_name`.
 
     Example:
       >>> import jax, jax.numpy as jnp, ranjax
@@ -63,13 +68,14 @@ class RAN(nn.Module):
     return_carry: bool = False
     reverse: bool = False
     keep_order: bool = False
+    axis_name: str | None = None
 
     def __post_init__(self):
         if not isinstance(self.cell, RANCell):
             raise TypeError(
                 f"`cell` must be a ranjax.RANCell; got a {type(self.cell).__name__}. Use nn.RNN for other cells."
             )
-        check_solver(self.solver, self.cell.gates)
+        check_solver(self.solver, self.cell.gates, self.axis_name)
         super().__post_init__()
 
     def __call__(
@@ -108,6 +114,8 @@ class RAN(nn.Module):
         """
         time_major = self.time_major if time_major is None else time_major
         reverse = self.reverse if reverse is None else reverse
+        if reverse and self.axis_name is not None:
+            raise ValueError(f"`reverse` needs all of the sequence; it cannot go with axis_name={self.axis_name!r}.")
         x = jnp.asarray(inputs)
         if x.ndim < 2:
             raise ValueError(f"`inputs` must have the axes (*batch, time, in); got the shape {x.shape}.")
@@ -124,14 +132,15 @@ class RAN(nn.Module):
             segment_starts = None if segment_starts is None else _starts_in_reverse(flip(segment_starts), time)
         padding = None
         if seq_lengths is not None:
-            padding = padding_after(seq_lengths, x.shape[:-1], time)
+            padding = padding_after(seq_lengths - steps_before(x.shape[time], self.axis_name), x.shape[:-1], time)
             x = jnp.where(padding[..., None], 0, x)  # before any product: padding may hold NaN
 
         params, x = self.cell.parameters(x)
         c0 = self._initial(initial_carry, init_key, (*batch, x.shape[-1]), x.dtype)
         steps, masks = Steps(content(params, x), gates_of_input(params, x)), (segment_starts, padding)
         steps, masks = jax.tree.map(lambda a: jnp.moveaxis(a, time, 0), (steps, masks))
-        c, record = states(params, masked(steps, *masks), c0, activation=self.cell.activation, solver=self.solver)
+        options: dict = {"activation": self.cell.activation, "solver": self.solver, "axis_name": self.axis_name}
+        c, record = states(params, masked(steps, *masks), c0, **options)
         if not self.is_initializing():
             self.sow("solver", "record", record, init_fn=lambda: record, reduce_fn=lambda _, new: new)
         c = jnp.moveaxis(c, 0, time)
@@ -139,7 +148,7 @@ class RAN(nn.Module):
 
         if reverse and (self.keep_order if keep_order is None else keep_order):
             h = flip(h)
-        carry = lax.index_in_dim(c, -1, time, keepdims=False) if c.shape[time] else c0
+        carry = last_state(c, c0, time, self.axis_name)
         return (carry, h) if (self.return_carry if return_carry is None else return_carry) else h
 
     def _initial(self, carry: ArrayLike | None, key: Array | None, shape: tuple[int, ...], dtype: Dtype) -> Array:

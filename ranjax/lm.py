@@ -45,6 +45,8 @@ class LanguageModel(nn.Module):
       init_scale: every weight is uniform in +-init_scale. None: embedding uniform in +-0.1, the cells' own
         initialisers, LeCun's for the output layer.
       dtype: dtype of the products; the logits are float32 or wider.
+      axis_name: inside `jax.shard_map`, the mesh axis that time is spread over; see `RAN`. Tokens and logits are a
+        device's part, the state is that of the whole text.
 
     Raises:
       ValueError: for an unknown cell, a number of sizes that is not the number of layers, a tied output
@@ -73,6 +75,7 @@ class LanguageModel(nn.Module):
     tie: bool = False
     init_scale: float | None = None
     dtype: Dtype | None = None
+    axis_name: str | None = None
 
     def __post_init__(self):
         if self.cell not in CELLS:
@@ -83,6 +86,8 @@ class LanguageModel(nn.Module):
             raise ValueError(f"`dropout` must be a rate in [0, 1); got {self.dropout}.")
         if self.cell != "ran" and self.projection is not None:
             raise ValueError(f"`projection` is an option of cell='ran'; got cell={self.cell!r}.")
+        if self.cell != "ran" and self.axis_name is not None:
+            raise ValueError(f"`axis_name` is an option of cell='ran'; got cell={self.cell!r}.")
         if self.tie and self.embedding_size != self._outputs[-1]:
             raise ValueError(
                 f"`tie` needs the embedding to be as wide as the last output; got embedding={self.embedding_size} "
@@ -110,7 +115,8 @@ class LanguageModel(nn.Module):
     @property
     def _time_major(self) -> bool:
         """Whether the layers run with time first: where they walk through full matrices step by step."""
-        return self.cell != "ran" or (self.gates == "recurrent" and self.solver in ("auto", "sequential"))
+        walked = self.solver == "sequential" or (self.solver == "auto" and self.axis_name is None)
+        return self.cell != "ran" or (self.gates == "recurrent" and walked)
 
     def setup(self):
         init = uniform(self.init_scale or 0.1)
@@ -130,7 +136,7 @@ class LanguageModel(nn.Module):
             options |= {"kernel_init": uniform(self.init_scale), "recurrent_kernel_init": uniform(self.init_scale)}
         if self.cell == "ran":
             cell = RANCell(features, self.gates, self.activation, self.projection, **options)
-            return RAN(cell, self.solver, time_major=self._time_major, return_carry=True)
+            return RAN(cell, self.solver, self._time_major, return_carry=True, axis_name=self.axis_name)
         cells: dict[str, Callable] = {"lstm": nn.OptimizedLSTMCell, "gru": nn.GRUCell, "rnn": nn.SimpleCell}
         return nn.RNN(cells[self.cell](features, **options), time_major=True, return_carry=True)
 

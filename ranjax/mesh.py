@@ -4,7 +4,8 @@ Every device has as many consecutive steps as the others, in the order of its in
 for a sequence that is whole, here and wherever the name is an argument.
 """
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -13,10 +14,12 @@ from jax import Array, lax
 
 def varying_as(array: Array, others: Iterable[Array]) -> Array:
     """`array`, of a type that tells `shard_map` it may differ between devices wherever one of the others does."""
-    for other in others:
-        if not _axes(other) <= _axes(array):
-            array = jnp.where(False, other[(0,) * other.ndim].astype(array.dtype), array)
-    return array
+    missing = frozenset[str]().union(*map(_axes, others)) - _axes(array)
+    if not missing:
+        return array
+    if hasattr(lax, "pcast"):
+        return lax.pcast(array, tuple(sorted(missing)), to="varying")
+    return lax.pvary(array, tuple(sorted(missing)))  # its name before JAX 0.9
 
 
 def _axes(array: Array) -> frozenset[str]:
@@ -32,14 +35,16 @@ def before(states: Array, initial: Array, axis: int, reverse: bool = False, axis
       states: of all steps.
       initial: that before the first one (in reverse, after the last one) of the whole sequence.
     """
-    size = states.shape[axis]
-    edge = jnp.expand_dims(initial, axis)
+    edge, cut = jnp.expand_dims(initial, axis), (1, states.shape[axis] - 1)
+    others, last = jnp.split(states, cut[1:], axis) if not reverse else jnp.split(states, cut[:1], axis)[::-1]
     if axis_name is not None:
-        last = lax.slice_in_dim(states, 0, 1, axis=axis) if reverse else lax.slice_in_dim(states, size - 1, size, axis=axis)
         edge = jnp.where(_first(reverse, axis_name), edge, _passed_on(last, reverse, axis_name))
-    if reverse:
-        return jnp.concatenate([lax.slice_in_dim(states, 1, size, axis=axis), edge], axis)
-    return jnp.concatenate([edge, lax.slice_in_dim(states, 0, size - 1, axis=axis)], axis)
+    return jnp.concatenate([others, edge] if reverse else [edge, others], axis)
+
+
+def steps_before(time: int, axis_name: str | None) -> Array | int:
+    """How many steps of the sequence come before this device's `time` steps."""
+    return 0 if axis_name is None else time * lax.axis_index(axis_name)
 
 
 def at_the_edge(value: Array, reverse: bool, axis_name: str | None) -> Array:
@@ -56,8 +61,54 @@ def carry_in(product: Array, last: Array, initial: Array, reverse: bool, axis_na
       initial: the carry that the whole starts from.
     """
     products, lasts = lax.all_gather((product, last), axis_name)
-    _, starts = lax.scan(lambda c, p: (p[0] * c + p[1], c), varying_as(initial, (lasts,)), (products, lasts), reverse=reverse)
+    _, starts = lax.scan(
+        lambda c, p: (p[0] * c + p[1], c), varying_as(initial, (lasts,)), (products, lasts), reverse=reverse
+    )
     return lax.dynamic_index_in_dim(starts, lax.axis_index(axis_name), keepdims=False)
+
+
+def chained(walk: Callable[[Array], tuple[Array, Any]], initial: Array, reverse: bool, axis_name: str | None) -> Any:
+    """What a walk makes of the whole sequence, one device after another: each waits for the carry of the one before.
+
+    Args:
+      walk: carry -> (carry, outputs), over a device's steps.
+      initial: the carry that the whole starts from.
+    """
+    if axis_name is None:
+        return walk(initial)[1]
+    size, index = lax.axis_size(axis_name), lax.axis_index(axis_name)
+
+    def turn(n, loop):
+        carry, kept = loop
+        mine = index == (size - 1 - n if reverse else n)
+        after, outputs = walk(carry)
+        kept = jax.tree.map(lambda new, old: jnp.where(mine, new, old), outputs, kept)
+        return varying_as(lax.psum(jnp.where(mine, after, 0), axis_name), (initial,)), kept
+
+    shapes = jax.eval_shape(walk, initial)[1]
+    nothing = jax.tree.map(lambda a: varying_as(jnp.zeros(a.shape, a.dtype), (initial,)), shapes)
+    return lax.fori_loop(0, size, turn, (initial, nothing))[1]
+
+
+def largest(value: Array, axis_name: str | None) -> Array:
+    """The largest of all devices' values, for each element."""
+    return value if axis_name is None else lax.pmax(value, axis_name)
+
+
+def largest_anywhere(value: Array, axis_name: str | None) -> Array:
+    """The same over the whole mesh: along the axis of time, and along every other one where the value may differ."""
+    axes = _axes(value) | (frozenset() if axis_name is None else {axis_name})
+    return lax.pmax(value, tuple(sorted(axes))) if axes else value
+
+
+def last_state(states: Array, initial: Array, axis: int, axis_name: str | None) -> Array:
+    """The state after the last step of the whole sequence, the same on all devices."""
+    if not states.shape[axis]:
+        return initial
+    state = lax.index_in_dim(states, -1, axis, keepdims=False)
+    if axis_name is None:
+        return state
+    return lax.psum(jnp.where(_first(True, axis_name), state, 0), axis_name)
 
 
 def _first(reverse: bool, axis_name: str) -> Array:

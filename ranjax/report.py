@@ -116,7 +116,7 @@ class Report:
 
     def _row(self, state: "TrainState", **values: float) -> None:
         row = {"step": int(state.step), "epoch": int(state.step) / self.windows, **values}
-        if self.config.solver == "fixed_point":
+        if self.config.solver in ("fixed_point", "newton"):
             row["mean_passes"] = float(state.passes) / ((int(state.step) - 1) % self.windows + 1)
         row |= {"skipped_steps": int(state.bad), "training_seconds": float(state.seconds)}
         self._rows.append(row)

@@ -41,9 +41,9 @@ def linear_recurrence(
     after the last step. Reverse mode, forward mode and `vmap` work with every solver, in all three
     arrays; the cotangent is one more recurrence, run the other way.
 
-    Inside `jax.shard_map` the sequence may be spread over the devices of a mesh axis, each of which has as many steps as
-    the others: with `axis_name` every device solves its part, and they exchange two states each, the product of the
-    decays and the last state from zero.
+    Inside `jax.shard_map` the sequence may be spread over the devices of a mesh axis, each of which has as many steps
+    as the others: with `axis_name` every device solves its part, and they exchange two states each, the product of
+    the decays and the last state from zero.
 
     Args:
       decay: floating array `(*batch, time, features)`.

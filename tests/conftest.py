@@ -4,11 +4,12 @@ import os
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test reaches for a network
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
+os.environ.setdefault("XLA_FLAGS", "--xla_force_host_platform_device_count=8")  # for tests of meshes
 
 from jaxtyping import install_import_hook
 
 install_import_hook(
-    [f"ranjax.{name}" for name in ("cell", "gated", "layer", "lm", "masks", "scan")], "beartype.beartype"
+    [f"ranjax.{name}" for name in ("cell", "gated", "layer", "lm", "masks", "mesh", "scan")], "beartype.beartype"
 )
 
 from pathlib import Path  # noqa: E402

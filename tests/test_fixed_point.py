@@ -1,5 +1,6 @@
 """Gates on h_{t-1} solved for all steps at once: the sequential answer and its gradient, or a reported fall-back."""
 
+import re
 from functools import partial
 
 import jax
@@ -219,7 +220,7 @@ def test_narrow_parameters_are_multiplied_in_the_dtype_of_the_states(most):
     u, z = content(wide, x), gates_of_input(wide, x)
     steps = Steps(jnp.swapaxes(u, 0, 1), jnp.swapaxes(z, 0, 1))
     solver = FixedPoint(max_iterations=most)
-    got, expected = (recurrent.recurrent_states(p, steps, c0, "tanh", solver)[0] for p in (narrow, wide))
+    got, expected = (recurrent.recurrent_states(p, steps, c0, "tanh", recurrent.Way(solver))[0] for p in (narrow, wide))
     np.testing.assert_array_equal(got, expected)
 
 
@@ -273,11 +274,34 @@ def test_bad_settings(setting, message):
         FixedPoint(**setting)
 
 
-@pytest.mark.parametrize("gates", ["diagonal", "input"])
-def test_gates_that_need_no_passes(gates):
-    for solver in ("fixed_point", FixedPoint()):
-        with pytest.raises(ValueError, match=rf"for gates='{gates}'; got .*It is for gates='recurrent'"):
+def test_names_of_the_iteration_fit_the_gates():
+    for gates, solver in (("input", "fixed_point"), ("input", FixedPoint()), ("input", "newton")):
+        with pytest.raises(ValueError, match=rf"for gates='input'; got {re.escape(repr(solver))}"):
             RAN(RANCell(4, gates), solver)
+    with pytest.raises(ValueError, match="'pallas', 'newton' for gates='diagonal'; got 'fixed_point'"):
+        RAN(RANCell(4, "diagonal"), "fixed_point")
+    with pytest.raises(ValueError, match="'sequential', 'fixed_point' for gates='recurrent'; got 'newton'"):
+        RAN(RANCell(4), "newton")
+
+
+@pytest.mark.parametrize("activation", ["tanh", "identity"])
+def test_newton_solves_diagonal_gates_in_few_passes(x64, activation):
+    """The Jacobian is its diagonal: the residual is squared, where it is below 1, at every pass."""
+    cell = RANCell(8, "diagonal", activation, param_dtype=jnp.float64)
+    x = jax.random.normal(jax.random.key(0), (2, 300, 5), jnp.float64)
+    params = cell.init(jax.random.key(1), jnp.zeros((2, 8), jnp.float64), x[:, 0])["params"]
+    options = {"gates": "diagonal", "activation": activation}
+
+    def loss(solver, params, x):
+        c, record = ranjax.solve(params, x, solver=solver, **options)
+        return jnp.sum(jnp.sin(c)), (c, record)
+
+    (_, (walked, _)), expected = jax.value_and_grad(partial(loss, "sequential"), (0, 1), has_aux=True)(params, x)
+    (_, (c, record)), found = jax.value_and_grad(partial(loss, "newton"), (0, 1), has_aux=True)(params, x)
+    np.testing.assert_allclose(c, walked, rtol=0, atol=1e-12)
+    assert bool(record.converged)
+    assert int(record.iterations) <= 8
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-9, atol=1e-11), found, expected)
 
 
 def test_bad_arguments_of_solve():

@@ -251,7 +251,9 @@ def test_bad_options():
         ValueError, match=r"`solver` must be one of 'auto', 'sequential', 'fixed_point' .* read h_{t-1}"
     ):
         RAN(RANCell(4), solver="associative")
-    with pytest.raises(ValueError, match=r"`solver` must be one of 'sequential', 'auto', 'pallas' .* read h_{t-1}"):
+    with pytest.raises(
+        ValueError, match=r"`solver` must be one of 'auto', 'sequential', 'pallas', 'newton' .* read h_{t-1}"
+    ):
         RAN(RANCell(4, gates="diagonal"), solver="chunked")
     with pytest.raises(ValueError, match=r"`solver` must be one of .*'associative'.* got 'magic'"):
         RAN(RANCell(4, gates="input"), solver="magic")

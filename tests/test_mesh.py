@@ -1,0 +1,243 @@
+"""Sequences spread over the devices of a mesh give the states and the gradients of whole ones. Eight CPU devices."""
+
+import os
+import re
+import subprocess
+import sys
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+import ranjax
+from ranjax import FixedPoint, linear_recurrence
+from ranjax.lm import cross_entropy
+
+pytestmark = pytest.mark.skipif(
+    jax.device_count() < 8, reason="needs 8 devices: XLA_FLAGS=--xla_force_host_platform_device_count=8"
+)
+BATCH, TIME, SIZE, FEATURES = 4, 48, 5, 6
+
+
+def mesh(**sizes):
+    return jax.make_mesh(tuple(sizes.values()), tuple(sizes), axis_types=(AxisType.Auto,) * len(sizes))
+
+
+def spread(function, devices, in_specs, out_specs):
+    return jax.jit(jax.shard_map(function, mesh=devices, in_specs=in_specs, out_specs=out_specs))
+
+
+def drawn(seed=0):
+    keys = jax.random.split(jax.random.key(seed), 3)
+    decay = jax.nn.sigmoid(jax.random.normal(keys[0], (BATCH, TIME, FEATURES), jnp.float64))
+    inputs = jax.random.normal(keys[1], (BATCH, TIME, FEATURES), jnp.float64)
+    return decay, inputs, jax.random.normal(keys[2], (BATCH, FEATURES), jnp.float64)
+
+
+def assert_close(a, b, tolerance=1e-11):
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=tolerance), a, b)
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize("solver", ["sequential", "associative", "chunked", "auto"])
+@pytest.mark.parametrize("reverse", [False, True])
+def test_a_recurrence_over_time_batch_and_features(x64, solver, reverse):
+    arrays = drawn()
+    axes = P("batch", "time", "features")
+    function = partial(linear_recurrence, solver=solver, reverse=reverse, axis_name="time")
+    over = spread(function, mesh(time=2, batch=2, features=2), (axes, axes, P("batch", "features")), axes)
+    whole = jax.jit(partial(linear_recurrence, reverse=reverse))
+    assert_close(over(*arrays), whole(*arrays))
+
+    def derivatives(f):
+        def loss(*arrays):
+            return jnp.sum(jnp.sin(f(*arrays)))
+
+        def second(*arrays):
+            return sum(jnp.sum(jnp.cos(g)) for g in jax.grad(loss, (0, 1, 2))(*arrays))
+
+        tangents = tuple(jnp.sin(3 * a) for a in arrays)
+        return jax.grad(loss, (0, 1, 2))(*arrays), jax.jvp(f, arrays, tangents)[1], jax.grad(second, (0, 1, 2))(*arrays)
+
+    assert_close(jax.jit(lambda: derivatives(over))(), jax.jit(lambda: derivatives(whole))())
+
+
+def test_one_exchange_whatever_the_number_of_devices(x64):
+    """Two states a device are gathered, once; nothing else of the sequence leaves its device."""
+    decay, inputs, _ = drawn()
+    for devices in (2, 8):
+        over = spread(
+            partial(linear_recurrence, axis_name="time"), mesh(time=devices), (P(None, "time"),) * 2, P(None, "time")
+        )
+        text = over.lower(decay, inputs).compile().as_text()
+        found = re.findall(r"= [^=]*?\b(all-gather|all-reduce|collective-permute|all-to-all)\(", text)
+        assert set(found) == {"all-gather"}
+        assert len(found) <= 2
+
+
+def test_batch_and_features_need_no_exchange(x64):
+    """Without shard_map too: XLA splits a recurrence along them by itself."""
+    decay, inputs, _ = drawn()
+    devices = mesh(batch=4, features=2)
+    on = NamedSharding(devices, P("batch", None, "features"))
+    compiled = jax.jit(linear_recurrence, in_shardings=on, out_shardings=on).lower(decay, inputs).compile()
+    assert not re.search(r"all-gather|all-reduce|collective-permute|all-to-all", compiled.as_text())
+    placed = (jax.device_put(a, on) for a in (decay, inputs))
+    assert_close(compiled(*placed), linear_recurrence(decay, inputs))
+
+
+def layer_problem(gates, activation="tanh", projection=None):
+    cell = ranjax.RANCell(FEATURES, gates, activation, projection, param_dtype=jnp.float64)
+    keys = jax.random.split(jax.random.key(0), 4)
+    x = jax.random.normal(keys[0], (BATCH, TIME, SIZE), jnp.float64)
+    c0 = jax.random.normal(keys[1], (BATCH, FEATURES), jnp.float64)
+    params = cell.init(keys[2], c0, x[:, 0])["params"]
+    leaves, tree = jax.tree.flatten(params)
+    leaves = [
+        0.5 * jax.random.normal(k, p.shape, p.dtype) for k, p in zip(jax.random.split(keys[3], len(leaves)), leaves)
+    ]
+    return cell, jax.tree.unflatten(tree, leaves), x, c0
+
+
+@pytest.mark.parametrize(
+    ("gates", "projection", "masks"),
+    [("input", None, True), ("diagonal", None, True), ("recurrent", None, True), ("recurrent", 4, False)],
+)
+def test_a_layer_over_time_and_batch(x64, gates, projection, masks):
+    cell, params, x, c0 = layer_problem(gates, projection=projection)
+    lengths, starts = (
+        jnp.array([TIME, 7, 30, 0]),
+        jnp.zeros((BATCH, TIME), bool).at[0, 20].set(True).at[2, 24].set(True),
+    )
+    told = {"seq_lengths": lengths, "segment_starts": starts} if masks else {}
+
+    def run(layer, params, x, c0, told):
+        return layer.apply({"params": {"cell": params}}, x, initial_carry=c0, **told)
+
+    axes = P("batch", "time")
+    specs = {"seq_lengths": P("batch"), "segment_starts": axes} if masks else {}
+    layer = ranjax.RAN(cell, return_carry=True, axis_name="time")
+    over = spread(partial(run, layer), mesh(time=4, batch=2), (P(), axes, P("batch"), specs), (P("batch"), axes))
+    whole = partial(run, ranjax.RAN(cell, "sequential", return_carry=True))
+    assert_close(over(params, x, c0, told), whole(params, x, c0, told))
+
+    def loss(f, params, x, c0):
+        carry, h = f(params, x, c0, told)
+        return jnp.sum(jnp.sin(h)) + jnp.sum(carry**2)
+
+    gradients = (jax.jit(jax.grad(partial(loss, f), (0, 1, 2)))(params, x, c0) for f in (over, whole))
+    assert_close(*gradients, 1e-9)
+
+
+def test_the_record_is_one_for_the_whole_mesh(x64):
+    """One of the sequences takes more passes than the others: all devices make as many, and say so."""
+    _, params, x, c0 = layer_problem("recurrent")
+    x = x.at[0].multiply(3.0)
+    axes = P("batch", "time")
+    function = partial(ranjax.solve, gates="recurrent", solver=FixedPoint(), axis_name="time")
+    states, record = spread(function, mesh(time=4, batch=2), (P(), axes, P("batch")), (axes, P()))(params, x, c0)
+    expected, alone = ranjax.solve(params, x, c0, gates="recurrent", solver="fixed_point")
+    assert_close(states, expected)
+    assert int(record.iterations) == int(alone.iterations)
+    assert bool(record.converged)
+    np.testing.assert_allclose(record.residual, alone.residual, rtol=0.5)
+
+
+def test_where_the_passes_fail_the_devices_walk_in_turn(x64):
+    _, params, x, c0 = layer_problem("recurrent")
+    kernel = params["gates"]["recurrent_kernel"]
+    params = params | {"gates": params["gates"] | {"recurrent_kernel": 16 * kernel}}
+    settings = FixedPoint(max_iterations=2)
+    axes = P("batch", "time")
+    function = partial(ranjax.solve, gates="recurrent", solver=settings, axis_name="time")
+    over = spread(function, mesh(time=4, batch=2), (P(), axes, P("batch")), (axes, P()))
+    whole = partial(ranjax.solve, gates="recurrent", solver="sequential")
+    states, record = over(params, x, c0)
+    assert not bool(record.converged)
+    assert_close(states, whole(params, x, c0)[0], 1e-10)
+    found, expected = (
+        jax.jit(jax.grad(lambda *a, f=f: jnp.sum(jnp.sin(f(*a)[0])), (1, 2)))(params, x, c0) for f in (over, whole)
+    )
+    scale = max(float(jnp.max(jnp.abs(g))) for g in expected)
+    assert_close(found, expected, 1e-9 * scale)
+
+
+def test_a_language_model_over_time_and_batch(x64):
+    options = {"vocabulary": 9, "features": 6, "dropout": 0.0}
+    tokens = jax.random.randint(jax.random.key(0), (BATCH, TIME + 1), 0, 9)
+    alone = ranjax.LanguageModel(**options)
+    params = alone.init(jax.random.key(1), tokens[:, :2], deterministic=True)["params"]
+    params = jax.tree.map(lambda p: 2 * p.astype(jnp.float64), params)
+    state = tuple(jax.random.normal(jax.random.key(n), (BATCH, 6), jnp.float64) for n in range(2))
+
+    def loss(model, reduce, params, state, inputs, targets):
+        logits, state = model.apply({"params": params}, inputs, state, deterministic=True)
+        return reduce(jnp.sum(cross_entropy(logits, targets))), state
+
+    axes = P("batch", "time")
+    model = ranjax.LanguageModel(**options, axis_name="time")
+    everywhere = partial(jax.lax.psum, axis_name=("time", "batch"))
+    over = spread(
+        partial(loss, model, everywhere), mesh(time=4, batch=2), (P(), P("batch"), axes, axes), (P(), P("batch"))
+    )
+    arguments = params, state, tokens[:, :-1], tokens[:, 1:]
+    (found, carry), gradient = jax.jit(jax.value_and_grad(over, has_aux=True))(*arguments)
+    whole = partial(loss, alone, lambda x: x)
+    (expected, last), expected_gradient = jax.jit(jax.value_and_grad(whole, has_aux=True))(*arguments)
+    assert_close((found, carry), (expected, last), 1e-9)
+    assert_close(gradient, expected_gradient, 1e-8)
+
+
+def test_across_two_processes(tmp_path):
+    """Four devices in each of two processes: every process finds its part of the states and of the gradient."""
+    program = tmp_path / "part.py"
+    program.write_text(
+        "import sys\n"
+        "from functools import partial\n"
+        "import jax, jax.numpy as jnp, numpy as np\n"
+        "jax.distributed.initialize(sys.argv[1], 2, int(sys.argv[2]))\n"
+        "from jax.sharding import AxisType, NamedSharding, PartitionSpec as P\n"
+        "from ranjax import linear_recurrence\n"
+        "assert jax.device_count() == 8 and jax.local_device_count() == 4\n"
+        "mesh = jax.make_mesh((8,), ('time',), axis_types=(AxisType.Auto,))\n"
+        "rng = np.random.default_rng(0)\n"
+        "decay, inputs = (rng.uniform(size=(2, 64, 3)).astype(np.float32) for _ in range(2))\n"
+        "on = NamedSharding(mesh, P(None, 'time'))\n"
+        "put = lambda a: jax.make_array_from_callback(a.shape, on, lambda index: a[index])\n"
+        "solve = jax.shard_map(partial(linear_recurrence, axis_name='time'), mesh=mesh, in_specs=P(None, 'time'),\n"
+        "                      out_specs=P(None, 'time'))\n"
+        "loss = lambda f, *a: (jnp.sum(f(*a) ** 2), f(*a))\n"
+        "f = lambda f: jax.jit(jax.grad(partial(loss, f), (0, 1), has_aux=True))\n"
+        "found = f(solve)(put(decay), put(inputs))\n"
+        "expected = f(linear_recurrence)(decay, inputs)\n"
+        "for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(expected)):\n"
+        "    for shard in a.addressable_shards:\n"
+        "        np.testing.assert_allclose(shard.data, np.asarray(b)[shard.index], rtol=2e-5, atol=1e-5)\n"
+        "print('same', len(a.addressable_shards))\n"
+    )
+    flags = {"XLA_FLAGS": "--xla_force_host_platform_device_count=4", "JAX_PLATFORMS": "cpu"}
+    processes = [
+        subprocess.Popen(
+            [sys.executable, str(program), f"localhost:{20000 + os.getpid() % 20000}", str(rank)],
+            env=os.environ | flags, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        )
+        for rank in range(2)
+    ]  # fmt: skip
+    said = [process.communicate(timeout=180) for process in processes]
+    assert [out.strip().splitlines()[-1:] for out, _ in said] == [["same 4"]] * 2, said
+
+
+def test_what_cannot_be_spread_is_refused():
+    with pytest.raises(ValueError, match=r"got 'sequential'.* With axis_name='time' no device can walk"):
+        ranjax.RAN(ranjax.RANCell(4), "sequential", axis_name="time")
+    with pytest.raises(ValueError, match="got 'pallas'"):
+        ranjax.RAN(ranjax.RANCell(4, "diagonal"), "pallas", axis_name="time")
+    with pytest.raises(ValueError, match="`axis_name` is an option of cell='ran'; got cell='gru'"):
+        ranjax.LanguageModel(5, "gru", axis_name="time")
+    layer = ranjax.RAN(ranjax.RANCell(4, "input"), reverse=True, axis_name="time")
+    with pytest.raises(ValueError, match="`reverse` needs all of the sequence"):
+        layer.init(jax.random.key(0), jnp.zeros((2, 3, 4)))
