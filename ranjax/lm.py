@@ -46,7 +46,7 @@ class LanguageModel(nn.Module):
         initialisers, LeCun's for the output layer.
       dtype: dtype of the products; the logits are float32 or wider.
       axis_name: inside `jax.shard_map`, the mesh axis that time is spread over; see `RAN`. Tokens and logits are a
-        device's part, the state is that of the whole text.
+        device's part, the state is that of the whole text. Every device needs a key of its own for dropout.
 
     Raises:
       ValueError: for an unknown cell, a number of sizes that is not the number of layers, a tied output

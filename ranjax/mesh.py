@@ -19,7 +19,7 @@ def varying_as(array: Array, others: Iterable[Array]) -> Array:
         return array
     if hasattr(lax, "pcast"):
         return lax.pcast(array, tuple(sorted(missing)), to="varying")
-    return lax.pvary(array, tuple(sorted(missing)))  # its name before JAX 0.9
+    return lax.pvary(array, tuple(sorted(missing)))  # pyright: ignore[reportAttributeAccessIssue]  # before JAX 0.9
 
 
 def _axes(array: Array) -> frozenset[str]:
@@ -35,9 +35,11 @@ def before(states: Array, initial: Array, axis: int, reverse: bool = False, axis
       states: of all steps.
       initial: that before the first one (in reverse, after the last one) of the whole sequence.
     """
-    edge, cut = jnp.expand_dims(initial, axis), (1, states.shape[axis] - 1)
-    others, last = jnp.split(states, cut[1:], axis) if not reverse else jnp.split(states, cut[:1], axis)[::-1]
+    edge, size = jnp.expand_dims(initial, axis), states.shape[axis]
+    begin, end = (1, size) if reverse else (0, size - 1)
+    others = lax.slice_in_dim(states, begin, end, axis=axis)
     if axis_name is not None:
+        last = lax.index_in_dim(states, 0 if reverse else size - 1, axis)
         edge = jnp.where(_first(reverse, axis_name), edge, _passed_on(last, reverse, axis_name))
     return jnp.concatenate([others, edge] if reverse else [edge, others], axis)
 

@@ -1,0 +1,161 @@
+"""Time spread over the devices of a mesh: `python benchmarks/scaling.py` writes results/ and prints a table.
+
+The gradient of a recurrence, and of RAN layers, over sequences of growing length on 1, 2, 4, ... devices: milliseconds,
+the memory of one device (its arguments, results and temporaries), and the bytes that it receives from others, read off
+the compiled program. On a CPU the devices are made up and share the cores: memory and bytes are theirs, times are not.
+"""
+
+import dataclasses
+import json
+import os
+import re
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+os.environ.setdefault("XLA_FLAGS", "--xla_force_host_platform_device_count=8")  # of a CPU; others count their own
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import timing
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+import ranjax
+from ranjax.hugepages import restart_with_huge_pages
+
+TIME = P(None, "time")
+COLLECTIVE = re.compile(r"= (.*?) (all-gather|all-reduce|collective-permute|all-to-all|reduce-scatter)(?:-start)?\(")
+BYTES = {"f32": 4, "f64": 8, "s32": 4, "u32": 4, "pred": 1}
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """Time spread over the devices of a mesh.
+
+    Attributes:
+      devices: numbers of them; those that are not there are left out.
+      lengths: numbers of steps.
+      features: of the states and of the inputs.
+      seconds: for the rounds of one length.
+      out: folder of the results.
+    """
+
+    devices: tuple[int, ...] = (1, 2, 4, 8)
+    lengths: tuple[int, ...] = (4096, 16384, 65536)
+    features: int = 128
+    seconds: float = 10.0
+    out: Path = Path(__file__).parent / "results"
+
+
+def layer(gates: str, key: jax.Array, features: int) -> tuple[Callable, tuple]:
+    """A layer's outputs as a function of an axis, its parameters and its inputs; the parameters."""
+    cell = ranjax.RANCell(features, gates)
+    variables = ranjax.RAN(cell).init(key, jnp.zeros((1, 2, features)))
+
+    def outputs(axis_name, variables, x):
+        return ranjax.RAN(cell, axis_name=axis_name).apply(variables, x)
+
+    return outputs, (variables,)
+
+
+def cases(features: int) -> dict[str, tuple[Callable, tuple]]:
+    """By name, a function of an axis, of arrays that every device has, and of a sequence."""
+
+    def recurrence(axis_name, x):
+        return ranjax.linear_recurrence(jax.nn.sigmoid(x + 6), x, axis_name=axis_name)  # half-lives of some 280 steps
+
+    key = jax.random.key(0)
+    found = {"linear_recurrence": (recurrence, ())}
+    return found | {f"RAN, {gates} gates": layer(gates, key, features) for gates in ranjax.cell.GATES}
+
+
+def compiled(function: Callable, arrays: tuple, x: jax.Array, count: int) -> tuple[Callable, Callable]:
+    """The gradient over `count` devices: its program, and a call of it."""
+    mesh = jax.make_mesh((count,), ("time",), axis_types=(AxisType.Auto,), devices=jax.devices()[:count])
+    over = jax.shard_map(partial(function, "time"), mesh=mesh, in_specs=(*(P() for _ in arrays), TIME), out_specs=TIME)
+    gradient = jax.grad(lambda *a: jnp.sum(jnp.square(over(*a))), tuple(range(len(arrays) + 1)))
+    placed = (
+        *(jax.device_put(a, NamedSharding(mesh, P())) for a in arrays),
+        jax.device_put(x, NamedSharding(mesh, TIME)),
+    )
+    program = jax.jit(gradient).lower(*placed).compile()
+    return program, lambda: program(*placed)
+
+
+def received(text: str) -> dict[str, int]:
+    """Bytes that a device receives, by collective; those in a loop once for each line of the program, not each turn."""
+    total: dict[str, int] = {}
+    for shapes, name in COLLECTIVE.findall(text):
+        for kind, sizes in re.findall(r"(\w+)\[([\d,]*)\]", shapes):
+            count = 1
+            for size in filter(None, sizes.split(",")):
+                count *= int(size)
+            total[name] = total.get(name, 0) + count * BYTES.get(kind, 4)
+    return total
+
+
+def measure(name: str, length: int, options: Options) -> list[dict]:
+    """The rows of one case and length."""
+    function, arrays = cases(options.features)[name]
+    x = jax.random.normal(jax.random.key(1), (1, length, options.features))
+    counts = [count for count in options.devices if count <= jax.device_count()]
+    programs = {count: compiled(function, arrays, x, count) for count in counts}
+    times = timing.alternate({count: call for count, (_, call) in programs.items()}, seconds=options.seconds)
+    first = jax.device_get(programs[counts[0]][1]()[-1])
+    rows = []
+    for count, (program, call) in programs.items():
+        memory = program.memory_analysis()
+        held = memory.argument_size_in_bytes + memory.output_size_in_bytes + memory.temp_size_in_bytes
+        rows.append({
+            "name": name, "devices": count, "time": length, "features": options.features,
+            "gradient_ms": round(timing.summary(times[count])["median_ms"], 3),
+            "mib_per_device": round(held / 2**20, 3),
+            "arrays_of_the_whole": round(held / x.nbytes, 2),
+            "received_bytes": received(program.as_text()),
+            "deviation": float(np.max(np.abs(jax.device_get(call()[-1]) - first)) / np.max(np.abs(first))),
+        })  # fmt: skip
+    return rows
+
+
+def draw(rows: list[dict], path: Path, title: str) -> None:
+    """Memory of one device against the length, one panel for each case."""
+    from matplotlib.figure import Figure
+
+    names = list(dict.fromkeys(row["name"] for row in rows))
+    figure = Figure(figsize=(3.2 * len(names) + 1, 3.4), layout="constrained")
+    for axes, name in zip(figure.subplots(1, len(names), sharey=True, squeeze=False)[0], names, strict=True):
+        for count in dict.fromkeys(row["devices"] for row in rows):
+            points = [(r["time"], r["mib_per_device"]) for r in rows if (r["name"], r["devices"]) == (name, count)]
+            axes.plot(*zip(*points, strict=True), marker="o", markersize=3, label=f"{count} devices")
+        axes.set(xscale="log", yscale="log", xlabel="length", title=name)
+    figure.supylabel("gradient, MiB a device")
+    figure.legend(*axes.get_legend_handles_labels(), loc="outside right", fontsize="small")
+    figure.suptitle(title)
+    figure.savefig(path, dpi=110)
+
+
+def main(options: Options) -> None:
+    stamp, rows = timing.stamp(), []
+    options.out.mkdir(parents=True, exist_ok=True)
+    name = re.sub(r"\W+", "-", stamp["device"].lower()).strip("-")
+    for case in cases(options.features):
+        for length in options.lengths:
+            found = measure(case, length, options)
+            rows += found
+            for row in found:
+                print(
+                    "{name:22} {time:6} steps, {devices} devices: {gradient_ms:9.1f} ms, {mib_per_device:8.2f} MiB a "
+                    "device, receives {received_bytes}, deviation {deviation:.1e}".format(**row),
+                    flush=True,
+                )
+            (options.out / f"scaling-{name}.json").write_text(json.dumps(stamp | {"rows": rows}, indent=1))
+    draw(rows, options.out / f"scaling-{name}.png", f"{stamp['device']}, {stamp['date']}, jax {stamp['jax']}")
+
+
+if __name__ == "__main__":
+    import tyro
+
+    restart_with_huge_pages()
+    main(tyro.cli(Options))
