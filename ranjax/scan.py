@@ -56,7 +56,8 @@ def linear_recurrence(
         memory grows with the length only. `"pallas"`: a kernel for GPU or TPU; without one, its interpretation,
         which is slow.
       axis_name: name of the mesh axis that the time is spread over; `decay`, `inputs` and the states are then a
-        device's part, `initial` is the same on all of them and stands before the first step of the whole.
+        device's part, `initial` is the same on all of them and stands before the first step of the whole. Where the
+        solver is the kernel, which `"auto"` takes on a GPU, `shard_map` needs `check_vma=False`.
 
     Returns:
       The states h, `(*batch, time, features)`, in float32, or in float64 where one of the arrays is.

@@ -24,7 +24,9 @@ BATCH, TIME, SIZE, FEATURES = 4, 48, 5, 6
 
 
 def mesh(**sizes):
-    return jax.make_mesh(tuple(sizes.values()), tuple(sizes), axis_types=(AxisType.Auto,) * len(sizes))
+    count = int(np.prod(tuple(sizes.values())))
+    kinds = (AxisType.Auto,) * len(sizes)
+    return jax.make_mesh(tuple(sizes.values()), tuple(sizes), axis_types=kinds, devices=jax.devices()[:count])
 
 
 def spread(function, devices, in_specs, out_specs):
@@ -64,6 +66,20 @@ def test_a_recurrence_over_time_batch_and_features(x64, solver, reverse):
         return jax.grad(loss, (0, 1, 2))(*arrays), jax.jvp(f, arrays, tangents)[1], jax.grad(second, (0, 1, 2))(*arrays)
 
     assert_close(jax.jit(lambda: derivatives(over))(), jax.jit(lambda: derivatives(whole))())
+
+
+def test_the_kernel_over_time():
+    """Interpreted; JAX has no types for what may differ between devices inside of kernels."""
+    decay, inputs, initial = (a[:1, :16].astype(jnp.float32) for a in drawn())
+    specs = (P(None, "time"), P(None, "time"), P())
+    function = partial(linear_recurrence, solver="pallas", axis_name="time")
+    over = jax.shard_map(function, mesh=mesh(time=2), in_specs=specs, out_specs=specs[0], check_vma=False)
+
+    def both(f):
+        states, chain = jax.vjp(f, decay, inputs, initial)
+        return states, chain(jnp.cos(states))
+
+    assert_close(jax.jit(lambda: both(over))(), jax.jit(lambda: both(linear_recurrence))(), 1e-5)
 
 
 def test_one_exchange_whatever_the_number_of_devices(x64):
