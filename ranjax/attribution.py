@@ -13,6 +13,7 @@ Features Through Propagating Activation Differences", 2017) with a reference at 
 layer the integrated gradients along the contents give the same numbers. What a word did by moving gates is in no
 word's share: the gates are taken as they were. `integrated_gradients` has that in them, too, at the price of a path
 that is summed up numerically. How either compares with changing a word and watching the logit: `experiments/weights`.
+Sums are in float32 or wider; where the model's products are narrower, its logits are rounded and the sums are not.
 """
 
 from typing import NamedTuple
@@ -24,7 +25,7 @@ from jax import Array
 from jax.typing import ArrayLike
 
 from ranjax.cell import Params, content, output
-from ranjax.decomposition import Decomposition, decompose
+from ranjax.decomposition import Decomposition, checked_index, decompose
 from ranjax.gated import solve
 from ranjax.lm import LanguageModel, State
 from ranjax.scan import linear_recurrence, state_dtype
@@ -64,10 +65,10 @@ def decompositions(
       ValueError: for a model of another cell, whose states are not weighted sums.
     """
     _check_cell(model)
-    x, layers = params["embed"]["embedding"][jnp.asarray(tokens)], []
-    for n, carry in enumerate(state or (None,) * len(model.sizes)):
+    x, layers, options = _embedded(params, tokens), [], {"activation": model.activation, "dtype": model.dtype}
+    for n, carry in enumerate(_carries(model, state)):
         cell = params[f"stack_{n}"]["cell"]
-        layers.append(decompose(cell, x, carry, activation=model.activation, solver=model.solver))
+        layers.append(decompose(cell, x, carry, solver=model.solver, **options))
         x = output(cell, layers[-1].c, model.activation)
     return layers
 
@@ -93,7 +94,7 @@ def shares(
       state: one carry `(features,)` per layer; None for the beginning of a text.
 
     Raises:
-      ValueError: for a model of another cell.
+      ValueError: for a model of another cell, a text, a state, a target or a step that does not fit.
 
     Example:
       >>> import jax, jax.numpy as jnp, ranjax
@@ -105,6 +106,7 @@ def shares(
       >>> found.words.shape, bool(jnp.allclose(found.total, logits[0, 9, 7], atol=1e-6))
       ((10,), True)
     """
+    _check_text(tokens)
     return shares_of(model, params, decompositions(model, params, tokens, state), target, step)
 
 
@@ -112,9 +114,10 @@ def shares_of(
     model: LanguageModel, params: Params, layers: list[Decomposition], target: ArrayLike, step: ArrayLike
 ) -> Shares:
     """`shares` of a text whose decompositions are there already."""
+    target, step = checked_index("target", target, model.vocabulary), checked_index("step", step, len(layers[0].u))
 
     def logit(scale: Shares) -> Array:
-        h = jnp.zeros(())
+        h = jnp.zeros(())  # of the layer below; the first has none
         for n, made in enumerate(layers):
             cell = params[f"stack_{n}"]["cell"]
             u = content(cell, h) if n else made.u * scale.words[:, None]
@@ -154,15 +157,19 @@ def integrated_gradients(
       nodes: points of the path at which the gradient is taken.
 
     Raises:
-      ValueError: for a model of another cell.
+      ValueError: for a model of another cell, a text, a state, a target or a step that does not fit, `nodes` below 1.
 
     References:
       Sundararajan, Taly, Yan, "Axiomatic Attribution for Deep Networks", ICML 2017.
     """
     _check_cell(model)
-    x = params["embed"]["embedding"][jnp.asarray(tokens)]
-    if state is None:
-        state = tuple(jnp.zeros(size, state_dtype(x)) for size in model.sizes)
+    _check_text(tokens)
+    if nodes < 1:
+        raise ValueError(f"`nodes` must be at least 1; got {nodes}.")
+    x = _embedded(params, tokens)
+    target, step = checked_index("target", target, model.vocabulary), checked_index("step", step, len(x))
+    sizes = zip(_carries(model, state), model.sizes, strict=True)
+    state = tuple(jnp.zeros(size, state_dtype(x)) if c is None else c for c, size in sizes)
 
     def logit(scale: Array, x: Array, state: State) -> Array:
         h = scale * x
@@ -186,6 +193,24 @@ def _check_cell(model: LanguageModel) -> None:
         raise ValueError(
             f"`model` must have cell='ran'; got cell={model.cell!r}, whose states are not weighted sums of its inputs."
         )
+
+
+def _check_text(tokens: ArrayLike) -> None:
+    shape = jnp.shape(tokens)
+    if len(shape) != 1 or not shape[0]:
+        raise ValueError(f"`tokens` must be the ids of one text, (time,), of at least one; got the shape {shape}.")
+
+
+def _embedded(params: Params, tokens: ArrayLike) -> Array:
+    """The embeddings of the tokens; NaN for an id that is none, as in the model."""
+    return jnp.take(params["embed"]["embedding"], jnp.asarray(tokens), axis=0)
+
+
+def _carries(model: LanguageModel, state: State | None) -> State:
+    """One carry, or None, for each layer."""
+    if state is not None and len(state) != len(model.sizes):
+        raise ValueError(f"`state` must be one carry for each of {len(model.sizes)} layers; got {len(state)}.")
+    return (None,) * len(model.sizes) if state is None else tuple(state)
 
 
 def _ratio(c: Array) -> Array:

@@ -5,14 +5,17 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from flax.linen.dtypes import promote_dtype
+from flax.typing import Dtype
 from jax import Array, lax
+from jax.core import Tracer
 from jax.typing import ArrayLike
 from jaxtyping import Float
 
-from ranjax.cell import ACTIVATIONS, Params, checked_carry, content, gates_of_input, gates_of_state
+from ranjax.cell import ACTIVATIONS, Params, checked_carry, content, gates_of_input
 from ranjax.fixed_point import FixedPoint
-from ranjax.gated import check_solver, gates_of, states
-from ranjax.masks import Steps, checked, masked, padding_after, seen
+from ranjax.gated import check_solver, gates_of, states_and_gates
+from ranjax.masks import Steps, checked, masked, padding_after
 from ranjax.scan import state_dtype
 
 Sequence = Float[Array, "*batch time features"]
@@ -22,7 +25,8 @@ class Decomposition(NamedTuple):
     """What the states of a sequence are sums of; every array but `c0` is `(*batch, time, features)`.
 
     Attributes:
-      i, f: the gates as they were. Where a segment starts f is 0; in padding i is 0 and f is 1.
+      i, f: the gates as they were. Where a segment starts f is 0; in padding i is 0 and f is 1 (which half-lives and
+        spans take for steps that are never forgotten: leave padding out by its lengths).
       u: the contents.
       c: the states.
       c0: the state before the first step, `(*batch, features)`.
@@ -44,6 +48,7 @@ def decompose(
     solver: str | FixedPoint = "auto",
     seq_lengths: ArrayLike | None = None,
     segment_starts: ArrayLike | None = None,
+    dtype: Dtype | None = None,
 ) -> Decomposition:
     """The states of a sequence, and the gates and contents that they are made of.
 
@@ -55,6 +60,7 @@ def decompose(
       solver: as for `RAN`.
       seq_lengths: integers `(*batch)`; the steps beyond are padding, whatever they hold.
       segment_starts: bool `(*batch, time)`, True where a new segment begins, which sees nothing of what came before.
+      dtype: of the products, as that of the cell.
 
     Raises:
       ValueError, TypeError: for a name that is not known, a shape or a dtype that does not fit.
@@ -71,44 +77,56 @@ def decompose(
     """
     if activation not in ACTIVATIONS:
         raise ValueError(f"`activation` must be one of {', '.join(map(repr, ACTIVATIONS))}; got {activation!r}.")
-    check_solver(solver, gates_of(params))
     x = jnp.asarray(x)
+    _check_shapes(params, x)
+    check_solver(solver, gates_of(params))
     starts = checked("segment_starts", segment_starts, jnp.bool_, x.shape[:-1])
     lengths, padding = checked("seq_lengths", seq_lengths, jnp.integer, x.shape[:-2]), None
     if lengths is not None:
         padding = padding_after(lengths, x.shape[:-1], x.ndim - 2)
         x = jnp.where(padding[..., None], 0, x)  # before any product: padding may hold NaN
+    x, params = _promoted(x, params, dtype)
     u, z = content(params, x), gates_of_input(params, x)
-    shape, dtype = (*u.shape[:-2], u.shape[-1]), state_dtype(u)
-    c0 = jnp.zeros(shape, dtype) if c0 is None else checked_carry("c0", c0, shape)
+    shape = (*u.shape[:-2], u.shape[-1])
+    c0 = jnp.zeros(shape, state_dtype(u)) if c0 is None else checked_carry("c0", c0, shape)
     steps, masks = jax.tree.map(lambda a: jnp.moveaxis(a, x.ndim - 2, 0), (Steps(u, z), (starts, padding)))
     steps = masked(Steps(*(a.astype(c0.dtype) for a in steps)), *masks)
-    c, _ = states(params, steps, c0, activation=activation, solver=solver)
-    i, f = jnp.moveaxis(_gates(params, steps, c, c0, activation), -2, 0)
-    i, f, u, c = (jnp.moveaxis(a, 0, -2) for a in (i, f, steps.u, c))
+    c, gates = states_and_gates(params, steps, c0, activation=activation, solver=solver)
+    i, f, u, c = (jnp.moveaxis(a, 0, -2) for a in (gates[..., 0, :], gates[..., 1, :], steps.u, c))
     return Decomposition(i, f, u, c, c0)
 
 
-def _gates(params: Params, steps: Steps, c: Array, c0: Array, activation: str) -> Array:
-    """Both gates of every step, `(time, *batch, 2, features)`, from the states."""
-    if "recurrent_kernel" not in params["gates"]:
-        return jax.nn.sigmoid(steps.z)
-    before = seen(steps.z[..., 1, :], jnp.concatenate([c0[None], c[:-1]]))
-    wide = jax.tree.map(lambda p: p.astype(c0.dtype), params)
-    return jax.nn.sigmoid(steps.z + gates_of_state(wide, before, activation))
+def _check_shapes(params: Params, x: Array) -> None:
+    kernel = params["content"]["kernel"].shape if "content" in params else None
+    if kernel is None or x.ndim < 2 or x.shape[-1] != kernel[0]:
+        raise ValueError(
+            "`params` must be the tree that a RANCell makes, and `x` have the axes (*batch, time, in) that fit its "
+            f"kernels; got {', '.join(params)} with a content kernel of {kernel}, and x of {x.shape}."
+        )
+
+
+def _promoted(x: Array, params: Params, dtype: Dtype | None) -> tuple[Array, Params]:
+    """The inputs and the parameters in the dtype of the products, as a cell has them."""
+    leaves, tree = jax.tree.flatten((x, dict(params)))
+    return jax.tree.unflatten(tree, promote_dtype(*leaves, dtype=dtype))
+
+
+def _largest(w: Array) -> Array:
+    return jnp.max(w, axis=-1)
+
+
+def _total(w: Array) -> Array:
+    return jnp.sum(w, axis=-1)
 
 
 def _norm(w: Array) -> Array:
-    squares = jnp.sum(w * w, axis=-1)
-    return jnp.where(squares > 0, jnp.sqrt(jnp.where(squares > 0, squares, 1)), 0)  # 0 has no gradient of its own
+    """The L2 norm; weights are at most 1, so that scaled up by a power of 2 no square of one is lost."""
+    scale = 2.0 ** (jnp.finfo(w.dtype).maxexp * 7 // 16)
+    squares = _total(jnp.square(scale * w))
+    return jnp.where(squares > 0, jnp.sqrt(jnp.where(squares > 0, squares, 1)), 0) / scale  # 0 has no gradient
 
 
-MEASURES: dict[str, Callable[[Array], Array]] = {
-    "max": lambda w: jnp.max(w, axis=-1),
-    "l1": lambda w: jnp.sum(w, axis=-1),
-    "l2": _norm,
-    "contribution": lambda w: jnp.sum(w, axis=-1),
-}
+MEASURES = {"max": _largest, "l1": _total, "l2": _norm, "contribution": _total}
 
 
 def measure_of(reduce: str) -> Callable[[Array], Array]:
@@ -116,6 +134,12 @@ def measure_of(reduce: str) -> Callable[[Array], Array]:
     if reduce not in MEASURES:
         raise ValueError(f"`reduce` must be one of {', '.join(map(repr, MEASURES))}; got {reduce!r}.")
     return MEASURES[reduce]
+
+
+def measure_pairs(reduce: str, p: Array, w: Array) -> Array:
+    """The measure of the products of every row of `p` with every row of `w`, `(rows of p, rows of w)`."""
+    measure = measure_of(reduce)
+    return jnp.matmul(p, w.T, precision="highest") if measure is _total else measure(p[:, None] * w)
 
 
 def scale_of(made: Decomposition, reduce: str) -> Array:
@@ -135,3 +159,13 @@ def rows(i: Sequence, f: Sequence, emit: Callable[[Array], Array]) -> Array:
 
     gates = (j[:, 0], *(jnp.moveaxis(a, time, 0) for a in (i, f)))
     return jnp.moveaxis(lax.scan(row, jnp.zeros_like(f), gates)[1], 0, time)
+
+
+def checked_index(name: str, value: ArrayLike, size: int) -> Array:
+    """An index from 0 to size - 1, once it is seen to be one; a traced one is taken as it comes."""
+    index = jnp.asarray(value)
+    if index.shape or not jnp.issubdtype(index.dtype, jnp.integer):
+        raise ValueError(f"`{name}` must be one integer; got {value!r}.")
+    if not isinstance(index, Tracer) and not 0 <= int(index) < size:
+        raise ValueError(f"`{name}` must be from 0 to {size - 1}; got {int(index)}.")
+    return index

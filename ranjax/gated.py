@@ -14,11 +14,12 @@ from jax import Array
 from jax.typing import ArrayLike
 from jaxtyping import Float
 
-from ranjax.cell import ACTIVATIONS, Params, checked_carry, content, gates_of_input
+from ranjax.cell import ACTIVATIONS, Params, checked_carry, content, gates_of_input, gates_of_state
 from ranjax.fixed_point import FixedPoint, Record, exact
 from ranjax.kernels import Rows, Walk
-from ranjax.masks import States, Steps, seen
-from ranjax.recurrent import Way, recurrent_states
+from ranjax.masks import Gates, States, Steps, seen
+from ranjax.mesh import before
+from ranjax.recurrent import Way, recurrent_states, walk
 from ranjax.scan import SOLVERS, linear_recurrence, state_dtype
 
 State = Float[Array, "*batch features"]
@@ -119,6 +120,22 @@ def states(
     if gates == "input":
         return _linear_states(steps, c0, str(solver), axis_name), exact(c0.dtype)
     return recurrent_states(params, steps, c0, activation, Way(settings, axis_name))
+
+
+def states_and_gates(
+    params: Params, steps: Steps, c0: State, *, activation: str, solver: str | FixedPoint
+) -> tuple[States, Gates]:
+    """The states, and the gates that made them, to the last digit where the products are in a narrow dtype."""
+    gates = gates_of(params)
+    if gates == "input":
+        return states(params, steps, c0, activation=activation, solver=solver)[0], jax.nn.sigmoid(steps.z)
+    iterated, fused = _iteration(solver, gates, None), solver in FUSED and gates == "diagonal"
+    if iterated is None and not fused:
+        return walk(params, steps, c0, activation)[1]
+    c, _ = states(params, steps, c0, activation=activation, solver=solver)
+    earlier = seen(steps.z[..., 1, :], before(c, c0, 0))
+    wide = jax.tree.map(lambda p: p.astype(c0.dtype), params)
+    return c, jax.nn.sigmoid(steps.z + gates_of_state(wide, earlier, activation))
 
 
 def _iteration(solver: str | FixedPoint, gates: str, axis_name: str | None) -> FixedPoint | None:

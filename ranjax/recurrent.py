@@ -56,7 +56,7 @@ def recurrent_states(params: Params, steps: Steps, c0: Array, activation: str, w
 @partial(jax.custom_jvp, nondiff_argnums=(3, 4))
 def _states(params: Params, steps: Steps, c0: Array, activation: str, way: Way) -> tuple[Array, Record]:
     if way.solver is None:
-        return _walk(params, steps, c0, activation)[1][0], exact(c0.dtype)
+        return walk(params, steps, c0, activation)[1][0], exact(c0.dtype)
     return _iterated(params, steps, c0, activation, way.solver, way.axis_name)
 
 
@@ -65,7 +65,7 @@ def _states_jvp(activation, way, primals, tangents):
     (params, steps, c0), (d_params, d_steps, d_c0) = primals, tangents
     axis, record = way.axis, exact(c0.dtype)
     if way.solver is None:
-        states, gates = _walk(params, steps, c0, activation)[1]
+        states, gates = walk(params, steps, c0, activation)[1]
         earlier = seen(steps.z[..., 1, :], before(states, c0, axis))
     else:
         states, record = _states(params, steps, c0, activation, way)
@@ -94,17 +94,17 @@ def _no_tangent(value: Array) -> Any:
     return np.zeros(value.shape, dtypes.float0)
 
 
-def _walk(params: Params, steps: Steps, c0: Array, activation: str) -> tuple[Array, tuple[Array, Array]]:
+def walk(params: Params, steps: Steps, c0: Array, activation: str) -> tuple[Array, tuple[Array, Array]]:
     """The last state, the states, and the gates that made them, one `jax.lax.scan` step after another."""
 
-    def walk(c, step):
+    def advance(c, step):
         earlier = seen(step.z[..., 1, :], c)
         recurrent = gates_of_state(params, earlier, activation)
         gates = jax.nn.sigmoid(step.z + recurrent.astype(c.dtype))
         after = update(earlier, step.u, gates)
         return after, (after, gates)
 
-    return lax.scan(walk, varying_as(c0, steps), steps)
+    return lax.scan(advance, varying_as(c0, steps), steps)
 
 
 def make_pass(
@@ -143,7 +143,7 @@ def _iterated(
         time_first = Steps(jnp.moveaxis(steps.u, -2, 0), jnp.moveaxis(steps.z, -3, 0))
         first = varying_as(c0, steps)
         states, _ = chained(
-            partial(_walk, _wide(params, c0), time_first, activation=activation), first, False, axis_name
+            partial(walk, _wide(params, c0), time_first, activation=activation), first, False, axis_name
         )
         return jnp.moveaxis(states, 0, -2)
 

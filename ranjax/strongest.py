@@ -7,24 +7,15 @@ and ends where what is still to come cannot be more than what was found: weights
 """
 
 import math
-from collections.abc import Callable
+from typing import Any
 
 import jax.numpy as jnp
 from jax import Array, lax
 from jaxtyping import Float, Int
 
-from ranjax.decomposition import Decomposition, measure_of, rows, scale_of
+from ranjax.decomposition import Decomposition, measure_of, measure_pairs, rows, scale_of
 
 BLOCK = 256  # steps
-PRECISION = lax.Precision.HIGHEST
-
-# How much the sources `w` `(sources, features)` are to each state whose decays from there are `p` `(states, features)`.
-_PAIRS: dict[str, Callable[[Array, Array], Array]] = {
-    "max": lambda p, w: jnp.max(p[:, None] * w, axis=-1),
-    "l1": lambda p, w: jnp.matmul(p, w.T, precision=PRECISION),
-    "l2": lambda p, w: jnp.sqrt(jnp.matmul(p * p, (w * w).T, precision=PRECISION)),
-    "contribution": lambda p, w: jnp.matmul(p, w.T, precision=PRECISION),
-}
 
 
 def top(
@@ -42,11 +33,20 @@ def top(
       first. Where there are fewer than k sources of a weight above 0, the weight is 0 and the step -1.
 
     Raises:
-      ValueError: for another `reduce`, or a `k` below 1.
+      ValueError: for another `reduce`, or a `k` that is no integer of at least 1.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from ranjax import weights
+      >>> half = jnp.full((4, 1), 0.5)
+      >>> made = weights.Decomposition(i=half, f=half, u=half, c=half, c0=half[0])
+      >>> strengths, steps = weights.top(made, k=2)
+      >>> strengths.tolist()[-1], steps.tolist()
+      ([0.5, 0.25], [[0, -1], [1, 0], [2, 1], [3, 2]])
     """
     measure_of(reduce)
-    if k < 1:
-        raise ValueError(f"`k` must be at least 1; got {k}.")
+    if not isinstance(k, int) or k < 1:
+        raise ValueError(f"`k` must be an integer of at least 1; got {k!r}.")
     *batch, time, features = made.f.shape
     if not time:
         return jnp.zeros((*batch, 0, k), made.f.dtype), jnp.zeros((*batch, 0, k), jnp.int32)
@@ -65,7 +65,7 @@ def top(
 
 def _top(i: Array, f: Array, k: int, reduce: str) -> tuple[Array, Array]:
     """`top` of one sequence in blocks, `(blocks, steps, features)`, with the scale of the sources in `i`."""
-    pairs, (blocks, size, features) = _PAIRS[reduce], f.shape
+    blocks, size, features = f.shape
     to_end = i * lax.cumprod(jnp.concatenate([f[:, 1:], jnp.ones_like(f[:, :1])], 1), 1, reverse=True)
     from_start, whole = lax.cumprod(f, 1), jnp.prod(f, 1)
 
@@ -75,17 +75,17 @@ def _top(i: Array, f: Array, k: int, reduce: str) -> tuple[Array, Array]:
 
     # The largest weight that any source has at the end of a block, component by component.
     _, most = lax.scan(grow, jnp.zeros_like(whole[0]), (to_end, whole))
-    most = most * (1 + 4 * features * jnp.finfo(f.dtype).eps)  # sums in another order must not exceed it
+    most = most * (1 + _margin(blocks, features, f.dtype))
 
     def of_block(b):
         def going(loop):
             a, decay, (values, _) = loop
-            bound = pairs(from_start[b] * decay, most[jnp.maximum(a, 0)][None])[:, 0]
+            bound = measure_pairs(reduce, from_start[b] * decay, most[jnp.maximum(a, 0)][None])[:, 0]
             return (a >= 0) & jnp.any(bound > values[:, -1])
 
         def back(loop):
             a, decay, found = loop
-            scores = pairs(from_start[b] * decay, to_end[a])
+            scores = measure_pairs(reduce, from_start[b] * decay, to_end[a])
             better = jnp.any(scores > found[0][:, -1:])
             found = lax.cond(better, lambda: _merged(found, scores, a * size), lambda: found)
             return a - 1, decay * whole[a], found
@@ -96,6 +96,11 @@ def _top(i: Array, f: Array, k: int, reduce: str) -> tuple[Array, Array]:
 
     values, steps = lax.map(of_block, jnp.arange(blocks, dtype=jnp.int32))
     return values.reshape(-1, k), steps.reshape(-1, k)
+
+
+def _margin(blocks: int, features: int, dtype: Any) -> float:
+    """What rounding, of products and sums in another order, may add to a score beyond the bound on it."""
+    return 4 * (blocks + features) * float(jnp.finfo(dtype).eps)
 
 
 def _merged(found: tuple[Array, Array], scores: Array, first: Array) -> tuple[Array, Array]:

@@ -7,34 +7,36 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
+from rich.cells import cell_len, set_cell_size
 from rich.console import Console
 from rich.text import Text
 
 if TYPE_CHECKING:
-    from ranjax.explain import Explanation, Layer, Prediction
+    from ranjax.explanation import Explanation, Layer, Prediction
 
 LABELLED = 60  # words that fit along a figure's axis
 STYLES = "dim", "cyan", "bold green"  # of sources, from the weak to the strong
+NAMES = {"max": "the largest weight", "l1": "L1 norm of the weights", "l2": "L2 norm of the weights",
+         "contribution": "L1 norm of weight times content"}  # fmt: skip
 
 
 def print_sources(explanation: "Explanation", number: int) -> None:
     """Every word with its strongest sources in one layer, the half-lives, and the next word with its shares."""
     console, layer = Console(highlight=False, soft_wrap=True), explanation.layers[number - 1]
-    words, strongest = explanation.words, float(layer.weights.max()) or 1.0
-    width = min(max(map(len, words)), 20)
-    console.print(
-        f"Layer {number}. Each word, its weight in its own state ({explanation.reduce}), and the earlier words"
-    )
-    console.print("that are strongest in that state, with their weights and how far back they are.")
+    words = [word if word.strip() else "␠" * len(word) for word in explanation.words]
+    strongest, width = float(layer.weights.max(initial=0)) or 1.0, min(max(map(cell_len, words)), 20)
+    console.print(f"Layer {number}. Each word, its weight in its own state ({NAMES[explanation.reduce]}), and the")
+    console.print("earlier words that are strongest in that state, with their weights and how far back they are.")
     rows = zip(words, layer.own, layer.weights, layer.sources, strict=True)
     for t, (word, own, weights, sources) in enumerate(rows):
-        line = Text(f"{t:5} ").append(f"{word:{width}}", "bold").append(f" {own:8.3g} ")
+        line = Text(f"{t:5} ").append(set_cell_size(word, width), "bold").append(f" {own:8.3g} ")
         for weight, j in zip(weights, sources, strict=True):
             if j >= 0:
                 style = STYLES[min(int(3 * weight / strongest), 2)]
                 line.append(f"  {words[j]} {weight:.3g}", style).append(f" -{t - j}", "dim")
         console.print(line)
-    console.print(f"\nHalf-lives of the {len(layer.half_lives)} components in this text: {_quartiles(layer)}")
+    if layer.horizon > 2:
+        console.print(f"\nHalf-lives of the {len(layer.half_lives)} components in this text: {_quartiles(layer)}")
     console.print("\nThe next word, and what its logit is the sum of")
     for prediction in explanation.predictions:
         console.print(_prediction(prediction, words))
@@ -68,12 +70,13 @@ def draw_pairs(explanation: "Explanation", number: int, path: Path) -> None:
     figure = Figure(figsize=(side, side), layout="constrained")
     axes = figure.subplots()
     scale = PowerNorm(0.5, vmin=0)  # the diagonal outshines the rest otherwise
+    assert layer.pairs is not None
     image = axes.imshow(layer.pairs.T, cmap="Greys", norm=scale, interpolation="nearest" if few else "antialiased")
     if few:
         labels = [word.replace("$", r"\$") for word in words]
         axes.set_xticks(range(len(words)), labels, rotation=90)
         axes.set_yticks(range(len(words)), labels)
-    axes.set(xlabel="the state at", ylabel="remembers", title=f"layer {number}, {explanation.reduce} of the weights")
+    axes.set(xlabel="the state at", ylabel="remembers", title=f"layer {number}, {NAMES[explanation.reduce]}")
     figure.colorbar(image, shrink=0.6)
     figure.savefig(path, dpi=150)
 
@@ -84,7 +87,7 @@ def write_page(explanation: "Explanation", number: int, path: Path) -> None:
     data = {
         "words": explanation.words,
         "separator": explanation.separator,
-        "reduce": explanation.reduce,
+        "reduce": NAMES[explanation.reduce],
         "layer": number - 1,
         "layers": [_layer(layer) for layer in explanation.layers],
         "predictions": [
@@ -92,7 +95,7 @@ def write_page(explanation: "Explanation", number: int, path: Path) -> None:
                 "word": prediction.word,
                 "probability": prediction.probability,
                 "logit": prediction.logit,
-                "words": [float(f"{share:.4g}") for share in prediction.words],
+                "words": _digits(prediction.words),
                 "bias": prediction.bias,
             }
             for prediction in explanation.predictions
@@ -102,18 +105,25 @@ def write_page(explanation: "Explanation", number: int, path: Path) -> None:
 
 
 def _layer(layer: "Layer") -> dict:
-    """A layer for the page: the pairs up to the diagonal, row by row, in 255ths of the largest."""
-    largest = float(layer.pairs.max())
-    levels = np.rint(255 * layer.pairs[np.tril_indices(len(layer.pairs))] / (largest or 1)).astype(np.uint8)
+    """A layer for the page: the pairs up to the diagonal, row by row, as 65535ths of the root of the largest."""
+    pairs = np.zeros((0, 0)) if layer.pairs is None else layer.pairs
+    largest = float(pairs.max(initial=0)) or 1.0
+    roots = np.rint(65535 * np.sqrt(pairs[np.tril_indices(len(pairs))] / largest)).astype("<u2")
     return {
         "largest": largest,
-        "pairs": base64.b64encode(levels.tobytes()).decode(),
-        "own": [float(f"{w:.4g}") for w in layer.own],
-        "weights": [[float(f"{w:.4g}") for w in row] for row in layer.weights],
+        "pairs": base64.b64encode(roots.tobytes()).decode(),
+        "own": _digits(layer.own),
+        "weights": [_digits(row) for row in layer.weights],
         "sources": layer.sources.tolist(),
+        "lasting": layer.lasting.tolist(),
         "halfLives": layer.half_lives.tolist(),
         "horizon": layer.horizon,
     }
+
+
+def _digits(values: np.ndarray) -> list[float]:
+    """Four digits of each: more are not read."""
+    return [float(f"{value:.4g}") for value in values]
 
 
 def _json(data: dict) -> str:

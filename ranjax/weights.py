@@ -16,7 +16,8 @@ one number for each pair of steps (`reduced`), the strongest sources of each sta
     "l1", "l2"       their norm
     "contribution"   the L1 norm of w * u: what the source puts into the state
 
-Functions are pure, batched and can be jitted; all can be differentiated but for `top`, in reverse mode, and the counts.
+Functions are pure, batched and can be jitted (`reduce`, `k`, `most` and `share` are static). The numbers can be
+differentiated, but for those of `top` in reverse mode.
 
 References: Levy, Lee, FitzGerald, Zettlemoyer, "Long Short-Term Memory as a Dynamically Computed Element-wise Weighted
 Sum", ACL 2018.
@@ -29,7 +30,7 @@ from jax import Array, lax
 from jax.typing import ArrayLike
 from jaxtyping import Float, Int
 
-from ranjax.decomposition import MEASURES, Decomposition, decompose, measure_of, rows, scale_of
+from ranjax.decomposition import MEASURES, Decomposition, checked_index, decompose, measure_of, rows, scale_of
 from ranjax.strongest import top
 
 __all__ = [
@@ -59,6 +60,14 @@ def full(made: Decomposition, limit: int = LIMIT) -> Float[Array, "*batch time t
 
     Raises:
       ValueError: if they take more.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from ranjax import weights
+      >>> half = jnp.full((3, 1), 0.5)
+      >>> made = weights.Decomposition(i=half, f=half, u=half, c=half, c0=half[0])
+      >>> weights.full(made)[..., 0].tolist()
+      [[0.5, 0.0, 0.0], [0.25, 0.5, 0.0], [0.125, 0.25, 0.5]]
     """
     size = made.f.size * made.f.shape[-2] * made.f.dtype.itemsize
     if size > limit:
@@ -75,7 +84,19 @@ def at(made: Decomposition, step: ArrayLike) -> Sequence:
     Args:
       made: what `decompose` returns.
       step: t, an integer from 0; may be traced.
+
+    Raises:
+      ValueError: for a step that is not there.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from ranjax import weights
+      >>> half = jnp.full((4, 1), 0.5)
+      >>> made = weights.Decomposition(i=half, f=half, u=half, c=half, c0=half[0])
+      >>> weights.at(made, 3).ravel().tolist()
+      [0.0625, 0.125, 0.25, 0.5]
     """
+    step = checked_index("step", step, made.f.shape[-2])
     j = jnp.arange(made.f.shape[-2])[:, None]
     following = jnp.concatenate([made.f[..., 1:, :], jnp.ones_like(made.f[..., :1, :])], axis=-2)
     kept = lax.cumprod(jnp.where(j < step, following, 1), made.f.ndim - 2, reverse=True)
@@ -83,7 +104,15 @@ def at(made: Decomposition, step: ArrayLike) -> Sequence:
 
 
 def carried(made: Decomposition) -> Sequence:
-    """The weights of the state before the first step in every state: the products of the forget gates so far."""
+    """The weights of the state before the first step in every state: the products of the forget gates so far.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from ranjax import weights
+      >>> half = jnp.full((3, 1), 0.5)
+      >>> weights.carried(weights.Decomposition(i=half, f=half, u=half, c=half, c0=half[0])).ravel().tolist()
+      [0.5, 0.25, 0.125]
+    """
     return lax.cumprod(made.f, made.f.ndim - 2)
 
 
@@ -96,6 +125,13 @@ def reduced(made: Decomposition, reduce: str = "l2") -> Float[Array, "*batch tim
 
     Raises:
       ValueError: for another `reduce`.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from ranjax import weights
+      >>> half = jnp.full((2, 4), 0.5)
+      >>> weights.reduced(weights.Decomposition(i=half, f=half, u=half, c=half, c0=half[0]), "l1").tolist()
+      [[2.0, 0.0], [1.0, 2.0]]
     """
     return rows(made.i * scale_of(made, reduce), made.f, measure_of(reduce))
 
@@ -109,6 +145,16 @@ def half_lives(made: Decomposition, most: int = 1024) -> Int[Array, "*batch time
     Args:
       made: what `decompose` returns.
       most: steps that are looked ahead.
+
+    Raises:
+      ValueError: for `most` below 1.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from ranjax import weights
+      >>> f = jnp.array([[0.5, 0.9]] * 10)
+      >>> weights.half_lives(weights.Decomposition(i=f, f=f, u=f, c=f, c0=f[0]), most=8)[0].tolist()
+      [1, 7]
     """
     return _lasting(made, most, 0 * made.f.astype(jnp.int32), lambda p: p > 0.5)
 
@@ -119,7 +165,7 @@ def spans(made: Decomposition, reduce: str = "l2", share: float = 0.5, most: int
     Args:
       made: what `decompose` returns.
       reduce: as for `reduced`.
-      share: of the number in the step's own state, above 0 and below 1.
+      share: of the number in the step's own state, above 0 and below 1; not traced.
       most: as for `half_lives`; what is longer is `most`.
 
     Raises:

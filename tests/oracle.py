@@ -46,3 +46,21 @@ def ran(params, x, c0, activation, starts=None, lengths=None):
         states.append(c)
     states = np.stack(states, axis=1)
     return states, output(states)
+
+
+def gates(params, x, states, c0, activation, starts=None, lengths=None):
+    """Both gates of every step of a RAN without projection, from its states: shut or open for certain under masks."""
+    g = np.tanh if activation == "tanh" else lambda c: c
+    before = np.concatenate([np.asarray(c0)[:, None], states[:, :-1]], axis=1)
+    before = before if starts is None else np.where(np.asarray(starts)[..., None], 0, before)
+    z = np.einsum("btn,ngf->btgf", np.nan_to_num(x), params["gates"]["kernel"]) + params["gates"]["bias"]
+    u = params["gates"].get("recurrent_kernel")
+    if u is not None:
+        z = z + (np.einsum("btn,ngf->btgf", g(before), u) if u.ndim == 3 else g(before)[:, :, None] * u)
+    i, f = np.moveaxis(sigmoid(z), 2, 0)
+    if starts is not None:
+        f = np.where(np.asarray(starts)[..., None], 0, f)
+    if lengths is not None:
+        padding = (np.arange(x.shape[1]) >= np.asarray(lengths)[:, None])[..., None]
+        i, f = np.where(padding, 0, i), np.where(padding, 1, f)
+    return i, f

@@ -133,3 +133,30 @@ def test_other_cells_are_refused():
         attribution.decompositions(model, {}, TOKENS)
     with pytest.raises(ValueError, match="cell='ran'"):
         attribution.integrated_gradients(model, {}, TOKENS, 0, 0)
+
+
+def test_what_does_not_fit_is_named(x64):
+    model, params, state = trained()
+    for rule in (attribution.shares, attribution.integrated_gradients):
+        with pytest.raises(ValueError, match="`state` must be one carry for each of 2 layers; got 1"):
+            rule(model, params, TOKENS, 4, 9, state[:1])
+        for target in (-1, 11):
+            with pytest.raises(ValueError, match="`target` must be from 0 to 10"):
+                rule(model, params, TOKENS, target, 9)
+        for step in (-1, 10):
+            with pytest.raises(ValueError, match="`step` must be from 0 to 9"):
+                rule(model, params, TOKENS, 4, step)
+        for tokens in (TOKENS[None], TOKENS[:0]):
+            with pytest.raises(ValueError, match="`tokens` must be the ids of one text"):
+                rule(model, params, tokens, 4, 0)
+    with pytest.raises(ValueError, match="`nodes` must be at least 1; got 0"):
+        attribution.integrated_gradients(model, params, TOKENS, 4, 9, nodes=0)
+
+
+def test_narrow_products_of_a_model():
+    """The shares are of the gates that the model had; its logit is rounded to its dtype, their sum is not."""
+    model = ranjax.LanguageModel(vocabulary=11, features=16, dtype=jnp.bfloat16)
+    params = model.init(jax.random.key(0), TOKENS[None], deterministic=True)["params"]
+    logits, _ = model.apply({"params": params}, TOKENS[None], deterministic=True)
+    found = attribution.shares(model, params, TOKENS, 4, 9)
+    assert abs(float(found.total - logits[0, 9, 4])) < 0.01 * float(jnp.max(jnp.abs(logits)))

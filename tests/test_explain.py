@@ -13,7 +13,7 @@ import jax
 import numpy as np
 import pytest
 
-from ranjax import explain, train, views, weights
+from ranjax import explain, explanation, train, views, weights
 from ranjax.attribution import decompositions
 from ranjax.config import Config
 from ranjax.errors import UserError
@@ -72,7 +72,7 @@ def test_the_terminal_names_the_strongest_sources_of_each_word(run, capsys):
     assert row.endswith(f"{words[second]} {pairs[4, second]:.3g} -{4 - second}")
     assert any(line.startswith("Half-lives of the 8 components") for line in lines)
     predictions = [line for line in lines if " = biases " in line]
-    assert len(predictions) == explain.PREDICTIONS
+    assert len(predictions) == explanation.PREDICTIONS
     for line in predictions:  # the parts sum to the logit
         logit, parts = line.split(" = ")
         total = sum(float(part) for part in re.findall(r"[+-]\d+\.\d+", parts))
@@ -81,12 +81,14 @@ def test_the_terminal_names_the_strongest_sources_of_each_word(run, capsys):
 
 def test_shares_are_of_the_models_own_logits(run):
     loaded = load_run(run)
-    found = explain.explain(loaded, PETS, drawn=True)
+    found = explanation.explain(loaded, PETS)
     ids = loaded.vocabulary.encode(PETS)
     logits, _ = loaded.model.apply({"params": loaded.params}, ids[None], deterministic=True)
     probabilities = jax.nn.softmax(logits[0, -1])
     for prediction in found.predictions:
-        token = next(i for i in range(len(loaded.vocabulary)) if explain.piece(loaded.vocabulary, i) == prediction.word)
+        token = next(
+            i for i in range(len(loaded.vocabulary)) if explanation.piece(loaded.vocabulary, i) == prediction.word
+        )
         assert prediction.logit == pytest.approx(float(logits[0, -1, token]), abs=1e-5)
         assert prediction.probability == pytest.approx(float(probabilities[token]), abs=1e-6)
     layer = found.layers[0]
@@ -103,6 +105,7 @@ def test_words_that_are_not_known_are_shown_as_such(run, capsys):
 
 def test_one_word_and_other_tokenizers(tmp_path, run, capsys):
     explain.main(["--checkpoint", run, "--text", "cat", "--out", str(tmp_path / "one.html")])
+    explain.main(["--checkpoint", run, "--text", "cat", "--out", str(tmp_path / "one.png")])
     assert len(shown(tmp_path / "one.html")["words"]) == 1
     out = trained(tmp_path, tokenizer="character", gates="input", activation="identity", layers=1)
     explain.main(["--checkpoint", out, "--text", "the cat\n", "--top", "50", "--out", str(tmp_path / "it.html")])
@@ -122,36 +125,48 @@ def test_the_page_needs_nothing_but_itself_and_its_text_is_escaped(page):
     assert len(data["layers"]) == 2
 
 
-def test_a_figure_is_written(run, tmp_path):
-    for name, text in (("few.png", PETS), ("many.png", PETS * 4)):
-        explain.main(["--checkpoint", run, "--text", text, "--out", str(tmp_path / name)])
-        assert (tmp_path / name).read_bytes().startswith(b"\x89PNG")
+@pytest.mark.parametrize("count", [12, 80])
+def test_a_figure_has_states_across_and_sources_down(tmp_path, count):
+    from matplotlib.image import imread
+
+    pairs, none = np.tril(np.ones((count, count))), np.zeros(count)
+    layer = explanation.Layer(none, none[:, None], none[:, None], none, none, 1, pairs)
+    found = explanation.Explanation(["$word"] * count, " ", "l2", [layer], [])
+    explain.write(found, 1, tmp_path / "map.png")
+    pixels = imread(tmp_path / "map.png")[..., 0]
+    height, width = pixels.shape
+    assert pixels[height // 3, width * 3 // 5] == 0  # an earlier word in a later state
+    assert pixels[height * 3 // 5, width // 3] == 1  # a later word in an earlier state
 
 
 def test_bad_input_is_named(run, tmp_path, monkeypatch, capsys):
     given = ["--checkpoint", run]
     (tmp_path / "latin.txt").write_bytes(b"caf\xe9")
+    (tmp_path / "dir.html").mkdir()
     for more, message in (
         ([], "by --text or by --file"),
         (["--text", "cat", "--file", "x"], "by one of them"),
         (["--text", ""], "the text is empty"),
         (["--text", "  "], "the text is empty"),
-        (["--file", str(tmp_path / "none")], "is not a file"),
+        (["--file", str(tmp_path / "none")], "cannot be read: No such file"),
+        (["--text", "caf\udce9"], "--text is not UTF-8"),
+        (["--text", "cat", "--out", str(tmp_path / "dir.html")], "cannot be written: Is a directory"),
         (["--file", str(tmp_path / "latin.txt")], "is not UTF-8"),
         (["--text", "cat", "--layer", "3"], "--layer must be from 1 to 2"),
         (["--text", "cat", "--top", "0"], "--top must be at least 1"),
         (["--text", "cat", "--out", "page.pdf"], "--out must end in .html"),
         (["--text", "cat", "--out", str(tmp_path / "no" / "page.html")], "which is not a directory"),
         (
-            ["--text", "cat " * 2001, "--out", str(tmp_path / "page.html")],
-            "at most 2,000 tokens, and this text has 2,001",
+            ["--text", "cat " * 1001, "--out", str(tmp_path / "page.html")],
+            "at most 1,000 tokens, and this text has 1,001",
         ),
     ):
         assert message in said([*given, *more], capsys), more
-    assert list(tmp_path.glob("*.html")) == []
-    monkeypatch.setattr(explain, "free_memory", lambda: 10_000)
+    assert [path.name for path in tmp_path.glob("*.html")] == ["dir.html"]
+    monkeypatch.setattr(explanation, "free_memory", lambda: 100_000)
     assert re.search(
-        r"a text of 100 tokens takes .* enough for 9 tokens", said([*given, "--text", "cat " * 100], capsys)
+        r"a text of 100 tokens takes 0\.\d GB of memory .* enough for about \d+ tokens",
+        said([*given, "--text", "cat " * 100], capsys),
     )
     with pytest.raises(SystemExit):
         explain.main([*given, "--text", "cat", "--reduce", "mean"])
@@ -186,9 +201,9 @@ def test_five_hundred_tokens_of_a_medium_model_in_ten_seconds(tmp_path):
     params = model.init(jax.random.key(0), ids[None, :2], deterministic=True)["params"]
     run = Run(Config(), Words(words), model, params)
     began = time.process_time()
-    found = explain.explain(run, " ".join(words[i] for i in ids), drawn=True)
+    found = explanation.explain(run, " ".join(words[i] for i in ids))
     views.write_page(found, 1, tmp_path / "page.html")
-    assert time.process_time() - began < 20  # seconds of two cores
+    assert time.process_time() - began < 15  # of two cores' 20 seconds
     assert (tmp_path / "page.html").stat().st_size < 3e6
 
 
@@ -229,14 +244,23 @@ def test_the_page_lights_what_a_word_remembers(browser, page):
     assert lit[6]
     assert not any(lit[7:])
     source = data["words"][data["layers"][1]["sources"][6][0]]
-    assert tab.inner_text("#sources").startswith(f"⏎ (step 6): itself {data['layers'][1]['own'][6]:.3g}"[:18])
-    assert source in tab.inner_text("#sources")
+    own, weight = data["layers"][1]["own"][6], data["layers"][1]["weights"][6][0]
+    said = re.match(r"⏎ \(step 6\): itself ([\d.]+), (.*?) ([\d.]+) \(\d+ back\)", tab.inner_text("#sources"))
+    assert said
+    assert said[2] == source
+    assert (float(said[1]), float(said[3])) == (pytest.approx(own, rel=5e-3), pytest.approx(weight, rel=5e-3))
     tab.select_option("#layer", "0")
     assert data["words"][data["layers"][0]["sources"][6][0]] in tab.inner_text("#sources")
     tab.select_option("#view", "keepers")
     lit = coloured(tab)
     assert not any(lit[:6])
     assert lit[7]
+    lasting, words = data["layers"][0]["lasting"][6], data["words"]
+    until = "to the end" if 6 + lasting > len(words) - 1 else f"until {words[5 + lasting]}, {lasting - 1} steps later"
+    assert f"half of its weight or more {until}" in tab.inner_text("#sources")
+    rows = [re.split(r"\t", line) for line in tab.inner_text("#lives").splitlines()[1:]]
+    assert sum(int(row[1]) for row in rows) == 8  # components
+    assert int(rows[0][1]) == sum(life == 1 for life in data["layers"][0]["halfLives"])
     assert wrong == []
 
 
@@ -253,33 +277,89 @@ def test_the_page_is_used_by_keyboard(browser, page):
         tab.keyboard.press(key)
         assert f"(step {step})" in tab.inner_text("#sources")
     assert tab.eval_on_selector_all(".word", "words => words.filter(word => word.tabIndex === 0).length") == 1
-    tab.focus(".predictions button")
-    tab.keyboard.press("Enter")
-    assert tab.get_attribute(".predictions button", "aria-pressed") == "true"
-    prediction = shown(page)["predictions"][0]
-    assert tab.inner_text("#sum").endswith(f"the logit of {prediction['word']}, {prediction['logit']:.2f}")
-    assert any(coloured(tab))
+    assert tab.inner_text("#heard") == tab.inner_text("#sources")
+    before = tab.inner_text("#sources")
+    tab.keyboard.press("Home")
+    tab.keyboard.press("ArrowDown")
+    assert tab.inner_text("#sources").startswith("the (step 7)")  # below the first word of the first line
+    tab.keyboard.press("ArrowUp")
+    assert "(step 0)" in tab.inner_text("#sources")
+    tab.hover(".word >> nth=3")
+    tab.keyboard.press("ArrowRight")  # goes on from the word that has the focus
+    assert "(step 1)" in tab.inner_text("#sources")
+    assert before != tab.inner_text("#sources")
     assert wrong == []
 
 
-def test_the_page_reads_well_in_light_and_dark(browser, page):
-    """Contrast of text on paper, by WCAG's formula, is at least 4.5 to 1; the map is drawn in both."""
-    for scheme in ("light", "dark"):
-        tab, wrong = opened(browser, page, color_scheme=scheme)
-        paper, *inks = (
-            [
-                int(n) / 255
-                for n in re.findall(r"\d+", tab.eval_on_selector(where, f"e => getComputedStyle(e).{what}"))[:3]
-            ]
-            for where, what in (("body", "backgroundColor"), ("body", "color"), (".note", "color"))
-        )
-        light = [np.dot((0.2126, 0.7152, 0.0722), np.power((np.array(c) + 0.055) / 1.055, 2.4)) for c in (paper, *inks)]
-        assert (light[0] > 0.5) == (scheme == "light")
-        for ink in light[1:]:
-            assert (max(ink, light[0]) + 0.05) / (min(ink, light[0]) + 0.05) >= 4.5
-        drawn = "c => new Set(c.getContext('2d').getImageData(0, 0, c.width, c.height).data).size"
-        assert tab.eval_on_selector("#map", drawn) > 20
-        assert wrong == []
+def test_the_page_colours_the_text_for_a_prediction(browser, page):
+    tab, wrong = opened(browser, page)
+    prediction = shown(page)["predictions"][1]
+    weights_shown = tab.eval_on_selector_all(".word", "words => words.map(word => word.style.background)")
+    tab.focus(".predictions button >> nth=1")
+    tab.keyboard.press("Enter")
+    assert tab.get_attribute(".predictions button >> nth=1", "aria-pressed") == "true"
+    colours = tab.eval_on_selector_all(".word", "words => words.map(word => word.style.background)")
+    most = max(map(abs, prediction["words"]))
+    for colour, share in zip(colours, prediction["words"]):
+        assert ("--for" in colour) == (share / most >= 0.01)
+        assert ("--against" in colour) == (share / most <= -0.01)
+    rows = tab.eval_on_selector_all(
+        "#shares tr", "rows => rows.map(row => [...row.cells].map(cell => cell.textContent))"
+    )
+    largest = sorted(prediction["words"], key=abs, reverse=True)[:10]
+    assert [float(row[2]) for row in rows] == pytest.approx(largest, abs=0.006)
+    said = re.match(r"With the other words (.*) and the biases (.*): the logit of (.*), (.*)", tab.inner_text("#sum"))
+    assert said
+    total = sum(float(row[2]) for row in rows) + float(said[1]) + float(said[2])
+    assert total == pytest.approx(float(said[4]), abs=0.08)
+    assert (said[3], float(said[4])) == (prediction["word"], pytest.approx(prediction["logit"], abs=0.006))
+    tab.hover(".word >> nth=2")  # the colours stay while the text is looked at
+    assert tab.eval_on_selector_all(".word", "words => words.map(word => word.style.background)") == colours
+    tab.click(".predictions button >> nth=1")
+    tab.hover(f".word >> nth={len(colours) - 1}")
+    assert tab.eval_on_selector_all(".word", "words => words.map(word => word.style.background)") == weights_shown
+    assert wrong == []
+
+
+def test_the_page_fits_a_narrow_window(browser, page):
+    tab, _ = opened(browser, page, viewport={"width": 360, "height": 700})
+    tab.click(".predictions button")
+    assert tab.evaluate("document.documentElement.scrollWidth") <= 360
+
+
+def contrast(one, other):
+    """WCAG's contrast of two colours, `(red, green, blue)` from 0 to 1."""
+    light = [np.dot((0.2126, 0.7152, 0.0722), np.power((np.array(c) + 0.055) / 1.055, 2.4)) for c in (one, other)]
+    return (max(light) + 0.05) / (min(light) + 0.05)
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_the_page_reads_well_in_light_and_dark(browser, page, scheme):
+    """Contrast of the text on paper, on the strongest weight and on the strongest share is at least 4.5 to 1."""
+    tab, wrong = opened(browser, page, color_scheme=scheme)
+
+    def colours(where, what):
+        found = tab.eval_on_selector_all(where, f"all => all.map(e => getComputedStyle(e).{what})")
+        return [[float(number) for number in re.findall(r"[\d.]+", colour)] for colour in found]
+
+    def plain(colour):
+        return [n / 255 for n in colour[:3]]
+
+    paper, ink, faint = (
+        plain(colours(where, what)[0])
+        for where, what in (("body", "backgroundColor"), ("body", "color"), (".note", "color"))
+    )
+    assert (sum(paper) > 1.5) == (scheme == "light")
+    assert min(contrast(paper, ink), contrast(paper, faint)) >= 4.5
+    for press in (None, 0, 1):
+        if press is not None:
+            tab.click(f".predictions button >> nth={press}")
+        *tint, alpha = max((c for c in colours(".word", "backgroundColor") if len(c) == 4), key=lambda c: c[-1])
+        assert alpha > 0.4
+        assert contrast([alpha * t + (1 - alpha) * p for t, p in zip(tint, paper)], ink) >= 4.5
+    drawn = "c => new Set(c.getContext('2d').getImageData(0, 0, c.width, c.height).data).size"
+    assert tab.eval_on_selector("#map", drawn) > 20
+    assert wrong == []
 
 
 def test_a_press_on_the_map_chooses_the_word(browser, page):

@@ -19,7 +19,7 @@ from ranjax import views
 from ranjax.attribution import decompositions, integrated_gradients, shares
 from ranjax.data import load_corpus
 from ranjax.evaluate import load_run
-from ranjax.explain import explain
+from ranjax.explanation import explain
 from ranjax.memory import Memory, memory
 from ranjax.weights import reduced
 
@@ -135,7 +135,7 @@ def main(options: Options) -> None:
     draw(layers, out / "half-lives.png")
     passage = run.vocabulary.decode(corpus.valid[options.passage : options.passage + 45])
     for number in range(1, len(layers) + 1):
-        views.draw_pairs(explain(run, passage, drawn=True), number, out / f"layer-{number}.png")
+        views.draw_pairs(explain(run, passage), number, out / f"layer-{number}.png")
     shares_of_components = (0, 0.25, 0.5, 0.75, 0.9, 1)
     results = {
         "run": {"dataset": run.config.dataset, "features": run.model.sizes, "gates": run.model.gates},
