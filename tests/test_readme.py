@@ -1,9 +1,12 @@
-"""The README's Python runs as it stands."""
+"""The Python of the README and the docs runs as it stands."""
 
 import re
 from pathlib import Path
 
-README = Path(__file__).parents[1] / "README.md"
+import pytest
+
+ROOT = Path(__file__).parents[1]
+README = ROOT / "README.md"
 
 
 def test_the_examples_run():
@@ -11,6 +14,12 @@ def test_the_examples_run():
     code = re.findall(r"```python\n(.*?)```", README.read_text("utf-8"), re.DOTALL)
     assert len(code) == 2
     exec(compile("\n".join(code), "README.md", "exec"), {})
+
+
+@pytest.mark.parametrize("page", sorted(path.name for path in (ROOT / "docs").glob("*.md")))
+def test_the_examples_of_the_docs_run(page):
+    for code in re.findall(r"```python\n(.*?)```", (ROOT / "docs" / page).read_text("utf-8"), re.DOTALL):
+        exec(compile(code, page, "exec"), {})
 
 
 def test_every_flag_named_exists():

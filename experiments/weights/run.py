@@ -6,6 +6,7 @@ shares of a logit compare with what becomes of it when a word is changed. Figure
 
 import datetime
 import json
+import os
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -24,7 +25,7 @@ from ranjax.memory import Memory, memory
 from ranjax.weights import reduced
 
 HERE = Path(__file__).parent
-BANDS = (0, 10, 100, 1000, 10_000, 10**9)  # ranks by frequency in the training text
+BANDS = (0, 10, 100, 1000, 10_000, 33_278)  # ranks by frequency in the training text
 QUANTILES = (0.5, 0.9, 0.99)
 RARE = 20  # occurrences below which a word's mean says little
 
@@ -49,17 +50,22 @@ class Options:
     """Folder of the results."""
 
 
-def by_frequency(layer: Memory, valid: np.ndarray, train: np.ndarray, size: int) -> list[dict]:
-    """Spans of the words of each part of the frequency range."""
-    ranks = np.empty(size, int)
-    ranks[np.argsort(-np.bincount(train, minlength=size), kind="stable")] = np.arange(size)
-    ranks, rows = ranks[valid[: len(layer.spans)]], []
-    for low, high in pairwise(BANDS):
-        spans = layer.spans[(low <= ranks) & (ranks < high)]
+def by_frequency(layer: Memory, valid: np.ndarray, train: np.ndarray, vocabulary) -> list[dict]:
+    """Spans of `<unk>`, of ends of lines, and of the words of each part of the frequency range."""
+    ids, ranks = valid[: len(layer.spans)], np.empty(len(vocabulary), int)
+    counts = np.bincount(train, minlength=len(vocabulary))
+    signs = [vocabulary.ids[sign] for sign in ("<unk>", "<eos>")]
+    counts[signs] = -1  # they are no words
+    ranks[np.argsort(-counts, kind="stable")] = np.arange(len(vocabulary))
+    groups = {
+        f"{low + 1:,} to {high:,}": (low <= ranks) & (ranks < high) & (counts >= 0) for low, high in pairwise(BANDS)
+    }
+    groups |= {vocabulary.tokens[sign]: np.arange(len(vocabulary)) == sign for sign in signs}
+    rows = []
+    for name, members in groups.items():
+        spans = layer.spans[members[ids]]
         quantiles = {f"q{q}": int(np.quantile(spans, q / 100, method="nearest")) for q in (50, 90, 99)}
-        rows.append(
-            {"ranks": [low + 1, high], "tokens": len(spans), "mean": round(float(spans.mean()), 2), **quantiles}
-        )
+        rows.append({"ranks": name, "tokens": len(spans), "mean": round(float(spans.mean()), 2), **quantiles})
     return rows
 
 
@@ -140,6 +146,7 @@ def main(options: Options) -> None:
     results = {
         "run": {"dataset": run.config.dataset, "features": run.model.sizes, "gates": run.model.gates},
         "date": datetime.date.today().isoformat(),
+        "device": f"{os.cpu_count()} CPU cores" if jax.default_backend() == "cpu" else jax.devices()[0].device_kind,
         "passage": passage,
         "half_lives": [
             {
@@ -148,7 +155,10 @@ def main(options: Options) -> None:
             }
             for m in layers
         ],
-        "by_frequency": [by_frequency(m, corpus.valid, corpus.train, len(run.vocabulary)) for m in layers],
+        "components_of_half_life": [
+            {f"at least {n}": int(np.sum(m.quantile(0.5) >= n)) for n in (1, 2, 5, 10, 20)} for m in layers
+        ],
+        "by_frequency": [by_frequency(m, corpus.valid, corpus.train, run.vocabulary) for m in layers],
         "by_word": [by_word(m, corpus.valid, run.vocabulary.decode) for m in layers],
         "attribution": against_changes(run, corpus.valid, options),
     }
