@@ -116,15 +116,17 @@ def draw(rows: list[dict], path: Path) -> None:
     from matplotlib.figure import Figure
 
     rows = [row for row in rows if row["epochs"] and row["scale"] == 1 and "residuals" in row]
-    panels = list(dict.fromkeys((row["run"], row["layer"]) for row in rows))
-    figure = Figure(figsize=(4 * len(panels) + 2, 4), layout="constrained")
-    for axes, (run, layer) in zip(figure.subplots(1, len(panels), squeeze=False, sharey=True)[0], panels, strict=True):
+    runs, layers = (list(dict.fromkeys(row[key] for row in rows)) for key in ("run", "layer"))
+    figure = Figure(figsize=(3.2 * len(runs) + 2, 3 * len(layers)), layout="constrained")
+    grid = figure.subplots(len(layers), len(runs), squeeze=False, sharey=True)
+    for (run, layer), axes in zip(((run, layer) for layer in layers for run in runs), grid.flat, strict=True):
         for row in rows:
             if (row["run"], row["layer"]) == (run, layer) and row["iteration"] in ("diagonal", "frozen"):
                 color = f"C{sorted({r['time'] for r in rows}).index(row['time'])}"
                 style = "-" if row["iteration"] == "diagonal" else ":"
                 axes.plot(row["residuals"], style, color=color, label=f"{row['iteration']}, T = {row['time']:,}")
-        axes.set(yscale="log", xlabel="pass", title=f"{run}, layer {layer}")
+        axes.set(yscale="log", title=f"{run}, layer {layer}")
+    figure.supxlabel("pass")
     figure.legend(*axes.get_legend_handles_labels(), loc="outside right", fontsize="small")
     figure.supylabel("one-step residual, relative")
     figure.savefig(path, dpi=110)
