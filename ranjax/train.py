@@ -3,6 +3,8 @@
 import hashlib
 import json
 import math
+import os
+import shutil
 import signal
 import time
 from collections.abc import Callable, Iterator
@@ -57,7 +59,7 @@ def train(config: Config) -> dict[str, Any]:
     model = build_model(config, len(corpus.vocabulary))
     optimizer = make_optimizer(config, windows)
     checkpoints = Checkpoints(directory)
-    state = _begin(config, corpus, checkpoints, initial_state(model, optimizer, config))
+    state = _begin(config, corpus, initial_state(model, optimizer, config))
 
     report = Report(directory, config, windows, first_step=int(state.step))
     step = make_step(model, optimizer, config, windows)
@@ -72,17 +74,26 @@ def train(config: Config) -> dict[str, Any]:
         return report.result(corpus, state, evaluate(best, corpus.valid), evaluate(best, corpus.test))
 
 
-def _begin(config: Config, corpus: "Corpus", checkpoints: "Checkpoints", state: "TrainState") -> "TrainState":
+def _begin(config: Config, corpus: "Corpus", state: "TrainState") -> "TrainState":
     """Makes the run's directory with `state` in it, or takes the state of the run that is there to go on from."""
+    from ranjax.checkpoint import Checkpoints
+
     directory = config.directory
     if config.resume:
         _check_text(directory, corpus)
-        state = checkpoints.load("latest", state)
-    else:
-        directory.mkdir(parents=True)
-        _save_text(directory, corpus)
-        checkpoints.save("latest", 0, state)
-    save_config(config, directory)
+        state = Checkpoints(directory).load("latest", state)
+        save_config(config, directory)
+        return state
+    unfinished = directory.with_name(f".{directory.name}.{os.getpid()}")  # a kill leaves no run that is half there
+    unfinished.mkdir(parents=True)
+    try:
+        _save_text(unfinished, corpus)
+        Checkpoints(unfinished).save("latest", 0, state)
+        save_config(config, unfinished)
+        unfinished.rename(directory)
+    except BaseException:
+        shutil.rmtree(unfinished)
+        raise
     return state
 
 

@@ -1,5 +1,7 @@
 """Logits as sums over the words read: complete, exact where the network is linear, and right against finite changes."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -12,11 +14,11 @@ from ranjax import attribution, weights
 TOKENS = jnp.array([3, 1, 4, 1, 5, 9, 2, 6, 5, 3])
 
 
-def trained(x64=True, **options):
+def trained(**options):
     """A model whose leaves are all at random, and a state to begin with."""
     model = ranjax.LanguageModel(vocabulary=11, **{"features": 6} | options)
-    params = model.init(jax.random.key(0), TOKENS[None], deterministic=True)["params"]
-    leaves, tree = jax.tree.flatten(params)
+    init = partial(model.init, deterministic=True)
+    leaves, tree = jax.tree.flatten(jax.eval_shape(init, jax.random.key(0), TOKENS[None])["params"])
     keys = jax.random.split(jax.random.key(1), len(leaves))
     leaves = [0.7 * jax.random.normal(k, p.shape, jnp.float64) for k, p in zip(keys, leaves)]
     state = tuple(jax.random.normal(jax.random.key(2 + n), (size,), jnp.float64) for n, size in enumerate(model.sizes))

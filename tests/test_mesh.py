@@ -68,7 +68,7 @@ def test_a_recurrence_over_time_batch_and_features(x64, solver, reverse):
     assert_close(jax.jit(lambda: derivatives(over))(), jax.jit(lambda: derivatives(whole))())
 
 
-def test_the_kernel_over_time():
+def test_the_kernel_over_time(x64):
     """Interpreted; JAX has no types for what may differ between devices inside of kernels."""
     decay, inputs, initial = (a[:1, :16].astype(jnp.float32) for a in drawn())
     specs = (P(None, "time"), P(None, "time"), P())
@@ -111,8 +111,7 @@ def layer_problem(gates, activation="tanh", projection=None):
     keys = jax.random.split(jax.random.key(0), 4)
     x = jax.random.normal(keys[0], (BATCH, TIME, SIZE), jnp.float64)
     c0 = jax.random.normal(keys[1], (BATCH, FEATURES), jnp.float64)
-    params = cell.init(keys[2], c0, x[:, 0])["params"]
-    leaves, tree = jax.tree.flatten(params)
+    leaves, tree = jax.tree.flatten(jax.eval_shape(cell.init, keys[2], c0, x[:, 0])["params"])
     leaves = [
         0.5 * jax.random.normal(k, p.shape, p.dtype) for k, p in zip(jax.random.split(keys[3], len(leaves)), leaves)
     ]
@@ -186,7 +185,7 @@ def test_a_language_model_over_time_and_batch(x64):
     options = {"vocabulary": 9, "features": 6, "dropout": 0.0}
     tokens = jax.random.randint(jax.random.key(0), (BATCH, TIME + 1), 0, 9)
     alone = ranjax.LanguageModel(**options)
-    params = alone.init(jax.random.key(1), tokens[:, :2], deterministic=True)["params"]
+    params = jax.jit(partial(alone.init, deterministic=True))(jax.random.key(1), tokens[:, :2])["params"]
     params = jax.tree.map(lambda p: 2 * p.astype(jnp.float64), params)
     state = tuple(jax.random.normal(jax.random.key(n), (BATCH, 6), jnp.float64) for n in range(2))
 

@@ -75,6 +75,22 @@ def test_a_run_leaves_all_it_promises(run):
     assert result["test_tokens"] == len(load_corpus(result["dataset"]).test) - 1
 
 
+def test_a_run_that_could_not_begin_leaves_no_directory(text, tmp_path, monkeypatch):
+    """Whatever ends it before all is written that `--resume` needs, the name is free for the next try."""
+
+    def full(*_):
+        raise OSError("no space left on device")
+
+    config = settings(text, tmp_path / "run")
+    with monkeypatch.context() as broken:
+        broken.setattr(train, "save_config", full)
+        with pytest.raises(OSError, match="no space"):
+            train.train(config)
+    assert not (tmp_path / "run").exists()
+    train.train(config)
+    assert (tmp_path / "run" / "result.json").exists()
+
+
 @pytest.mark.parametrize(
     "options", [{"dropout": 0.3, "solver": "fixed_point"}, {"optimizer": "sgd", "schedule": "decay", "cell": "lstm"}]
 )
