@@ -62,7 +62,15 @@ def decompositions(
       state: one carry `(*batch, features)` per layer, as the model returns it; None for the beginning of a text.
 
     Raises:
-      ValueError: for a model of another cell, whose states are not weighted sums.
+      ValueError: for a model of another cell, whose states are not weighted sums, or a state that does not fit.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, ranjax
+      >>> from ranjax.attribution import decompositions
+      >>> model, tokens = ranjax.LanguageModel(vocabulary=9, features=4, layers=1), jnp.arange(5)
+      >>> params = model.init(jax.random.key(0), tokens[None], deterministic=True)["params"]
+      >>> [made.c.shape for made in decompositions(model, params, tokens)]
+      [(5, 4)]
     """
     _check_cell(model)
     x, layers, options = _embedded(params, tokens), [], {"activation": model.activation, "dtype": model.dtype}
@@ -158,6 +166,14 @@ def integrated_gradients(
 
     Raises:
       ValueError: for a model of another cell, a text, a state, a target or a step that does not fit, `nodes` below 1.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, ranjax
+      >>> from ranjax.attribution import integrated_gradients
+      >>> model, tokens = ranjax.LanguageModel(vocabulary=9, features=4, layers=1), jnp.arange(5)
+      >>> params = model.init(jax.random.key(0), tokens[None], deterministic=True)["params"]
+      >>> integrated_gradients(model, params, tokens, target=7, step=4).words.shape
+      (5,)
 
     References:
       Sundararajan, Taly, Yan, "Axiomatic Attribution for Deep Networks", ICML 2017.

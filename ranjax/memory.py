@@ -55,8 +55,20 @@ def memory(
       most: steps that are looked ahead.
       window: steps counted at once; memory grows with `window` + `most`.
 
+    Returns:
+      One `Memory` for each layer.
+
     Raises:
       UserError: for a text of fewer than `window` + `most` tokens.
+
+    Example:
+      >>> import jax, numpy as np, ranjax
+      >>> from ranjax.memory import memory
+      >>> model, ids = ranjax.LanguageModel(vocabulary=9, features=4, layers=1), np.arange(60) % 9
+      >>> params = model.init(jax.random.key(0), ids[None], deterministic=True)["params"]
+      >>> (layer,) = memory(model, params, ids, most=16, window=20)
+      >>> layer.half_lives.shape, layer.quantile(0.5).shape, layer.spans.shape
+      ((4, 16), (4,), (40,))
     """
     if len(ids) < window + most:
         raise UserError(f"the text must have at least {window + most:,} tokens; got {len(ids):,}. Lower the window.")
