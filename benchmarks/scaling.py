@@ -6,7 +6,6 @@ the compiled program. On a CPU the devices are made up and share the cores: memo
 """
 
 import dataclasses
-import json
 import os
 import re
 from collections.abc import Callable
@@ -140,8 +139,6 @@ def draw(rows: list[dict], path: Path, title: str) -> None:
 
 def main(options: Options) -> None:
     stamp, rows = timing.stamp(), []
-    options.out.mkdir(parents=True, exist_ok=True)
-    name = re.sub(r"\W+", "-", stamp["device"].lower()).strip("-")
     for case in cases(options.features):
         for length in options.lengths:
             found = measure(case, length, options)
@@ -152,8 +149,8 @@ def main(options: Options) -> None:
                     "device, receives {received_bytes}, deviation {deviation:.1e}".format(**row),
                     flush=True,
                 )
-            (options.out / f"scaling-{name}.json").write_text(json.dumps(stamp | {"rows": rows}, indent=1))
-    draw(rows, options.out / f"scaling-{name}.png", f"{stamp['device']}, {stamp['date']}, jax {stamp['jax']}")
+            path = timing.write(options.out, "scaling", stamp, rows)
+    draw(rows, path.with_suffix(".png"), f"{stamp['device']}, {stamp['date']}, jax {stamp['jax']}")
 
 
 if __name__ == "__main__":

@@ -6,9 +6,7 @@ of the inputs, seconds of compilation, and the largest deviation from a float64 
 """
 
 import dataclasses
-import json
 import math
-import re
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -201,8 +199,6 @@ def draw(rows: list[dict], path: Path, title: str) -> None:
 
 def main(options: Options) -> None:
     stamp, rows = timing.stamp(), []
-    options.out.mkdir(parents=True, exist_ok=True)
-    name = re.sub(r"\W+", "-", stamp["device"].lower()).strip("-")
     for shape in options.shapes:
         found = measure(*shape, options)
         rows += found
@@ -214,10 +210,8 @@ def main(options: Options) -> None:
                 "{temporaries}  compile {compile_s:5.2f} s  deviation {deviation:.1e}".format(**row),
                 flush=True,
             )
-        (options.out / f"scan-{name}.json").write_text(
-            json.dumps(stamp | {"solvers": sorted(SOLVERS), "rows": rows}, indent=1)
-        )
-    draw(rows, options.out / f"scan-{name}.png", f"{stamp['device']}, {stamp['date']}, jax {stamp['jax']}")
+        path = timing.write(options.out, "scan", stamp | {"solvers": sorted(SOLVERS)}, rows)
+    draw(rows, path.with_suffix(".png"), f"{stamp['device']}, {stamp['date']}, jax {stamp['jax']}")
 
 
 if __name__ == "__main__":

@@ -5,10 +5,12 @@ turn, round after round, so that whatever else the machine does falls on all of 
 """
 
 import datetime
+import json
 import math
 import os
 import platform
 import random
+import re
 import statistics
 import time
 from collections.abc import Callable, Mapping
@@ -141,6 +143,15 @@ def stamp() -> dict[str, str]:
         "GLIBC_TUNABLES": os.environ.get("GLIBC_TUNABLES", ""),
         "OMP_WAIT_POLICY": os.environ["OMP_WAIT_POLICY"],
     }
+
+
+def write(out: Path, program: str, stamp: Mapping[str, Any], rows: list[dict]) -> Path:
+    """Writes the rows of a program to its file in the folder `out`, named by device; returns the file."""
+    name = re.sub(r"\W+", "-", stamp["device"].lower()).strip("-")
+    out.mkdir(parents=True, exist_ok=True)
+    path = out / f"{program}-{name}.json"
+    path.write_text(json.dumps({**stamp, "rows": rows}, indent=1))
+    return path
 
 
 def _processor() -> str:

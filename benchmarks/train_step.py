@@ -6,8 +6,6 @@ does falls on all of them.
 """
 
 import dataclasses
-import json
-import re
 from pathlib import Path
 from typing import Literal
 
@@ -150,8 +148,6 @@ def main(options: Options) -> None:
     import torch
 
     stamp, rows = timing.stamp() | {"torch": torch.__version__}, []
-    options.out.mkdir(parents=True, exist_ok=True)
-    name = re.sub(r"\W+", "-", stamp["device"].lower()).strip("-")
     for size in options.sizes:
         features, batch, steps = SIZES[size]
         found = measure(features, batch, steps, options.seconds)
@@ -163,7 +159,7 @@ def main(options: Options) -> None:
                 "{over_torch_lstm:.2f} times PyTorch's LSTM".format(**row),
                 flush=True,
             )
-        (options.out / f"train-step-{name}.json").write_text(json.dumps(stamp | {"rows": rows}, indent=1))
+        timing.write(options.out, "train-step", stamp, rows)
 
 
 if __name__ == "__main__":

@@ -7,8 +7,6 @@ its size.
 """
 
 import dataclasses
-import json
-import re
 import tempfile
 import time
 from pathlib import Path
@@ -81,9 +79,7 @@ def main(options: Options) -> None:
         rows += [strongest(name, f, reduce) for reduce in ("l2", "max")]
     for row in rows:
         print(row, flush=True)
-    stamp = timing.stamp()
-    name = re.sub(r"\W+", "-", stamp["device"].lower()).strip("-")
-    (options.out / f"weights-{name}.json").write_text(json.dumps(stamp | {"rows": rows}, indent=1))
+    timing.write(options.out, "weights", timing.stamp(), rows)
 
 
 if __name__ == "__main__":
