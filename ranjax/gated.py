@@ -18,7 +18,7 @@ from ranjax.cell import ACTIVATIONS, Params, checked_carry, content, gates_of_in
 from ranjax.fixed_point import FixedPoint, Record, exact
 from ranjax.kernels import Rows, Walk
 from ranjax.masks import Gates, States, Steps, seen
-from ranjax.mesh import before
+from ranjax.mesh import before, varying_as
 from ranjax.recurrent import Way, recurrent_states, walk
 from ranjax.scan import SOLVERS, linear_recurrence, state_dtype
 
@@ -158,7 +158,8 @@ def _fused(steps: Steps, c0: State, weights: Array | None, activation: str, solv
     (time, *batch, features), dtype = steps.u.shape, c0.dtype
     z = jnp.moveaxis(steps.z.reshape(time, -1, 2, features), 0, 1)
     u = jnp.moveaxis(steps.u.reshape(time, -1, features), 0, 1)
-    constants = () if weights is None else tuple(weights.astype(dtype))
+    z, u, c0 = varying_as(z, (u,)), varying_as(u, (z,)), varying_as(c0, (z, u))
+    constants = () if weights is None else tuple(varying_as(w, (z, u)) for w in weights.astype(dtype))
     c = cast(Array, _elementwise(c0.reshape(-1, features), constants, (z, u), activation, solver))
     return jnp.moveaxis(c, 1, 0).reshape(time, *batch, features)
 

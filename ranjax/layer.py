@@ -46,7 +46,8 @@ class RAN(nn.Module):
       keep_order: with `reverse`, return the outputs in the order of the inputs.
       axis_name: inside `jax.shard_map`, the mesh axis that time is spread over: inputs, masks and outputs are a
         device's part, all of the same number of steps; carries and lengths are those of the whole, the same on all of
-        them. `"auto"` is then the solver that needs no device to walk through all steps. None: time is whole.
+        them. `"auto"` is then the solver that needs no device to walk through all steps. States that are not finite can
+        reach other segments there. None: time is whole.
 
     Raises:
       TypeError: for a `cell` that is not a `RANCell`.

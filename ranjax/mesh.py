@@ -63,9 +63,13 @@ def carry_in(product: Array, last: Array, initial: Array, reverse: bool, axis_na
       initial: the carry that the whole starts from.
     """
     products, lasts = lax.all_gather((product, last), axis_name)
-    _, starts = lax.scan(
-        lambda c, p: (p[0] * c + p[1], c), varying_as(initial, (lasts,)), (products, lasts), reverse=reverse
-    )
+
+    def fold(carry, part):
+        slope, offset = part
+        gone = (slope == 0) | (carry == 0)  # of a carry that is forgotten, or nothing, not even infinity is left
+        return jnp.where(gone, offset, slope * carry + offset), carry
+
+    _, starts = lax.scan(fold, varying_as(initial, (lasts,)), (products, lasts), reverse=reverse)
     return lax.dynamic_index_in_dim(starts, lax.axis_index(axis_name), keepdims=False)
 
 
@@ -93,14 +97,21 @@ def chained(walk: Callable[[Array], tuple[Array, Any]], initial: Array, reverse:
 
 
 def largest(value: Array, axis_name: str | None) -> Array:
-    """The largest of all devices' values, for each element."""
-    return value if axis_name is None else lax.pmax(value, axis_name)
+    """The largest of all devices' values, for each element; infinite where one is NaN, which `pmax` passes over."""
+    return value if axis_name is None else lax.pmax(_no_nan(value), axis_name)
 
 
 def largest_anywhere(value: Array, axis_name: str | None) -> Array:
-    """The same over the whole mesh: along the axis of time, and along every other one where the value may differ."""
-    axes = _axes(value) | (frozenset() if axis_name is None else {axis_name})
-    return lax.pmax(value, tuple(sorted(axes))) if axes else value
+    """The same over the whole mesh, so that all devices go on, or none: one that waits for others must not be alone.
+
+    The axes are those where the value may differ, or, with `check_vma=False`, where nothing tells that, all there are.
+    """
+    axes = _axes(value) or (set() if axis_name is None else set(jax.sharding.get_abstract_mesh().manual_axes))
+    return lax.pmax(_no_nan(value), tuple(sorted(axes))) if axes else value
+
+
+def _no_nan(value: Array) -> Array:
+    return jnp.where(jnp.isnan(value), jnp.inf, value)
 
 
 def last_state(states: Array, initial: Array, axis: int, axis_name: str | None) -> Array:

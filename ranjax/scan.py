@@ -130,7 +130,8 @@ def _solved(
     walk = Walk(step, (carry,), arrays, ((1, inputs.dtype),), backwards=reverse)
     walk = walk._replace(affine=True, in_place=step is _step)
     if axis_name is not None:
-        (last,), _ = SOLVERS[solver](walk._replace(carry=(jnp.zeros_like(carry),)))
+        to_the_end = walk._replace(step=_unwritten(step), carry=(jnp.zeros_like(carry),), outs=(), in_place=False)
+        (last,), _ = SOLVERS[solver](to_the_end)
         walk = walk._replace(carry=(carry_in(jnp.prod(arrays[0], axis=1), last, carry, reverse, axis_name),))
     _, (states,) = SOLVERS[solver](walk)
     return states.reshape(inputs.shape)
@@ -148,6 +149,11 @@ def _transposed_step(carry: Rows, _: Rows, rows: Rows) -> tuple[Rows, Rows]:
     (ag,), (a, d) = carry, rows
     g = ag + d
     return (a * g,), (g,)
+
+
+def _unwritten(step: Step) -> Step:
+    """The step of a walk of which only the last carry is wanted."""
+    return lambda carry, constants, rows: (step(carry, constants, rows)[0], ())
 
 
 def _auto(walk: Walk) -> tuple[Rows, Rows]:

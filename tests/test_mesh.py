@@ -162,6 +162,62 @@ def test_the_record_is_one_for_the_whole_mesh(x64):
     np.testing.assert_allclose(record.residual, alone.residual, rtol=0.5)
 
 
+@pytest.mark.parametrize("gates", ["recurrent", "diagonal"])
+def test_devices_wait_for_each_other_without_types_too(x64, gates):
+    """One half of the batch takes more passes than the other; `check_vma=False` must not leave a device alone."""
+    _, params, x, c0 = layer_problem(gates)
+    x = x.at[: BATCH // 2].multiply(0.01).at[BATCH // 2 :].multiply(4.0)
+    axes = P("batch", "time")
+    function = partial(ranjax.solve, gates=gates, solver=FixedPoint(), axis_name="time")
+    over = jax.shard_map(
+        function, mesh=mesh(time=4, batch=2), in_specs=(P(), axes, P("batch")), out_specs=(axes, P()), check_vma=False
+    )
+    states, record = jax.jit(over)(params, x, c0)
+    expected, alone = ranjax.solve(params, x, c0, gates=gates, solver=FixedPoint())
+    assert_close(states, expected, 1e-10)
+    assert int(record.iterations) == int(alone.iterations)
+
+
+@pytest.mark.parametrize("gates", ["recurrent", "diagonal"])
+def test_a_state_that_is_not_finite_is_told(x64, gates):
+    _, params, x, c0 = layer_problem(gates)
+    x = x.at[1, 20].set(jnp.nan)
+    axes = P("batch", "time")
+    found = {}
+    for failure in ("sequential", "nan"):
+        function = partial(ranjax.solve, gates=gates, solver=FixedPoint(on_failure=failure), axis_name="time")
+        over = spread(function, mesh(time=4, batch=2), (P(), axes, P("batch")), (axes, P()))
+        found[failure], record = over(params, x, c0)
+        assert not bool(record.converged)
+    expected, _ = ranjax.solve(params, x, c0, gates=gates, solver="sequential")
+    np.testing.assert_array_equal(jnp.isnan(found["sequential"]), jnp.isnan(expected))
+    assert bool(jnp.all(jnp.isnan(found["nan"])))
+
+
+@pytest.mark.parametrize(("gates", "solver"), [(g, s) for g in ranjax.cell.GATES for s in ("auto", "sequential")])
+def test_a_layer_over_the_batch_alone(x64, gates, solver):
+    cell, params, x, c0 = layer_problem(gates)
+    layer = ranjax.RAN(cell, solver)
+
+    def run(params, x, c0):
+        return layer.apply({"params": {"cell": params}}, x, initial_carry=c0)
+
+    over = spread(run, mesh(batch=4), (P(), P("batch"), P("batch")), P("batch"))
+
+    def both(f):
+        h, chain = jax.vjp(f, params, x, c0)
+        return h, chain(jnp.cos(h))
+
+    assert_close(jax.jit(lambda: both(over))(), jax.jit(lambda: both(run))())
+
+
+def test_nothing_is_made_of_nothing():
+    """Products of decays that overflow leave a carry of 0 as it is."""
+    inputs = jnp.zeros((1, 512, 1)).at[0, 500].set(1.0)
+    over = spread(partial(linear_recurrence, axis_name="time"), mesh(time=8), P(None, "time"), P(None, "time"))
+    assert_close(over(jnp.full((1, 512, 1), 10.0), inputs), linear_recurrence(jnp.full((1, 512, 1), 10.0), inputs), 0)
+
+
 def test_where_the_passes_fail_the_devices_walk_in_turn(x64):
     _, params, x, c0 = layer_problem("recurrent")
     kernel = params["gates"]["recurrent_kernel"]
