@@ -1,8 +1,9 @@
 """Time spread over the devices of a mesh: `python benchmarks/scaling.py` writes results/ and prints a table.
 
 The gradient of a recurrence, and of RAN layers, over sequences of growing length on 1, 2, 4, ... devices: milliseconds,
-the memory of one device (its arguments, results and temporaries), and the bytes of the results of collectives, a device's
-own part included, read off the compiled program. On a CPU the devices are made up and share the cores: memory and bytes are theirs, times are not.
+the memory of one device (its arguments, results and temporaries), and the bytes of the results of collectives, a
+device's own part included, read off the compiled program. On a CPU the devices are made up and share the cores: memory
+and bytes are theirs, times are not.
 """
 
 import dataclasses

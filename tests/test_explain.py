@@ -256,7 +256,7 @@ def test_the_page_lights_what_a_word_remembers(browser, page):
     assert not any(lit[:6])
     assert lit[7]
     lasting, words = data["layers"][0]["lasting"][6], data["words"]
-    until = "to the end" if 6 + lasting > len(words) - 1 else f"until {words[5 + lasting]}, {lasting - 1} steps later"
+    until = "only in its own" if lasting == 1 else f"until {words[5 + lasting]}, {lasting - 1} steps later"
     assert f"half of its weight or more {until}" in tab.inner_text("#sources")
     rows = [re.split(r"\t", line) for line in tab.inner_text("#lives").splitlines()[1:]]
     assert sum(int(row[1]) for row in rows) == 8  # components
@@ -316,6 +316,7 @@ def test_the_page_colours_the_text_for_a_prediction(browser, page):
     tab.hover(".word >> nth=2")  # the colours stay while the text is looked at
     assert tab.eval_on_selector_all(".word", "words => words.map(word => word.style.background)") == colours
     tab.click(".predictions button >> nth=1")
+    assert tab.inner_text("#shares") == tab.inner_text("#sum") == ""
     tab.hover(f".word >> nth={len(colours) - 1}")
     assert tab.eval_on_selector_all(".word", "words => words.map(word => word.style.background)") == weights_shown
     assert wrong == []
