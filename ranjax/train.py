@@ -68,7 +68,9 @@ def train(config: Config) -> dict[str, Any]:
     with report, _interrupts(report) as stop:
         while int(state.epoch) < config.epochs:
             state = loop.epoch(state, stop)
-            state = loop.validate(state, evaluate(state.params, corpus.valid))
+            evaluation = evaluate(state.params, corpus.valid)
+            stop.saved = None  # a save that is cut short would leave threads that wait for its end
+            state = loop.validate(state, evaluation)
         stop.saved = int(state.step)
         best = checkpoints.load("best", state.params)
         return report.result(corpus, state, evaluate(best, corpus.valid), evaluate(best, corpus.test))

@@ -61,7 +61,7 @@ def test_time_runs_out(config, tmp_path):
         "    table.row(config, study='pets')\n"
     )
     command = [sys.executable, "-c", program, str(tmp_path / "cut")]
-    first = subprocess.run([*command, "0.12"], capture_output=True, text=True, check=False)
+    first = subprocess.run([*command, "0.12"], capture_output=True, text=True, check=False, timeout=120)
     assert first.returncode == 143, first.stderr
     assert "saved. Go on with" in first.stdout
     assert not (tmp_path / "cut" / "rows.jsonl").exists()

@@ -75,6 +75,21 @@ def test_a_run_leaves_all_it_promises(run):
     assert result["test_tokens"] == len(load_corpus(result["dataset"]).test) - 1
 
 
+def test_a_signal_while_a_validated_state_is_saved_waits_for_the_save(text, tmp_path, monkeypatch):
+    save = Checkpoints.save
+
+    def interrupted(self, kind, step, tree):
+        if kind == "best":
+            signal.raise_signal(signal.SIGTERM)
+        save(self, kind, step, tree)
+
+    monkeypatch.setattr(Checkpoints, "save", interrupted)
+    with pytest.raises(SystemExit) as ended:
+        train.train(settings(text, tmp_path / "run", epochs=3))
+    assert ended.value.code == 128 + signal.SIGTERM
+    assert load_run(tmp_path / "run").params
+
+
 def test_a_run_that_could_not_begin_leaves_no_directory(text, tmp_path, monkeypatch):
     """Whatever ends it before all is written that `--resume` needs, the name is free for the next try."""
 
