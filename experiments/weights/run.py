@@ -76,7 +76,10 @@ def by_word(layer: Memory, valid: np.ndarray, decode) -> dict[str, list]:
     means = np.bincount(ids, weights=layer.spans) / np.maximum(counts, 1)
     known = np.flatnonzero(counts >= RARE)
     order = known[np.argsort(means[known])]
-    show = lambda i: [decode([i]).replace("\n", "<eos>"), round(float(means[i]), 2), int(counts[i])]  # noqa: E731
+
+    def show(i):
+        return [decode([i]).replace("\n", "<eos>"), round(float(means[i]), 2), int(counts[i])]
+
     return {"longest": [show(i) for i in order[::-1][:25]], "shortest": [show(i) for i in order[:25]]}
 
 
