@@ -30,6 +30,7 @@ class FixedPoint:
     residual max |F(c_{t-1}) - c_t| is at most `rtol` times max |c|: a sequence whose states are much larger for a while
     than later has its later ones to that tolerance. Gradients solve the transposed linear system, with the full
     Jacobian, by the same iteration in reverse, to a tolerance of their own. Products are in the dtype of the states.
+    A residual bounds what a step is off by; where the model amplifies it, states and gradients are off by more.
 
     Batch by the leading axes. Under `vmap` `on_failure="sequential"` always walks, for both branches of a condition
     that is batched are computed; `"nan"` does not.

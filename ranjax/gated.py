@@ -112,14 +112,14 @@ def states(
     """The states c_1 ... c_T from the state `c0`, and what the solver did."""
     if steps.u.size == 0:
         return steps.u.astype(c0.dtype), exact(c0.dtype)
-    gates, settings = gates_of(params), _iteration(solver, gates_of(params), axis_name)
+    gates = gates_of(params)
     if solver in FUSED and gates != "recurrent" and axis_name is None:
         weights = params["gates"].get("recurrent_kernel")
         return _fused(steps, c0, weights, activation, str(solver)), exact(c0.dtype)
     steps = Steps(*(a.astype(c0.dtype) for a in steps))
     if gates == "input":
         return _linear_states(steps, c0, str(solver), axis_name), exact(c0.dtype)
-    return recurrent_states(params, steps, c0, activation, Way(settings, axis_name))
+    return recurrent_states(params, steps, c0, activation, Way(_iteration(solver, gates, axis_name), axis_name))
 
 
 def states_and_gates(
