@@ -136,7 +136,8 @@ def draw(rows: list[dict], path: Path, title: str) -> None:
             points = [(r["time"], r["mib_per_device"]) for r in rows if (r["name"], r["devices"]) == (name, count)]
             axes.plot(*zip(*points, strict=True), marker="o", markersize=3, label=f"{count} devices")
         axes.set(xscale="log", yscale="log", xlabel="length", title=name)
-        axes.set_xticks(sorted({row["time"] for row in rows}), sorted({f"{row['time']:,}" for row in rows}, key=len))
+        lengths = sorted({row["time"] for row in rows})
+        axes.set_xticks(lengths, [f"{length:,}" for length in lengths])
         axes.set_xticks([], minor=True)
     figure.supylabel("gradient, MiB a device")
     figure.legend(*axes.get_legend_handles_labels(), loc="outside right", fontsize="small")
