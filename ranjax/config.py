@@ -37,6 +37,9 @@ class Config:
     """What a RAN's gates see: the whole last output, their own feature of it, or the input only."""
     activation: Literal["tanh", "identity"] = "tanh"
     """A RAN's output h = g(c)."""
+    ablation: Literal["input-gate", "forget-gate", "gates", "complement", "content"] | None = None
+    """What a RAN does without: a gate, or both, that answers to nothing (a learned constant), an input gate of its own
+    (i = 1 - f), or the content layer (u = x)."""
     layers: int | None = None
     """Number of recurrent layers; that of the sizes in --features, or 2 for a single one, if not given."""
     features: tuple[int, ...] = (200,)

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from ranjax.embedded import markov, python_docs
+from ranjax.embedded import TASKS, python_docs, task_texts
 from ranjax.errors import UserError
 from ranjax.sources import SPLITS, hub_texts, path_texts
 from ranjax.vocabulary import TOKENIZERS, BytePairs, Bytes, Characters, Vocabulary, Words
@@ -68,8 +68,9 @@ def load_corpus(name: str, data_dir: str | Path | None = None, tokenizer: str | 
 
     Args:
       name: `"python-docs"` (documentation that every Python carries), `"markov"` (synthetic, of known entropy),
-        one of `KNOWN`, or a path: a directory with train, valid and test files (`.txt`, `.tokens`, `.raw`,
-        `.parquet`, each also `.gz`) or one text file, which is split 90/5/5.
+        `"markov-D"`, `"copy-D"`, `"recall-D"` (tasks whose answers lie D tokens back; see
+        `ranjax.embedded.task_texts`), one of `KNOWN`, or a path: a directory with train, valid and test files
+        (`.txt`, `.tokens`, `.raw`, `.parquet`, each also `.gz`) or one text file, which is split 90/5/5.
       data_dir: the folder that holds a folder of that name, or that folder itself. None: a known name is loaded
         from the hub, through its cache.
       tokenizer: `"word"`, `"character"`, `"byte"` or `"bpe"`. None: the data set's usual one; words for a
@@ -109,15 +110,16 @@ def load_split(name: str, split: str, vocabulary: Vocabulary, data_dir: str | Pa
 
 def _texts(name: str, data_dir: str | Path | None) -> tuple[str, list[bytes]]:
     """Where a corpus comes from, and its three texts."""
-    if name == "markov":
-        return "ranjax.embedded", markov()
     if name == "python-docs":
         return python_docs()
+    task = task_texts(name)
+    if task is not None:
+        return "ranjax.embedded", task
     if name in KNOWN:
         return _known_texts(name, KNOWN[name], data_dir)
     path = Path(name).expanduser()
     if not path.exists():
-        names = ", ".join((*EMBEDDED, *KNOWN))
+        names = ", ".join((*EMBEDDED, *KNOWN, *(f"{task}-D" for task in TASKS)))
         raise UserError(f"there is no data set or path {name!r}. Known names: {names}. Or give a file or a directory.")
     return str(path), path_texts(path)
 

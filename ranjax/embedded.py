@@ -1,8 +1,9 @@
-"""Two corpora that need no network: documentation that every Python carries, and a source of known entropy."""
+"""Corpora that need no network: documentation that every Python carries, and tasks of known entropy."""
 
 import ast
 import math
 import platform
+import re
 import sysconfig
 import warnings
 from collections.abc import Iterator
@@ -66,9 +67,49 @@ def _topics(path: Path) -> list[str]:
     return [text.strip() for value in assigned for text in ast.literal_eval(value).values()]
 
 
-def markov() -> list[bytes]:
-    """The corpus `markov`: digits of `markov_ids` as train, valid and test texts, each from a seed of its own."""
-    return ["".join(map(str, markov_ids(n, seed))).encode() for seed, n in enumerate((400_000, 20_000, 20_000))]
+TASKS = {"markov": 2, "copy": 9, "recall": 2}  # and the least distance of each
+TASK_TOKENS = (400_000, 20_000, 20_000)  # of train, valid and test
+TASK_LETTERS = "abcdefgh"
+
+
+def task_texts(name: str) -> list[bytes] | None:
+    """Train, valid and test texts of `markov`, or of `markov-D`, `copy-D`, `recall-D`: what matters lies D tokens back.
+
+    `markov-D` has the digits of `markov_ids` of order D. `copy-D` repeats eight random letters,
+    `!abcdefgh.....?abcdefgh`, each D tokens after it stood there first. `recall-D` asks for one letter among others,
+    `!cfhaagbd?c`. Every text is drawn from a seed of its own.
+
+    Returns:
+      The texts, or None if the name is not one of these.
+
+    Raises:
+      UserError: for a distance too short for the task.
+    """
+    named = re.fullmatch(rf"({'|'.join(TASKS)})-(\d+)", "markov-2" if name == "markov" else name)
+    if named is None:
+        return None
+    task, distance = named[1], int(named[2])
+    if distance < TASKS[task]:
+        raise UserError(f"the distance of the task {task} must be at least {TASKS[task]}; got {name!r}.")
+    if task == "markov":
+        return ["".join(map(str, markov_ids(n, seed, distance))).encode() for seed, n in enumerate(TASK_TOKENS)]
+    return [_recalled(n, seed, 8 if task == "copy" else 1, distance).encode() for seed, n in enumerate(TASK_TOKENS)]
+
+
+def _recalled(length: int, seed: int, copied: int, distance: int) -> str:
+    """Records of letters, what lies between, a question mark and the letters again, about `length` tokens in all."""
+    records = -(-length // (1 + distance + copied))
+    letters = np.random.default_rng(seed).choice(list(TASK_LETTERS), size=(records, distance - 1))
+    if copied > 1:
+        letters[:, copied:] = "."
+    return "".join(f"!{row}?{row[:copied]}" for row in map("".join, letters))
+
+
+def task_answers(text: str) -> np.ndarray:
+    """Which tokens of a task's text are answers, those from a question mark to the next record: bool, `(tokens,)`."""
+    tokens = np.array(list(text))
+    asked, begun = np.cumsum(tokens == "?"), np.cumsum(tokens == "!")
+    return (asked == begun) & (tokens != "?") & (asked > 0)
 
 
 MARKOV_SYMBOLS = 8

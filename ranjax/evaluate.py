@@ -11,8 +11,6 @@ from ranjax.errors import UserError, exit_with_message
 from ranjax.hugepages import restart_with_huge_pages
 
 if TYPE_CHECKING:
-    import numpy as np
-
     from ranjax.config import Config
     from ranjax.lm import LanguageModel
     from ranjax.vocabulary import Vocabulary
@@ -75,8 +73,11 @@ def load_run(directory: str | Path) -> Run:
     return Run(config, vocabulary, model, Checkpoints(directory).load("best", like))
 
 
-def make_evaluator(model: "LanguageModel") -> Callable[[Any, "np.ndarray"], Evaluation]:
-    """`evaluate(params, ids) -> Evaluation`: the whole text as one stream, every one of its predictions counted."""
+def make_evaluator(model: "LanguageModel") -> Callable[..., Evaluation]:
+    """`evaluate(params, ids, counted=None) -> Evaluation`: the whole text as one stream.
+
+    Every prediction counts, or those of the tokens that `counted`, bool of the shape of `ids`, marks.
+    """
     import jax
     import jax.numpy as jnp
     import numpy as np
@@ -88,19 +89,23 @@ def make_evaluator(model: "LanguageModel") -> Callable[[Any, "np.ndarray"], Eval
         logits, state = model.apply({"params": params}, tokens, state, deterministic=True)
         return state, jnp.sum(jnp.where(targets < 0, 0.0, cross_entropy(logits, jnp.maximum(targets, 0))))
 
-    def evaluate(params, ids) -> Evaluation:
+    def evaluate(params, ids, counted=None) -> Evaluation:
         predictions = len(ids) - 1
         if predictions < 1:
             raise UserError(f"a text of at least 2 tokens is needed to predict one from another; got {len(ids)}.")
+        counts = np.ones(predictions, bool) if counted is None else np.asarray(counted)[1:]
+        if not counts.any():
+            raise ValueError("`counted` must mark at least one token after the first; it marks none.")
         padded = -(-predictions // WINDOW) * WINDOW
         tokens = np.zeros((padded // WINDOW, 1, WINDOW), np.int32)
         targets = np.full_like(tokens, -1)
-        tokens.flat[:predictions], targets.flat[:predictions] = ids[:-1], ids[1:]
+        tokens.flat[:predictions], targets.flat[:predictions] = ids[:-1], np.where(counts, ids[1:], -1)
         state, losses = zero_state(model, params, batch_size=1), []
         for inputs, outputs in zip(tokens, targets, strict=True):
             state, loss = window(params, state, inputs, outputs)
             losses.append(loss)
-        return Evaluation(float(np.sum(jax.device_get(losses), dtype=np.float64)) / predictions, predictions)
+        total, number = np.sum(jax.device_get(losses), dtype=np.float64), int(counts.sum())
+        return Evaluation(float(total) / number, number)
 
     return evaluate
 

@@ -87,8 +87,7 @@ class Report:
 
     def result(self, corpus: "Corpus", state: "TrainState", valid: "Evaluation", test: "Evaluation") -> dict[str, Any]:
         """Ends the run: `result.json`, `loss.png` and the last line."""
-        import jax
-
+        from ranjax.ablation import learned
         from ranjax.evaluate import report
 
         timed = int(state.timed) * self.config.batch_size * self.config.steps
@@ -103,7 +102,7 @@ class Report:
             "tokens_per_second": timed / float(state.seconds) if int(state.timed) else None,
             "training_seconds": float(state.seconds),
             "skipped_steps": int(state.bad),
-            "parameters": sum(p.size for p in jax.tree.leaves(state.params)),
+            "parameters": learned(state.params, self.config.ablation),
             "device": _device(),
             "date": date.today().isoformat(),
             "config": asdict(self.config),

@@ -51,12 +51,18 @@ def build_model(config: Config, vocabulary: int) -> "LanguageModel":
     import jax
     import jax.numpy as jnp
 
+    from ranjax.ablation import constraint
     from ranjax.lm import LanguageModel
 
+    if config.ablation is not None and config.cell != "ran":
+        raise UserError(f"--ablation is an option of --cell ran; got --cell {config.cell}.")
     names = "cell features layers embedding projection gates activation solver dropout tie init_scale"
     try:
         model = LanguageModel(vocabulary, **{name: getattr(config, name) for name in names.split()})
-        jax.eval_shape(partial(model.init, deterministic=True), jax.random.key(0), jnp.zeros((1, 1), jnp.int32))
+        init = partial(model.init, deterministic=True)
+        jax.eval_shape(
+            constraint(config.ablation), jax.eval_shape(init, jax.random.key(0), jnp.zeros((1, 1), jnp.int32))
+        )
     except ValueError as error:
         raise UserError(str(error)) from None
     return model
@@ -91,10 +97,12 @@ def initial_state(model: "LanguageModel", optimizer: "optax.GradientTransformati
     import jax
     import jax.numpy as jnp
 
+    from ranjax.ablation import constraint
     from ranjax.lm import zero_state
 
     tokens = jnp.zeros((config.batch_size, config.steps), jnp.int32)
     params = model.init(jax.random.key(config.seed), tokens, deterministic=True)["params"]
+    params = constraint(config.ablation)(params)
     carry = zero_state(model, params, config.batch_size)
     zero, count = jnp.zeros(()), jnp.zeros((), jnp.int32)
     state = TrainState(
@@ -114,6 +122,9 @@ def make_step(model: "LanguageModel", optimizer: "optax.GradientTransformation",
     import jax.numpy as jnp
     import optax
 
+    from ranjax.ablation import constraint
+
+    constrain = constraint(config.ablation)
     differentiate = jax.value_and_grad(make_loss(model, config), has_aux=True)
 
     def step(state, text):
@@ -123,7 +134,7 @@ def make_step(model: "LanguageModel", optimizer: "optax.GradientTransformation",
         key = jax.random.fold_in(jax.random.key(config.seed + 1), state.step)
         (loss, (new_carry, made)), gradient = differentiate(state.params, carry, window, key)
         updates, new_optimizer = optimizer.update(gradient, state.optimizer, state.params)
-        new = optax.apply_updates(state.params, updates), new_optimizer, new_carry
+        new = constrain(optax.apply_updates(state.params, updates)), new_optimizer, new_carry
         running = state.bad_in_row < BAD_STEPS
         good = running & jnp.isfinite(loss) & jnp.isfinite(optax.tree.norm(gradient))
         kept = jax.tree.map(lambda a, b: jnp.where(good, a, b), new, (state.params, state.optimizer, carry))
@@ -147,12 +158,15 @@ def make_loss(model: "LanguageModel", config: Config) -> Callable:
     """`loss(params, carry, window, key) -> (loss, (carry, passes))`: summed over time, averaged over the batch."""
     import jax.numpy as jnp
 
+    from ranjax.ablation import constraint
     from ranjax.lm import cross_entropy
+
+    constrain = constraint(config.ablation)
 
     def loss(params, carry, window, key):
         (logits, carry), sown = model.apply(
-            {"params": params}, window[:, :-1], carry, deterministic=config.dropout == 0, rngs={"dropout": key},
-            mutable="solver",
+            {"params": constrain(params)}, window[:, :-1], carry, deterministic=config.dropout == 0,
+            rngs={"dropout": key}, mutable="solver",
         )  # fmt: skip
         nats = cross_entropy(logits, window[:, 1:])
         return jnp.mean(jnp.sum(nats, axis=1)), (carry, passes(sown))

@@ -8,7 +8,7 @@ import dataclasses
 import json
 import re
 import signal
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -43,22 +43,26 @@ class Table:
         self.path, self.options = path, options
         self.rows = [json.loads(line) for line in path.read_text("utf-8").splitlines()] if path.exists() else []
 
-    def row(self, config: Config, **labels: str) -> dict[str, Any]:
+    def row(
+        self, config: Config, measure: Callable[[Path], dict[str, Any]] = lambda run: {}, **labels: str | int
+    ) -> dict[str, Any]:
         """The row of one training: from the table, or trained now.
 
         Args:
           config: its settings; `data_dir`, `out` and `resume` are the table's to choose.
+          measure: what else the row says of a trained run, from its directory.
           labels: what the study calls it, such as its part and its model; together with the settings they tell one
             row from another.
         """
         for row in self.rows:
             if _settings(row["config"]) == _settings(config) and labels.items() <= row.items():
                 return row
-        print(f"== {', '.join(labels.values())}: {_name(config)}", flush=True)
-        name = "-".join(re.sub(r"[^\w.]+", "-", part) for part in (*labels.values(), _name(config)))
+        name = [*map(str, labels.values()), _name(config)]
+        print(f"== {', '.join(name)}", flush=True)
+        name = "-".join(re.sub(r"[^\w.]+", "-", part) for part in name)
         out = Path(self.options.runs).resolve() / name
         where = {"out": str(out), "resume": out.exists(), "data_dir": self.options.data_dir}
-        self.rows.append(labels | _row(train(dataclasses.replace(config, **where))))
+        self.rows.append(labels | _row(train(dataclasses.replace(config, **where))) | measure(out))
         with self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(self.rows[-1]) + "\n")
         return self.rows[-1]
@@ -99,7 +103,7 @@ def _row(result: dict[str, Any]) -> dict[str, Any]:
     config = _settings(result["config"])
     names = "cell", "gates", "activation", "seed", "dropout", "learning_rate"
     row = {"dataset": result["dataset"], **{name: config[name] for name in names}}
-    row |= {name: result[name] for name in ("test_perplexity", "valid_perplexity", "test_bits")}
+    row |= {name: result[name] for name in ("test_perplexity", "valid_perplexity", "test_bits", "tokens_per_second")}
     row |= {"tokens": result["test_tokens"], "parameters": result["parameters"], "seconds": result["training_seconds"]}
     return (
         row | {"device": result["device"], "date": result["date"]} | {"config": config, "versions": result["versions"]}

@@ -1,6 +1,7 @@
 """Corpora, vocabularies and their errors."""
 
 import gzip
+import math
 import os
 import re
 import socket
@@ -13,7 +14,7 @@ import numpy as np
 import pytest
 
 from ranjax.data import columns, load_corpus, load_split
-from ranjax.embedded import MARKOV_NOISE, markov_entropy, markov_ids
+from ranjax.embedded import MARKOV_NOISE, markov_entropy, markov_ids, task_answers
 from ranjax.errors import UserError
 from ranjax.sources import split_text
 from ranjax.vocabulary import BytePairs, Bytes, Characters, Words, load_vocabulary, save_vocabulary
@@ -112,6 +113,32 @@ def test_markov_of_a_higher_order():
     ids = markov_ids(1000, seed=0, order=7)
     noise = (ids[7:] - ids[6:-1] - 3 * ids[:-7]) % 8
     assert np.mean(noise == 0) == pytest.approx(MARKOV_NOISE[0], abs=0.05)
+
+
+@pytest.mark.parametrize(("task", "copied"), [("copy-9", 8), ("copy-100", 8), ("recall-2", 1), ("recall-33", 1)])
+def test_answers_repeat_what_lies_so_far_back(task, copied):
+    corpus, distance = load_corpus(task), int(task.split("-")[1])
+    text = corpus.vocabulary.decode(corpus.train)
+    answers = task_answers(text)
+    assert len(text) == pytest.approx(400_000, abs=distance + 10)
+    at = np.flatnonzero(answers)
+    assert len(at) == copied * text.count("?") == copied * text.count("!")
+    letters = np.array(list(text))
+    np.testing.assert_array_equal(letters[at], letters[at - distance])
+    counts = Counter(letters[at].tolist())
+    assert sorted(counts) == list("abcdefgh")
+    assert _entropy(counts) == pytest.approx(math.log(8), rel=0.01)  # nothing else tells them
+    assert re.fullmatch(
+        r"(![a-h]{8}\.*\?[a-h]{8})+" if copied > 1 else r"(![a-h]+\?[a-h])+", text[: 50 * (1 + distance + copied)]
+    )
+    assert text[:1000] != corpus.vocabulary.decode(corpus.test)[:1000]
+
+
+def test_markov_reaches_back_as_far_as_its_name_says():
+    corpus = load_corpus("markov-7")
+    np.testing.assert_array_equal(corpus.train[:1000], markov_ids(400_000, seed=0, order=7)[:1000])
+    np.testing.assert_array_equal(load_corpus("markov").test, load_corpus("markov-2").test)
+    assert not task_answers("0123").any()
 
 
 def test_columns_are_contiguous():

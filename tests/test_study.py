@@ -34,7 +34,7 @@ def test_a_row_is_trained_for_once(config, tmp_path, capsys):
     assert [path.name for path in (tmp_path / "runs").iterdir()] == [
         "pets-RAN-input-gates-1-epochs-dropout-0.2-rate-0.002-seed-0"
     ]
-    assert "== pets, RAN, input gates: 1 epochs" in capsys.readouterr().out
+    assert "== pets, RAN, input gates, 1 epochs" in capsys.readouterr().out
 
     again = study.Table(tmp_path / "results.jsonl", options)
     assert again.rows == [json.loads(json.dumps(row))]

@@ -297,6 +297,13 @@ def test_evaluation_counts_every_prediction_whatever_the_window(run, monkeypatch
         assert result.nats == pytest.approx(-float(picked.mean()), rel=1e-5)
     assert result.perplexity == pytest.approx(math.exp(result.nats))
 
+    counted = np.arange(len(ids)) % 5 == 0
+    result = make_evaluator(loaded.model)(loaded.params, ids, counted)
+    assert result.tokens == counted[1:].sum()
+    assert result.nats == pytest.approx(-float(picked[counted[1:]].mean()), rel=1e-5)
+    with pytest.raises(ValueError, match="`counted` must mark at least one token"):
+        make_evaluator(loaded.model)(loaded.params, ids, np.arange(len(ids)) == 0)
+
 
 @pytest.mark.quick
 def test_the_program_evaluate(run, capsys, tmp_path):
@@ -397,6 +404,9 @@ def test_a_program_ends_with_one_message_and_exit_code_1(tmp_path):
         ("train", ["--resume", "--out", "{run}", "--features", "9"], "another configuration .*--features"),
         ("train", ["--dataset", "{text}", "--batch-size", "4000"], "fewer than one batch"),
         ("train", ["--dataset", "{text}", "--embedding", "3"], "`tie` needs the embedding"),
+        ("train", ["--dataset", "{text}", "--cell", "gru", "--ablation", "gates"], "--ablation is an option of --cell"),
+        ("train", ["--dataset", "{text}", "--ablation", "content", "--no-tie", "--embedding", "3"], "inputs as wide"),
+        ("train", ["--dataset", "copy-8"], "the distance of the task copy must be at least 9; got 'copy-8'"),
         ("evaluate", ["--checkpoint", "{tmp}/none"], "none is not a run"),
         ("evaluate", ["--checkpoint", "{run}", "--dataset", "markov"], "not the characters '0', '1'"),
         ("generate", ["--checkpoint", "{run}", "--prompt", "XYZ"], "not the characters 'X', 'Y', 'Z'"),

@@ -1,0 +1,83 @@
+"""What the parts of a RAN are worth: each variant is the same model but for one thing.
+
+    python experiments/ablation/run.py --runs runs/ablation
+
+Trains them one after another on the documentation that every Python carries, seed after seed. Each run goes on where it
+was cut off, and adds its row to results.jsonl when it is done; ablation.png is drawn anew.
+"""
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from ranjax.config import Config
+from ranjax.errors import UserError, exit_with_message
+from ranjax.hugepages import restart_with_huge_pages
+from ranjax.study import Options, Table, budget
+
+HERE = Path(__file__).parent
+BASE = "RAN"
+VARIANTS = {
+    BASE: {},
+    "gates: own feature of h": {"gates": "diagonal"},
+    "gates: input only": {"gates": "input"},
+    "constant input gate": {"ablation": "input-gate"},
+    "constant forget gate": {"ablation": "forget-gate"},
+    "constant gates": {"ablation": "gates"},
+    "input gate 1 - f": {"ablation": "complement"},
+    "no content layer": {"ablation": "content"},
+    "h = c": {"activation": "identity"},
+    "projection, 200": {"projection": 200},
+    "states of 400, projection, 200": {"features": (400,), "projection": 200},
+    "untied output": {"tie": False},
+    "LSTM": {"cell": "lstm"},
+}
+
+
+@dataclass(frozen=True)
+class Ablation(Options):
+    """Runs the study, or what is left of it."""
+
+    dataset: str = "python-docs"
+    """Corpus; all else is at the training program's defaults."""
+    variants: tuple[str, ...] = tuple(VARIANTS)
+    """Which variants, in which order."""
+    seeds: int = 3
+    """How many seeds of each."""
+
+
+def draw(rows: list[dict], path: Path) -> None:
+    """Test perplexity of every run, by variant, with the mean of the whole RAN as a line."""
+    from matplotlib.figure import Figure
+
+    names = [name for name in VARIANTS if any(row["variant"] == name for row in rows)]
+    figure = Figure(figsize=(6.4, 0.32 * len(names) + 1.2), layout="constrained")
+    axes = figure.subplots()
+    axes.plot(*zip(*((row["test_perplexity"], names.index(row["variant"])) for row in rows), strict=True), "o")
+    whole = [row["test_perplexity"] for row in rows if row["variant"] == BASE]
+    if whole:
+        axes.axvline(sum(whole) / len(whole), color="0.6", linewidth=1)
+    axes.set(xlabel="test perplexity, a dot for each seed", yticks=range(len(names)), yticklabels=names)
+    axes.invert_yaxis()
+    axes.grid(alpha=0.3)
+    figure.savefig(path, dpi=110)
+
+
+def main(options: Ablation) -> None:
+    if set(options.variants) - set(VARIANTS):
+        known = ", ".join(map(repr, VARIANTS))
+        raise UserError(f"--variants must be of {known}; got {', '.join(options.variants)}.")
+    table = Table(HERE / "results.jsonl", options)
+    base = Config(dataset=options.dataset)
+    with budget(options.minutes):
+        for seed in range(options.seeds):
+            for name in options.variants:
+                table.row(replace(base, seed=seed, **VARIANTS[name]), variant=name)
+                draw([row for row in table.rows if row["dataset"] == options.dataset], HERE / "ablation.png")
+
+
+if __name__ == "__main__":
+    import tyro
+
+    restart_with_huge_pages()
+    with exit_with_message():
+        main(tyro.cli(Ablation))

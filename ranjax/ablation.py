@@ -1,0 +1,86 @@
+"""Ablations of a RAN: parts that it does without, as linear constraints on its parameters.
+
+A constrained model is a RAN like any other, with the same solvers and programs; some of its weights are fixed, or made
+of others.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+CONSTANT = {"input-gate": (0,), "forget-gate": (1,), "gates": (0, 1)}  # which gates are constant in time
+ABLATIONS = (*CONSTANT, "complement", "content")
+
+
+def constraint(ablation: str | None) -> Callable[[Any], Any]:
+    r"""`constrain(params) -> params`: the parameters of a language model with a part of its RANs taken out.
+
+    Gates without their weights on x and h are a constant for each feature, which is learned:
+
+    .. math::
+        i_t = \sigma(b_i) \quad\text{or}\quad f_t = \sigma(b_f)
+
+    Args:
+      ablation: `"input-gate"`, `"forget-gate"` or `"gates"` (both): a constant in time; `"complement"`:
+        :math:`i_t = 1 - f_t`; `"content"`: no layer, :math:`u_t = x_t`, for inputs as wide as the state. None: all is
+        left as it is.
+
+    Raises:
+      ValueError: for an unknown ablation; from the function, for `"content"` where inputs and states differ in size.
+
+    Example:
+      >>> import jax, jax.numpy as jnp
+      >>> from ranjax.ablation import constraint
+      >>> params = {"gates": {"kernel": jnp.ones((3, 2, 4)), "bias": jnp.ones((2, 4))}}
+      >>> gates = constraint("input-gate")(params)["gates"]
+      >>> gates["kernel"][:, 0].sum().item(), gates["bias"][0].sum().item()
+      (0.0, 4.0)
+    """
+    if ablation is None:
+        return lambda params: params
+    if ablation not in ABLATIONS:
+        raise ValueError(f"`ablation` must be one of {', '.join(map(repr, ABLATIONS))}, or None; got {ablation!r}.")
+    return lambda params: jax.tree_util.tree_map_with_path(lambda path, p: _constrained(ablation, path, p), params)
+
+
+def learned(params: Any, ablation: str | None) -> int:
+    """How many of the parameters the constraint leaves free."""
+    return sum(round(p.size * _free(ablation, path)) for path, p in jax.tree_util.tree_leaves_with_path(params))
+
+
+def _constrained(ablation: str, path: tuple, p: Array) -> Array:
+    """One leaf; those of gates are `(..., 2, features)`, the input gate's first."""
+    part, name = _names(path)
+    if part == "content" and ablation == "content":
+        if p.shape[0] != p.shape[1]:
+            raise ValueError(
+                f"ablation='content' needs inputs as wide as the state, for they are added to it; got {p.shape[0]} "
+                f"and {p.shape[1]} features. Give the embedding and all layers one size."
+            )
+        return jnp.eye(len(p), dtype=p.dtype)
+    if part == "gates" and ablation == "complement":
+        return jnp.stack([-p[..., 1, :], p[..., 1, :]], axis=-2)  # 1 - sigmoid(z) = sigmoid(-z)
+    if part == "gates" and name != "bias" and ablation in CONSTANT:
+        return p.at[..., CONSTANT[ablation], :].set(0)
+    return p
+
+
+def _free(ablation: str | None, path: tuple) -> float:
+    """Which share of a leaf is free."""
+    part, name = _names(path)
+    if part == "content" and ablation == "content":
+        return 0.0
+    if part == "gates" and ablation == "complement":
+        return 0.5
+    if part == "gates" and name != "bias" and ablation in CONSTANT:
+        return 1 - len(CONSTANT[ablation]) / 2
+    return 1.0
+
+
+def _names(path: tuple) -> tuple[str | None, str]:
+    """The part of a cell that a leaf belongs to, and its name there."""
+    part, name = [None, *(key.key for key in path)][-2:]
+    return part, name
