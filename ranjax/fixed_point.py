@@ -39,6 +39,10 @@ class FixedPoint:
       splitting: what stands for the Jacobian in a pass. `"diagonal"`: its diagonal, clipped to [-1, 1]; `"frozen"`: the
         forget gate, as if the gates did not answer to the state.
       recurrence: solver of the linear recurrences; see `linear_recurrence`.
+      window: most time steps solved at once. Longer sequences are solved window after window, each from the last
+        state: fewer passes where a memory is long, and the gradient keeps the states alone, making all else anew a
+        window at a time. None, or with time spread over a mesh: all at once. A gradient of a gradient needs None where
+        there would be windows (JAX cannot transpose that twice inside a scan); forward over reverse mode does not.
       rtol: tolerance of the states. None: 32 times the eps of their dtype.
       adjoint_rtol: tolerance of the gradient's system, relative to its largest value. None: 8 times eps.
       max_iterations: passes after which the iteration has failed.
@@ -57,6 +61,7 @@ class FixedPoint:
 
     splitting: Splitting = "diagonal"
     recurrence: str = "auto"
+    window: int | None = 1024
     rtol: float | None = None
     adjoint_rtol: float | None = None
     max_iterations: int = 100
@@ -79,15 +84,17 @@ class FixedPoint:
             value = getattr(self, name)
             if value is not None and not 0 < value < 1:
                 raise ValueError(f"`{name}` must be above 0 and below 1, or None; got {value!r}.")
-        if self.max_iterations < 1:
-            raise ValueError(f"`max_iterations` must be at least 1; got {self.max_iterations!r}.")
+        for name in ("max_iterations", "window"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"`{name}` must be at least 1; got {value!r}.")
 
 
 class Record(NamedTuple):
     """What a solver did to find the states; of the gradient's system nothing is recorded.
 
     Attributes:
-      iterations: passes; 0 for a solver that does not iterate.
+      iterations: passes, the most that a window took; 0 for a solver that does not iterate.
       residual: largest one-step residual, relative to the largest state of its sequence; where the passes came to an
         end before it was within the tolerance, that of the pass before the last.
       converged: whether the residual is within the tolerance.

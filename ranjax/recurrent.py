@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array, dtypes, lax
+from jax.ad_checkpoint import checkpoint_name
 
 from ranjax.cell import ACTIVATIONS, Params, gates_of_state, update
 from ranjax.fixed_point import FixedPoint, Record, exact, iterate, relative
@@ -21,6 +22,7 @@ from ranjax.masks import Steps, seen
 from ranjax.mesh import at_the_edge, before, chained, varying_as
 from ranjax.scan import linear_recurrence
 
+KEPT = "ranjax.states"  # of a window of time, for the way back
 COARSE = 1e-2  # residual below which products must be exact
 
 
@@ -48,9 +50,43 @@ def recurrent_states(params: Params, steps: Steps, c0: Array, activation: str, w
         used["projection"] = params["projection"]
     if way.solver is None:
         return _states(used, steps, c0, activation, way)
+    window = way.solver.window
+    if window is None or window >= len(steps.u) or way.axis_name is not None:
+        return _at_once(used, steps, c0, activation, way)
+    return _by_windows(used, steps, c0, activation, way, window)
+
+
+def _at_once(params: Params, steps: Steps, c0: Array, activation: str, way: Way) -> tuple[Array, Record]:
     z, u = jnp.moveaxis(steps.z, 0, -3), jnp.moveaxis(steps.u, 0, -2)
-    c, record = _states(used, Steps(u, z), c0, activation, way)
+    c, record = _states(params, Steps(u, z), c0, activation, way)
     return jnp.moveaxis(c, -2, 0), record
+
+
+def _by_windows(
+    params: Params, steps: Steps, c0: Array, activation: str, way: Way, window: int
+) -> tuple[Array, Record]:
+    """Windows of at most so many steps, one after another from the last state, after the few steps left over.
+
+    Of a window only the states are kept for the way back, which makes all else anew.
+    """
+
+    def solve(c, steps):
+        states, record = _at_once(params, steps, c, activation, way)
+        return states[-1], (states, record)
+
+    kept = partial(jax.checkpoint, policy=jax.checkpoint_policies.save_only_these_names(KEPT))
+    number = -(-len(steps.u) // window)
+    over = len(steps.u) % number
+    first = jax.tree.map(lambda a: a[:over], steps)
+    windows = jax.tree.map(lambda a: a[over:].reshape(number, -1, *a.shape[1:]), steps)
+    c = varying_as(c0, (*steps, *jax.tree.leaves(params)))
+    c, head = kept(solve)(c, first) if over else (c, None)
+    _, (states, records) = lax.scan(kept(solve, prevent_cse=False), c, windows)
+    states = states.reshape(-1, *states.shape[2:])
+    if head is not None:
+        states = jnp.concatenate([head[0], states])
+        records = jax.tree.map(lambda one, more: jnp.append(more, one), head[1], records)
+    return states, Record(jnp.max(records.iterations), jnp.max(records.residual), jnp.all(records.converged))
 
 
 @partial(jax.custom_jvp, nondiff_argnums=(3, 4))
@@ -69,6 +105,7 @@ def _states_jvp(activation, way, primals, tangents):
         earlier = seen(steps.z[..., 1, :], before(states, c0, axis))
     else:
         states, record = _states(params, steps, c0, activation, way)
+        states = checkpoint_name(states, KEPT)
         earlier = seen(steps.z[..., 1, :], before(states, c0, axis, axis_name=way.axis_name))
         gates = jax.nn.sigmoid(steps.z + _recurrent(params, earlier, activation))
     answer = _answer(steps, earlier, gates)

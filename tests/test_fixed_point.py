@@ -37,7 +37,7 @@ def solve(*arrays, solver="fixed_point", activation="tanh"):
 
 
 @pytest.mark.quick
-@pytest.mark.parametrize("splitting", ["diagonal", "frozen"])
+@pytest.mark.parametrize("solver", [FixedPoint(), FixedPoint("frozen"), FixedPoint(window=12)], ids=str)
 @pytest.mark.parametrize(
     ("time", "options"),
     [
@@ -50,10 +50,10 @@ def solve(*arrays, solver="fixed_point", activation="tanh"):
     ],
     ids=str,
 )
-def test_equals_the_equations(time, options, splitting, x64):
+def test_equals_the_equations(time, options, solver, x64):
     params, x, c0 = problem(time, **options)
     activation = options.get("activation", "tanh")
-    states, record = solve(params, x, c0, solver=FixedPoint(splitting), activation=activation)
+    states, record = solve(params, x, c0, solver=solver, activation=activation)
     assert bool(record.converged)
     assert int(record.iterations) <= time + 2
     if time:
@@ -153,7 +153,8 @@ def test_gradients_equal_autodiff_of_the_walk(options, splitting, x64):
 
     expected = jax.jit(jax.grad(plain, (0, 1, 2)))(*arrays)
     failing = FixedPoint(splitting, max_iterations=2)
-    for solver in ("sequential", FixedPoint(splitting, on_failure="nan"), failing):
+    windows = FixedPoint(splitting, window=25, on_failure="nan")
+    for solver in ("sequential", FixedPoint(splitting, on_failure="nan"), windows, failing):
         got = loss(solver)(*arrays)
         for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(expected), strict=True):
             np.testing.assert_allclose(a, b, rtol=0, atol=1e-9 * max(1, np.abs(b).max()))
@@ -162,6 +163,12 @@ def test_gradients_equal_autodiff_of_the_walk(options, splitting, x64):
 def test_second_derivatives(x64):
     arrays = problem(4, batch=1)
     check_grads(jax.jit(lambda *a: solve(*a)[0]), arrays, order=2, modes=("rev",))
+
+    def by(solver):  # the Hessian times a vector
+        gradient = jax.grad(lambda c0: jnp.sum(jnp.sin(solve(*arrays[:2], c0, solver=solver)[0])))
+        return jax.jit(lambda c0: jax.jvp(gradient, (c0,), (jnp.cos(c0),)))(arrays[2])
+
+    np.testing.assert_allclose(by(FixedPoint(window=3)), by("sequential"), rtol=0, atol=1e-10)
 
 
 @pytest.mark.parametrize("on_failure", ["sequential", "nan", "ignore"])
@@ -242,6 +249,36 @@ def test_memory_does_not_grow_with_the_passes():
     assert few == many < 20
 
 
+@pytest.mark.parametrize("time", [8192, 7000])
+def test_windows_need_a_dozen_arrays(time):
+    """Inputs, gradients and temporaries of the gradient in all, in arrays of the states' size."""
+    x, c0 = (jax.ShapeDtypeStruct(shape, jnp.float32) for shape in ((2, time, FEATURES), (2, FEATURES)))
+    params = jax.eval_shape(RANCell(FEATURES).init, jax.random.key(0), c0, c0)["params"]
+    of = jax.jit(jax.grad(lambda *a: jnp.sum(solve(*a)[0] ** 2), (0, 1, 2)))
+    used = of.lower(params, x, c0).compile().memory_analysis()
+    total = used.temp_size_in_bytes + used.argument_size_in_bytes + used.output_size_in_bytes
+    assert total / (2 * time * FEATURES * 4) <= 12
+
+
+def test_windows_are_solved_each_for_itself(x64):
+    """As many windows as there must be, all of one length, and before them the steps that are left over."""
+    params, x, c0 = problem(64, scale=2)
+    one = FixedPoint(window=22, on_failure="nan")
+    states, record = solve(params, x, c0, solver=one)
+    c, passes = c0, []
+    for part in (x[:, :1], x[:, 1:22], x[:, 22:43], x[:, 43:]):
+        some, its = solve(params, part, c, solver=one)
+        c = some[:, -1]
+        passes.append(int(its.iterations))
+    np.testing.assert_array_equal(states[:, 43:], some)
+    assert int(record.iterations) == max(passes) < int(solve(params, x, c0)[1].iterations)
+
+    broken = x.at[:, 30].set(jnp.nan)
+    states, record = solve(params, broken, c0, solver=one)
+    assert not bool(record.converged)
+    np.testing.assert_array_equal(jnp.isnan(states).any((0, 2)), np.arange(64) >= 22)
+
+
 def test_the_language_model_with_it_and_without():
     tokens = jnp.asarray(np.random.default_rng(0).integers(0, 20, (2, 30)))
     plain = LanguageModel(20, features=FEATURES, init_scale=0.5)
@@ -267,6 +304,7 @@ def test_the_language_model_with_it_and_without():
         ({"rtol": 0}, r"`rtol` must be above 0 and below 1, or None; got 0"),
         ({"adjoint_rtol": 2}, r"`adjoint_rtol` must be above 0"),
         ({"max_iterations": 0}, r"`max_iterations` must be at least 1; got 0"),
+        ({"window": 0}, r"`window` must be at least 1; got 0"),
     ],
 )
 def test_bad_settings(setting, message):

@@ -11,13 +11,14 @@ import datetime
 import json
 from functools import partial
 from pathlib import Path
+from unittest import mock
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 import ranjax
-from ranjax.cell import content, gates_of_input, output
+from ranjax.cell import ACTIVATIONS, content, gates_of_input, output
 from ranjax.data import load_corpus
 from ranjax.evaluate import load_run
 from ranjax.fixed_point import FixedPoint
@@ -26,6 +27,7 @@ from ranjax.recurrent import make_pass
 
 HERE = Path(__file__).parent
 LEVELS = (1e-3, 1e-4, 1e-6)
+WINDOWS = {2048: (128, 512, 1024, 2048), 16384: (512, 1024)}  # of so many steps, by length
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,6 +77,12 @@ def anderson(history: list[tuple[jax.Array, jax.Array]]) -> jax.Array:
     return sum(w * after for w, (_, after) in zip(weights / weights.sum(), history, strict=True))
 
 
+def rounded(params: dict, earlier: jax.Array, activation: str, *_: str) -> jax.Array:
+    """What h_{t-1} gives to the gates, its factors rounded to bfloat16, as products are by default on a TPU."""
+    kernel, h = params["gates"]["recurrent_kernel"], ACTIVATIONS[activation](earlier)
+    return jnp.tensordot(*(jax.lax.reduce_precision(a, 8, 7) for a in (h, kernel)), 1)
+
+
 def windows(solve, x: jax.Array, size: int) -> float:
     """Mean passes of windows that are solved one after another, each from the last state of the one before."""
     c0, counts = jnp.zeros((1, solve.keywords["params"]["content"]["kernel"].shape[1])), []
@@ -102,10 +110,16 @@ def study(params: dict, x: jax.Array, activation: str, options: Options) -> list
         for name in names:
             row = {"iteration": name, "time": time, "scale": scale, "spectral_norm": round(scale * norm, 2)}
             rows.append(row | passes(name, options.most, apply, jnp.zeros_like(expected), expected))
-        if time == 2048:
-            solve = jax.jit(partial(ranjax.solve, solver=FixedPoint(rtol=1e-4), **settings))
+        if time == 512 and scale == 1 and "diagonal" in names:
+            with mock.patch("ranjax.recurrent._recurrent", rounded):
+                apply = {"diagonal": jax.jit(make_pass(scaled, steps, c0, activation, FixedPoint()))}
+                found = passes("diagonal", options.most, apply, jnp.zeros_like(expected), expected)
+            row |= {"iteration": "bfloat16 products"}
+            rows.append(row | found)
+        if time in WINDOWS:
+            solve = jax.jit(partial(ranjax.solve, solver=FixedPoint(rtol=1e-4, window=None), **settings))
             solve = partial(solve, params=scaled)
-            for size in (128, 512, 2048):
+            for size in WINDOWS[time]:
                 row = {"iteration": f"windows of {size}", "time": time, "scale": 1.0, "spectral_norm": round(norm, 2)}
                 rows.append(row | {"passes_0.0001": windows(solve, x[:, :time], size)})
     return rows
