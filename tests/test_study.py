@@ -1,17 +1,23 @@
 """Studies: rows that are there are not trained for again, what was cut off goes on, time runs out."""
 
 import json
+import math
 import runpy
 import subprocess
 import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from ranjax import study
 from ranjax.config import Config
+from ranjax.data import load_corpus
+from ranjax.embedded import markov_entropy
 from ranjax.errors import UserError
+from ranjax.evaluate import Evaluation, Run
+from ranjax.step import build_model
 
 EXPERIMENTS = Path(__file__).resolve().parents[1] / "experiments"
 
@@ -98,3 +104,52 @@ def test_the_parity_study_draws_what_there_is(tmp_path):
     assert (tmp_path / "some.png").read_bytes().startswith(b"\x89PNG")
     with pytest.raises(UserError, match="--study must be of"):
         parity["main"](parity["Parity"](study="ptb"))
+
+
+def test_every_variant_of_the_ablation_is_a_model(tmp_path):
+    ablation = runpy.run_path(str(EXPERIMENTS / "ablation" / "run.py"))
+    for name, options in ablation["VARIANTS"].items():
+        build_model(Config(**options), 50)
+        assert (name == "RAN") == (not options)
+    rows = [{"variant": name, "test_perplexity": 80.0 + n} for n, name in enumerate(ablation["VARIANTS"])]
+    ablation["draw"](rows[3:], tmp_path / "some.png")  # the study has just begun
+    assert (tmp_path / "some.png").read_bytes().startswith(b"\x89PNG")
+    with pytest.raises(UserError, match=r"--variants must be of .RAN., .*; got GRU"):
+        ablation["main"](ablation["Ablation"](variants=("GRU",)))
+
+
+def test_long_contexts_take_the_same_tokens_an_update(tmp_path):
+    study = runpy.run_path(str(EXPERIMENTS / "long-context" / "run.py"))
+    for length in study["LENGTHS"]:
+        config = study["windows"](study["TEXT"], length)
+        assert config.steps == length
+        assert 0.99 * study["UPDATE"] < config.steps * config.batch_size <= study["UPDATE"]
+    for task, distances in study["DISTANCES"].items():
+        assert all(load_corpus(f"{task}-{distance}").train.size for distance in distances[:1])
+    rows = [{"model": "RAN", "task": "copy", "length": n, "recalled": 1 / n} for n in (16, 8)]
+    study["draw"](rows, "recalled", ["copy", "recall"], tmp_path / "some.png")
+    assert (tmp_path / "some.png").read_bytes().startswith(b"\x89PNG")
+    with pytest.raises(UserError, match="--study must be of 'truncation', 'tasks'; got copy"):
+        study["main"](study["LongContext"](study="copy"))
+
+
+@pytest.mark.parametrize("name", ["recall-3", "markov-2"])
+def test_what_is_recalled_is_0_for_a_guess_and_1_for_an_answer(name, tmp_path, monkeypatch):
+    study = runpy.run_path(str(EXPERIMENTS / "long-context" / "run.py"))
+    corpus = load_corpus(name)
+    for nats, recalled in ((math.log(8), 0.0), (0.0 if name == "recall-3" else markov_entropy(), 1.0)):
+
+        def evaluator(_, nats=nats):
+            def evaluate(params, ids, counted):
+                np.testing.assert_array_equal(ids, corpus.test)
+                assert (counted is None) == (name == "markov-2")
+                assert counted is None or counted.sum() * 5 == len(ids)  # one answer for every "!ab?a"
+                return Evaluation(nats, 10)
+
+            return evaluate
+
+        functions = study["recalled"].__globals__
+        run = Run(Config(dataset=name), corpus.vocabulary, None, None)
+        monkeypatch.setitem(functions, "load_run", lambda _, run=run: run)
+        monkeypatch.setitem(functions, "make_evaluator", evaluator)
+        assert study["recalled"](tmp_path)["recalled"] == pytest.approx(recalled)

@@ -9,24 +9,25 @@ float64, batch 1, the run's own validation text. Rows go to results.jsonl, a pic
 import dataclasses
 import datetime
 import json
-from functools import partial
+from collections.abc import Callable
 from pathlib import Path
+from typing import get_args
 from unittest import mock
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from passes import make_blocked, passes, rounded, windows
 
 import ranjax
-from ranjax.cell import ACTIVATIONS, content, gates_of_input, output
+from ranjax.cell import content, gates_of_input, output
 from ranjax.data import load_corpus
 from ranjax.evaluate import load_run
-from ranjax.fixed_point import FixedPoint
+from ranjax.fixed_point import FixedPoint, Splitting
 from ranjax.masks import Steps
 from ranjax.recurrent import make_pass
 
 HERE = Path(__file__).parent
-LEVELS = (1e-3, 1e-4, 1e-6)
 WINDOWS = {2048: (128, 512, 1024, 2048), 16384: (512, 1024)}  # of so many steps, by length
 
 
@@ -51,78 +52,47 @@ class Options:
     out: Path = HERE
 
 
-def passes(name: str, most: int, apply: dict, first: jax.Array, expected: jax.Array) -> dict:
-    """Residual and error of the states before each pass."""
-    c, residuals, errors, history = first, [], [], []
-    for k in range(most):
-        errors.append(float(jnp.max(jnp.abs(c - expected)) / jnp.max(jnp.abs(expected))))
-        after, residual = apply[
-            "frozen" if name == "frozen" or (name == "frozen, then diagonal" and k < 3) else "diagonal"
-        ](c)
-        residuals.append(float(residual))
-        if not residuals[-1] > LEVELS[-1] / 100:
-            break
-        history = [*history, (c, after)][-3:]
-        c = anderson(history) if name == "Anderson, depth 2" else after
-    row = {f"passes_{level:g}": next((k for k, r in enumerate(residuals) if r <= level), None) for level in LEVELS}
-    row |= {f"passes_error_{level:g}": next((k for k, e in enumerate(errors) if e <= level), None) for level in LEVELS}
-    return row | {"residuals": [float(f"{r:.2e}") for r in residuals]}
-
-
-def anderson(history: list[tuple[jax.Array, jax.Array]]) -> jax.Array:
-    """The mix of the last passes with the least step."""
-    steps = jnp.stack([(after - before).ravel() for before, after in history])
-    gram = steps @ steps.T
-    weights = jnp.linalg.solve(gram + 1e-12 * jnp.trace(gram) * jnp.eye(len(gram)), jnp.ones(len(gram)))
-    return sum(w * after for w, (_, after) in zip(weights / weights.sum(), history, strict=True))
-
-
-def rounded(params: dict, earlier: jax.Array, activation: str, *_: str) -> jax.Array:
-    """What h_{t-1} gives to the gates, its factors rounded to bfloat16, as products are by default on a TPU."""
-    kernel, h = params["gates"]["recurrent_kernel"], ACTIVATIONS[activation](earlier)
-    return jnp.tensordot(*(jax.lax.reduce_precision(a, 8, 7) for a in (h, kernel)), 1)
-
-
-def windows(solve, x: jax.Array, size: int) -> float:
-    """Mean passes of windows that are solved one after another, each from the last state of the one before."""
-    c0, counts = jnp.zeros((1, solve.keywords["params"]["content"]["kernel"].shape[1])), []
-    for start in range(0, x.shape[1], size):
-        states, record = solve(x=x[:, start : start + size], c0=c0)
-        c0 = states[:, -1]
-        counts.append(int(record.iterations) - 1)  # the last one checks
-    return float(np.mean(counts))
-
-
-def study(params: dict, x: jax.Array, activation: str, options: Options) -> list[dict]:
+def study(params: dict, x: jax.Array, activation: str, trained: bool, options: Options) -> list[dict]:
     """The rows of one layer with the inputs `(1, time, in)`."""
     kernel, rows = params["gates"]["recurrent_kernel"], []
     norm = max(float(jnp.linalg.norm(kernel[:, gate], 2)) for gate in range(2))
-    cases = [(time, 1.0, ("diagonal", "frozen")) for time in options.lengths]
-    cases += [(512, 1.0, ("frozen, then diagonal", "Anderson, depth 2"))]
-    cases += [(512, scale, ("diagonal",)) for scale in options.scales]
-    for time, scale, names in cases:
+    for time, scale in (*((time, 1.0) for time in options.lengths), *((512, scale) for scale in options.scales)):
         scaled = {**params, "gates": {**params["gates"], "recurrent_kernel": scale * kernel}}
-        steps = Steps(content(scaled, x[:, :time]), gates_of_input(scaled, x[:, :time]))
-        c0 = jnp.zeros((1, kernel.shape[-1]))
-        settings = {"gates": "recurrent", "activation": activation}
-        expected, _ = ranjax.solve(scaled, x[:, :time], solver="sequential", **settings)
-        apply = {s: jax.jit(make_pass(scaled, steps, c0, activation, FixedPoint(s))) for s in ("diagonal", "frozen")}
-        for name in names:
-            row = {"iteration": name, "time": time, "scale": scale, "spectral_norm": round(scale * norm, 2)}
-            rows.append(row | passes(name, options.most, apply, jnp.zeros_like(expected), expected))
-        if time == 512 and scale == 1 and "diagonal" in names:
-            with mock.patch("ranjax.recurrent._recurrent", rounded):
-                apply = {"diagonal": jax.jit(make_pass(scaled, steps, c0, activation, FixedPoint()))}
-                found = passes("diagonal", options.most, apply, jnp.zeros_like(expected), expected)
-            row |= {"iteration": "bfloat16 products"}
-            rows.append(row | found)
-        if time in WINDOWS:
-            solve = jax.jit(partial(ranjax.solve, solver=FixedPoint(rtol=1e-4, window=None), **settings))
-            solve = partial(solve, params=scaled)
-            for size in WINDOWS[time]:
-                row = {"iteration": f"windows of {size}", "time": time, "scale": 1.0, "spectral_norm": round(norm, 2)}
-                rows.append(row | {"passes_0.0001": windows(solve, x[:, :time], size)})
+        compared = variants(scaled, x[:, :time], activation, options.most)
+        everything = trained and (time, scale) == (512, 1)
+        common = {"time": time, "scale": scale, "spectral_norm": round(scale * norm, 2)}
+        names = compared if everything else ("diagonal", "frozen") if scale == 1 else ("diagonal",)
+        rows += [{"iteration": name, **common, **compared[name]()} for name in names]
+        for size in WINDOWS.get(time, ()):
+            count = windows(scaled, x[:, :time], activation, size)
+            rows.append({"iteration": f"windows of {size}", **common, "passes_0.0001": count})
     return rows
+
+
+def variants(params: dict, x: jax.Array, activation: str, most: int) -> dict[str, Callable[[], dict]]:
+    """What can be compared, by name: how its passes go."""
+    steps = Steps(content(params, x), gates_of_input(params, x))
+    c0 = jnp.zeros((1, params["content"]["kernel"].shape[1]))
+    expected, _ = ranjax.solve(params, x, gates="recurrent", activation=activation, solver="sequential")
+    diagonal, frozen = (jax.jit(make_pass(params, steps, c0, activation, FixedPoint(s))) for s in get_args(Splitting))
+
+    def narrow():
+        with mock.patch("ranjax.recurrent._recurrent", rounded):
+            return passes([jax.jit(make_pass(params, steps, c0, activation, FixedPoint()))] * most, expected)
+
+    def blocks(size):
+        return lambda: passes([make_blocked(params, x, c0, activation, size)] * most, expected)
+
+    return {
+        "diagonal": lambda: passes([diagonal] * most, expected),
+        "frozen": lambda: passes([frozen] * most, expected),
+        "frozen, then diagonal": lambda: passes([frozen] * 3 + [diagonal] * (most - 3), expected),
+        "Anderson, depth 2": lambda: passes([diagonal] * most, expected, mixed=True),
+        "bfloat16 products": narrow,
+        "blocks of 10": blocks(10),
+        "blocks of 50": blocks(50),
+        "Newton": blocks(c0.shape[-1]),
+    }
 
 
 def draw(rows: list[dict], path: Path) -> None:
@@ -160,7 +130,7 @@ def main(options: Options) -> None:
             x = params["embed"]["embedding"][tokens]
             for layer, size in enumerate(run.model.sizes):
                 cell = params[f"stack_{layer}"]["cell"]
-                for row in study(cell, x, run.config.activation, options):
+                for row in study(cell, x, run.config.activation, trained > 0, options):
                     about = {"run": Path(directory).name, "dataset": run.config.dataset, "dropout": run.config.dropout}
                     about |= {
                         "epochs": trained,
