@@ -18,6 +18,16 @@ if TYPE_CHECKING:
 WINDOW = 512  # tokens a call; the state goes on from one to the next, so the result does not depend on it
 
 
+def perplexity(nats: float) -> float:
+    """exp(nats), at most 1e100: JSON and pictures have no infinity."""
+    return min(math.exp(min(nats, 700.0)), 1e100)
+
+
+def shown(perplexity: float) -> str:
+    """Two digits after the point; of a model that has diverged, three in all."""
+    return f"{perplexity:.2f}" if perplexity < 1e6 else f"{perplexity:.2e}"
+
+
 @dataclass(frozen=True)
 class Evaluation:
     """What a model makes of a text.
@@ -32,7 +42,7 @@ class Evaluation:
 
     @property
     def perplexity(self) -> float:
-        return math.inf if self.nats > 700 else math.exp(self.nats)
+        return perplexity(self.nats)
 
     @property
     def bits(self) -> float:
@@ -137,7 +147,7 @@ def evaluate_split(options: Options) -> tuple[Evaluation, Run]:
 def report(evaluation: Evaluation, unit: str | None) -> str:
     """One line: perplexity, bits a character or byte, and the number of tokens they are of."""
     bits = f", {evaluation.bits:.4f} bits per {unit}" if unit else ""
-    return f"perplexity {evaluation.perplexity:.2f}{bits}, {evaluation.nats:.4f} nats, {evaluation.tokens:,} tokens"
+    return f"perplexity {shown(evaluation.perplexity)}{bits}, {evaluation.nats:.4f} nats, {evaluation.tokens:,} tokens"
 
 
 def main(argv: list[str] | None = None) -> None:

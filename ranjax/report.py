@@ -1,7 +1,6 @@
 """What a run tells: a progress bar or plain lines, `metrics.jsonl`, `result.json`, `loss.png`."""
 
 import json
-import math
 import os
 import platform
 import time
@@ -15,6 +14,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 from ranjax.config import Config
+from ranjax.evaluate import perplexity, shown
 
 if TYPE_CHECKING:
     from ranjax.data import Corpus
@@ -58,24 +58,24 @@ class Report:
         """After a burst of steps: the bar, and now and then a row and a line."""
         self.steps += steps
         speed = steps * self.config.batch_size * self.config.steps / seconds
-        perplexity = _perplexity(float(state.loss) / max(int(state.tokens), 1))
-        status = f"{speed:,.0f} tokens/s, perplexity {perplexity:.1f}"
+        so_far = perplexity(float(state.loss) / max(int(state.tokens), 1))
+        status = f"{speed:,.0f} tokens/s, perplexity {shown(so_far)}"
         heading = f"epoch {int(state.epoch) + 1}/{self.config.epochs}"
         self._bar.update(self._task, advance=steps, description=heading, status=status)
         if time.monotonic() - self._logged > LOG_SECONDS or int(state.step) % self.windows == 0:
             self._logged = time.monotonic()
             done = int(state.step) / self.windows - int(state.epoch)
-            self._row(state, train_perplexity=perplexity, tokens_per_second=speed)
+            self._row(state, train_perplexity=so_far, tokens_per_second=speed)
             if not self._console.is_terminal:
                 print(f"{heading} {done:4.0%}: {status}", flush=True)
 
     def epoch(self, state: "TrainState", evaluation: "Evaluation") -> None:
         """After a validation."""
-        train = _perplexity(float(state.loss) / max(int(state.tokens), 1))
+        train = perplexity(float(state.loss) / max(int(state.tokens), 1))
         self._row(state, train_perplexity=train, valid_perplexity=evaluation.perplexity)
         skipped = f", {int(state.bad)} steps skipped" if int(state.bad) else ""
         self._console.print(
-            f"epoch {int(state.epoch)}: train {train:.2f}, valid {evaluation.perplexity:.2f}, "
+            f"epoch {int(state.epoch)}: train {shown(train)}, valid {shown(evaluation.perplexity)}, "
             f"{float(state.seconds) / 60:.1f} minutes of training{skipped}",
             highlight=False,
         )
@@ -160,10 +160,6 @@ def _version(name: str) -> str:
         return version(name)
     except PackageNotFoundError:  # ranjax run from its sources, not installed
         return "not installed"
-
-
-def _perplexity(nats: float) -> float:
-    return math.exp(min(nats, 700.0))
 
 
 def _read_rows(path: Path) -> list[dict[str, float]]:

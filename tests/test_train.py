@@ -384,6 +384,13 @@ def test_a_program_ends_with_one_message_and_exit_code_1(tmp_path):
     assert not (tmp_path / "x").exists()
 
 
+def test_a_model_that_has_diverged_is_written_in_short():
+    result = evaluate.Evaluation(451_570.0, 10)
+    assert json.loads(json.dumps(result.perplexity, allow_nan=False)) == 1e100
+    assert evaluate.report(result, None) == "perplexity 1.00e+100, 451570.0000 nats, 10 tokens"
+    assert evaluate.report(evaluate.Evaluation(4.5, 10), None) == "perplexity 90.02, 4.5000 nats, 10 tokens"
+
+
 @pytest.mark.parametrize(
     ("module", "flags", "message"),
     [

@@ -26,6 +26,7 @@ VARIANTS = {
     "input gate 1 - f": {"ablation": "complement"},
     "no content layer": {"ablation": "content"},
     "h = c": {"activation": "identity"},
+    "h = c, gates: input only": {"activation": "identity", "gates": "input"},
     "projection, 200": {"projection": 200},
     "states of 400, projection, 200": {"features": (400,), "projection": 200},
     "untied output": {"tie": False},
@@ -51,12 +52,18 @@ def draw(rows: list[dict], path: Path) -> None:
 
     names = [name for name in VARIANTS if any(row["variant"] == name for row in rows)]
     figure = Figure(figsize=(6.4, 0.32 * len(names) + 1.2), layout="constrained")
-    axes = figure.subplots()
-    axes.plot(*zip(*((row["test_perplexity"], names.index(row["variant"])) for row in rows), strict=True), "o")
+    axes, edge = figure.subplots(), 2 * min(row["test_perplexity"] for row in rows)
+    for row in rows:
+        beyond = row["test_perplexity"] > edge
+        axes.plot(min(row["test_perplexity"], edge), names.index(row["variant"]), ">C3" if beyond else "oC0")
     whole = [row["test_perplexity"] for row in rows if row["variant"] == BASE]
     if whole:
         axes.axvline(sum(whole) / len(whole), color="0.6", linewidth=1)
-    axes.set(xlabel="test perplexity, a dot for each seed", yticks=range(len(names)), yticklabels=names)
+    axes.set(
+        xlabel="test perplexity, a dot for each seed (red: beyond the picture)",
+        yticks=range(len(names)),
+        yticklabels=names,
+    )
     axes.invert_yaxis()
     axes.grid(alpha=0.3)
     figure.savefig(path, dpi=110)
