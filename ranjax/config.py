@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Literal
 
 from ranjax.data import EMBEDDED, KNOWN
+from ranjax.embedded import task_of
 from ranjax.errors import UserError
 
 
@@ -155,7 +156,8 @@ def parse(argv: list[str] | None = None) -> Config:
 def _absolute(config: Config) -> Config:
     """Paths of text as absolute ones, so that a run can be used from any directory."""
     path = Path(config.dataset).expanduser()
-    local = path.exists() and config.dataset not in (*KNOWN, *EMBEDDED)
+    named = config.dataset in (*KNOWN, *EMBEDDED) or task_of(config.dataset) is not None
+    local = path.exists() and not named
     data_dir = config.data_dir and str(Path(config.data_dir).expanduser().resolve())
     return dataclasses.replace(config, dataset=str(path.resolve()) if local else config.dataset, data_dir=data_dir)
 

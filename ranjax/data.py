@@ -1,4 +1,4 @@
-"""Corpora: named data sets, one's own text, and two that need no network; and training streams.
+"""Corpora: named data sets, one's own text, and those that need no network; and training streams.
 
 A corpus is three arrays of token ids and the vocabulary that explains them.
 """
@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from ranjax.embedded import TASKS, python_docs, task_texts
+from ranjax.embedded import TASKS, python_docs, task_of, task_texts
 from ranjax.errors import UserError
 from ranjax.sources import SPLITS, hub_texts, path_texts
 from ranjax.vocabulary import TOKENIZERS, BytePairs, Bytes, Characters, Vocabulary, Words
@@ -112,9 +112,9 @@ def _texts(name: str, data_dir: str | Path | None) -> tuple[str, list[bytes]]:
     """Where a corpus comes from, and its three texts."""
     if name == "python-docs":
         return python_docs()
-    task = task_texts(name)
+    task = task_of(name)
     if task is not None:
-        return "ranjax.embedded", task
+        return "ranjax.embedded", task_texts(*task)
     if name in KNOWN:
         return _known_texts(name, KNOWN[name], data_dir)
     path = Path(name).expanduser()

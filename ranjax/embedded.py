@@ -68,37 +68,42 @@ def _topics(path: Path) -> list[str]:
 
 
 TASKS = {"markov": 2, "copy": 9, "recall": 2}  # and the least distance of each
-TASK_TOKENS = (400_000, 20_000, 20_000)  # of train, valid and test
+FARTHEST = 2048
+TASK_TOKENS = (400_000, 20_000, 20_000)  # of train, valid and test of markov-D
+TASK_RECORDS = (20_000, 1_000, 1_000)  # of those of copy-D and recall-D
 TASK_LETTERS = "abcdefgh"
 
 
-def task_texts(name: str) -> list[bytes] | None:
-    """Train, valid and test texts of `markov`, or of `markov-D`, `copy-D`, `recall-D`: what matters lies D tokens back.
-
-    `markov-D` has the digits of `markov_ids` of order D. `copy-D` repeats eight random letters,
-    `!abcdefgh.....?abcdefgh`, each D tokens after it stood there first. `recall-D` asks for one letter among others,
-    `!cfhaagbd?c`. Every text is drawn from a seed of its own.
-
-    Returns:
-      The texts, or None if the name is not one of these.
+def task_of(name: str) -> tuple[str, int] | None:
+    """The task that a data set's name means, and its distance; None if it means none.
 
     Raises:
-      UserError: for a distance too short for the task.
+      UserError: for a distance that the task does not have.
     """
-    named = re.fullmatch(rf"({'|'.join(TASKS)})-(\d+)", "markov-2" if name == "markov" else name)
+    named = re.fullmatch(rf"({'|'.join(TASKS)})-([0-9]+)", "markov-2" if name == "markov" else name)
     if named is None:
         return None
     task, distance = named[1], int(named[2])
-    if distance < TASKS[task]:
-        raise UserError(f"the distance of the task {task} must be at least {TASKS[task]}; got {name!r}.")
+    if not TASKS[task] <= distance <= FARTHEST:
+        raise UserError(f"the distance of the task {task} must be {TASKS[task]} to {FARTHEST}; got {name!r}.")
+    return task, distance
+
+
+def task_texts(task: str, distance: int) -> list[bytes]:
+    """Train, valid and test texts of a task, in which what matters lies `distance` tokens back.
+
+    `markov-D` has the digits of `markov_ids` of order D. `copy-D` repeats eight random letters,
+    `!abcdefgh.....?abcdefgh`, each D tokens after it stood there first. `recall-D` asks for one letter among others,
+    `!cfhaagbd?c`. Their numbers of questions do not depend on D. Every text is drawn from a seed of its own.
+    """
     if task == "markov":
         return ["".join(map(str, markov_ids(n, seed, distance))).encode() for seed, n in enumerate(TASK_TOKENS)]
-    return [_recalled(n, seed, 8 if task == "copy" else 1, distance).encode() for seed, n in enumerate(TASK_TOKENS)]
+    copied = 8 if task == "copy" else 1
+    return [_questions(n, seed, copied, distance).encode() for seed, n in enumerate(TASK_RECORDS)]
 
 
-def _recalled(length: int, seed: int, copied: int, distance: int) -> str:
-    """Records of letters, what lies between, a question mark and the letters again, about `length` tokens in all."""
-    records = -(-length // (1 + distance + copied))
+def _questions(records: int, seed: int, copied: int, distance: int) -> str:
+    """Records of letters, what lies between, a question mark and the letters again."""
     letters = np.random.default_rng(seed).choice(list(TASK_LETTERS), size=(records, distance - 1))
     if copied > 1:
         letters[:, copied:] = "."

@@ -34,7 +34,7 @@ class Evaluation:
 
     Attributes:
       nats: mean cross-entropy of a prediction.
-      tokens: number of predictions, one less than there are tokens in the text.
+      tokens: number of predictions that count: of a whole text, one less than it has tokens.
     """
 
     nats: float
@@ -87,6 +87,10 @@ def make_evaluator(model: "LanguageModel") -> Callable[..., Evaluation]:
     """`evaluate(params, ids, counted=None) -> Evaluation`: the whole text as one stream.
 
     Every prediction counts, or those of the tokens that `counted`, bool of the shape of `ids`, marks.
+
+    Raises:
+      UserError: from the function, for a text without a prediction.
+      ValueError: from the function, for `counted` of another shape or dtype, or with none marked.
     """
     import jax
     import jax.numpy as jnp
@@ -103,9 +107,13 @@ def make_evaluator(model: "LanguageModel") -> Callable[..., Evaluation]:
         predictions = len(ids) - 1
         if predictions < 1:
             raise UserError(f"a text of at least 2 tokens is needed to predict one from another; got {len(ids)}.")
-        counts = np.ones(predictions, bool) if counted is None else np.asarray(counted)[1:]
-        if not counts.any():
-            raise ValueError("`counted` must mark at least one token after the first; it marks none.")
+        counted = np.ones(len(ids), bool) if counted is None else np.asarray(counted)
+        if counted.shape != (len(ids),) or counted.dtype != bool or not counted[1:].any():
+            raise ValueError(
+                f"`counted` must be bool, of the shape {(len(ids),)} of `ids`, and mark a token after the first; got "
+                f"{counted.dtype} of the shape {counted.shape}, {int(counted[1:].sum())} marked."
+            )
+        counts = counted[1:]
         padded = -(-predictions // WINDOW) * WINDOW
         tokens = np.zeros((padded // WINDOW, 1, WINDOW), np.int32)
         targets = np.full_like(tokens, -1)

@@ -24,13 +24,14 @@ Precision = Literal["default", "high", "highest"]
 
 @dataclass(frozen=True)
 class FixedPoint:
-    """How a RAN whose gates read h_{t-1} is solved for all time steps at once.
+    """How a RAN whose gates read h_{t-1} is solved for all time steps of a window at once.
 
     A pass is one product over all steps and one linear recurrence. The passes end when in every sequence the one-step
-    residual max |F(c_{t-1}) - c_t| is at most `rtol` times max |c|: a sequence whose states are much larger for a while
-    than later has its later ones to that tolerance. Gradients solve the transposed linear system, with the full
-    Jacobian, by the same iteration in reverse, to a tolerance of their own. Products are in the dtype of the states.
-    A residual bounds what a step is off by; where the model amplifies it, states and gradients are off by more.
+    residual max |F(c_{t-1}) - c_t| is at most `rtol` times the window's max |c|: a sequence whose states are much
+    larger for a while than later has its later ones to that tolerance. Gradients solve the transposed linear system,
+    with the full Jacobian, by the same iteration in reverse, to a tolerance of their own. Products are in the dtype of
+    the states. A residual bounds what a step is off by; where the model amplifies it, states and gradients are off by
+    more.
 
     Batch by the leading axes. Under `vmap` `on_failure="sequential"` always walks, for both branches of a condition
     that is batched are computed; `"nan"` does not.
@@ -95,8 +96,8 @@ class Record(NamedTuple):
 
     Attributes:
       iterations: passes, the most that a window took; 0 for a solver that does not iterate.
-      residual: largest one-step residual, relative to the largest state of its sequence; where the passes came to an
-        end before it was within the tolerance, that of the pass before the last.
+      residual: largest one-step residual, relative to the largest state of its sequence in its window; where the passes
+        came to an end before it was within the tolerance, that of the pass before the last.
       converged: whether the residual is within the tolerance.
     """
 
@@ -144,6 +145,10 @@ def iterate(apply: Pass, first: Array, rtol: float, record: Record | None = None
 
 
 def relative(difference: Array, to: Array, axis_name: str | None = None) -> Array:
-    """max |difference| over max |to| of every sequence `(time, features)`, at its largest; 0 where both are 0."""
+    """max |difference| over max |to| of every sequence `(time, features)`, at its largest.
+
+    Where all are so small that their roundings are flushed to 0, it is relative to the least that has digits.
+    """
     difference, scale = jnp.abs(difference), largest(jnp.max(jnp.abs(to), axis=(-2, -1), keepdims=True), axis_name)
-    return largest_anywhere(jnp.max(jnp.where(difference == 0, 0, difference / scale)), axis_name)
+    finfo = jnp.finfo(to.dtype)
+    return largest_anywhere(jnp.max(difference / jnp.maximum(scale, finfo.tiny / finfo.eps)), axis_name)

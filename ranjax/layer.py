@@ -26,8 +26,8 @@ class RAN(nn.Module):
 
     The parameters are those of `nn.RNN(cell)`, so either loads the other's. The products with x are made for
     the whole sequence at once. With `gates="input"` the states are one linear recurrence; the other gates read
-    h_{t-1} and are walked through step by step. Those of the paper, `gates="recurrent"`, can be solved for all steps at
-    once with `solver="fixed_point"`, by iterating linear recurrences: the same states and gradients to rounding.
+    h_{t-1} and are walked through step by step. Those of the paper, `gates="recurrent"`, can be solved for many steps
+    at once with `solver="fixed_point"`, by iterating linear recurrences: the same states and gradients to rounding.
 
     With `solver="auto"` or `"pallas"`, gates that see the input or their own feature of h only go from their
     pre-activations straight to the states, and no gate is stored: the gradient (reverse mode, once) recomputes
@@ -37,8 +37,8 @@ class RAN(nn.Module):
       cell: a `RANCell`.
       solver: for `gates="input"` a solver of `ranjax.linear_recurrence`; for `"diagonal"` `"auto"`, `"pallas"`,
         `"sequential"` or `"newton"`; for `"recurrent"` `"auto"` (which is `"sequential"`), `"sequential"` or
-        `"fixed_point"`. `"newton"` and `"fixed_point"` solve all time steps at once, by the same iteration; a
-        `ranjax.FixedPoint` in their place has settings of one's own. What that solver did is sown as `record` in the
+        `"fixed_point"`. `"newton"` and `"fixed_point"` solve windows of 1024 time steps at once, by the same iteration;
+        a `ranjax.FixedPoint` in their place has settings of one's own. What that solver did is sown as `record` in the
         collection `"solver"`.
       time_major: axes are `(time, *batch, in)` instead of `(*batch, time, in)`.
       return_carry: return `(carry, outputs)` instead of the outputs alone.

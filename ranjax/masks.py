@@ -50,6 +50,17 @@ def padding_after(seq_lengths: Array, shape: tuple[int, ...], time: int) -> Arra
     return lax.broadcasted_iota(jnp.int32, shape, time) >= jnp.expand_dims(seq_lengths, time)
 
 
+def filled(steps: Steps, time: int) -> Steps:
+    """The steps and after them, up to so many in all, steps that leave the state as it is; time is the first axis."""
+    more = time - len(steps.u)
+    if more == 0:
+        return steps
+    u = jnp.pad(steps.u, [(0, more), *((0, 0),) * (steps.u.ndim - 1)])
+    still = jnp.array([[-jnp.inf], [jnp.inf]], steps.z.dtype)  # no input, all of the state
+    z = jnp.concatenate([steps.z, jnp.broadcast_to(still, (more, *steps.z.shape[1:]))])
+    return Steps(u, z)
+
+
 def checked(name: str, value: ArrayLike | None, kind: Any, shape: tuple[int, ...]) -> Array | None:
     """A mask or a list of lengths, if there is one, with the kind of dtype and the shape that the inputs ask for."""
     if value is None:

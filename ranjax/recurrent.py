@@ -18,7 +18,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from ranjax.cell import ACTIVATIONS, Params, gates_of_state, update
 from ranjax.fixed_point import FixedPoint, Record, exact, iterate, relative
-from ranjax.masks import Steps, seen
+from ranjax.masks import Steps, filled, seen
 from ranjax.mesh import at_the_edge, before, chained, varying_as
 from ranjax.scan import linear_recurrence
 
@@ -65,27 +65,22 @@ def _at_once(params: Params, steps: Steps, c0: Array, activation: str, way: Way)
 def _by_windows(
     params: Params, steps: Steps, c0: Array, activation: str, way: Way, window: int
 ) -> tuple[Array, Record]:
-    """Windows of at most so many steps, one after another from the last state, after the few steps left over.
+    """Windows of at most so many steps, one after another from the last state; steps that change nothing fill the last.
 
     Of a window only the states are kept for the way back, which makes all else anew.
     """
+    params, time = _wide(params, c0), len(steps.u)  # the windows' gradients are summed in the dtype of the states
+    number = -(-time // window)
+    windows = jax.tree.map(lambda a: a.reshape(number, -1, *a.shape[1:]), filled(steps, number * -(-time // number)))
 
     def solve(c, steps):
         states, record = _at_once(params, steps, c, activation, way)
         return states[-1], (states, record)
 
-    kept = partial(jax.checkpoint, policy=jax.checkpoint_policies.save_only_these_names(KEPT))
-    number = -(-len(steps.u) // window)
-    over = len(steps.u) % number
-    first = jax.tree.map(lambda a: a[:over], steps)
-    windows = jax.tree.map(lambda a: a[over:].reshape(number, -1, *a.shape[1:]), steps)
+    kept = jax.checkpoint_policies.save_only_these_names(KEPT)
     c = varying_as(c0, (*steps, *jax.tree.leaves(params)))
-    c, head = kept(solve)(c, first) if over else (c, None)
-    _, (states, records) = lax.scan(kept(solve, prevent_cse=False), c, windows)
-    states = states.reshape(-1, *states.shape[2:])
-    if head is not None:
-        states = jnp.concatenate([head[0], states])
-        records = jax.tree.map(lambda one, more: jnp.append(more, one), head[1], records)
+    _, (states, records) = lax.scan(jax.checkpoint(solve, policy=kept, prevent_cse=False), c, windows)
+    states = states.reshape(-1, *states.shape[2:])[:time]
     return states, Record(jnp.max(records.iterations), jnp.max(records.residual), jnp.all(records.converged))
 
 

@@ -120,7 +120,7 @@ def test_answers_repeat_what_lies_so_far_back(task, copied):
     corpus, distance = load_corpus(task), int(task.split("-")[1])
     text = corpus.vocabulary.decode(corpus.train)
     answers = task_answers(text)
-    assert len(text) == pytest.approx(400_000, abs=distance + 10)
+    assert len(text) == 20_000 * (1 + distance + copied)
     at = np.flatnonzero(answers)
     assert len(at) == copied * text.count("?") == copied * text.count("!")
     letters = np.array(list(text))
@@ -196,6 +196,8 @@ def write(path, content):
         ({}, "no-such-thing", {}, "no data set or path 'no-such-thing'. Known names: python-docs, markov, wikitext-2"),
         ({}, "ptb", {}, "ptb is read from local files only.* --data-dir DIR"),
         ({}, "ptb", {"data_dir": "nowhere"}, "--data-dir .*nowhere is not a directory"),
+        ({}, "recall-99999999999", {}, "the distance of the task recall must be 2 to 2048; got 'recall-99999999999'"),
+        ({}, "recall-\u0663", {}, "no data set or path"),
         ({}, "markov", {"tokenizer": "words"}, "`tokenizer` must be one of word, character, byte, bpe; got 'words'"),
         ({"a.txt": b""}, "a.txt", {}, "the train split of .*a.txt is empty"),
         ({"a.txt": b"caf\xe9 au lait" * 20}, "a.txt", {}, "not UTF-8: byte 0xe9 at position 3.*--tokenizer byte"),

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from jax.test_util import check_grads
 from test_cell import VARIANTS, inputs, randomised, variants
 
-from ranjax import RAN, RANCell
+from ranjax import RAN, FixedPoint, RANCell
 from ranjax.cell import GATES
 from ranjax.gated import FUSED
 from ranjax.scan import SOLVERS
@@ -26,9 +26,10 @@ WAYS += [
     if options["gates"] in ELEMENTWISE and not options["projection"]
     for solver in ("sequential", "pallas")
 ]
-WAYS += [(options, "fixed_point") for options in VARIANTS if options["gates"] == "recurrent"][1:3]
+WAYS += [(options, "fixed_point") for options in VARIANTS if options["gates"] == "recurrent"][1:2]
+WAYS += [(options, FixedPoint(window=5)) for options in VARIANTS if options["gates"] == "recurrent"][2:3]
 ways = pytest.mark.parametrize(
-    ("options", "solver"), WAYS, ids=lambda v: v if isinstance(v, str) else "-".join(map(str, v.values()))
+    ("options", "solver"), WAYS, ids=lambda v: "-".join(map(str, v.values())) if isinstance(v, dict) else str(v)
 )
 FLAGS = {"time_major": st.booleans(), "reverse": st.booleans(), "keep_order": st.booleans()}
 

@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 import runpy
 import subprocess
 import sys
@@ -111,7 +112,9 @@ def test_every_variant_of_the_ablation_is_a_model(tmp_path):
     for name, options in ablation["VARIANTS"].items():
         build_model(Config(**options), 50)
         assert (name == "RAN") == (not options)
-    rows = [{"variant": name, "test_perplexity": 80.0 + n} for n, name in enumerate(ablation["VARIANTS"])]
+    rows = [
+        {"variant": name, "test_perplexity": 80.0 + n, "parameters": 10} for n, name in enumerate(ablation["VARIANTS"])
+    ]
     ablation["draw"](rows[3:], tmp_path / "some.png")  # the study has just begun
     assert (tmp_path / "some.png").read_bytes().startswith(b"\x89PNG")
     with pytest.raises(UserError, match=r"--variants must be of .RAN., .*; got GRU"):
@@ -127,8 +130,10 @@ def test_long_contexts_take_the_same_tokens_an_update(tmp_path):
     for task, distances in study["DISTANCES"].items():
         assert all(load_corpus(f"{task}-{distance}").train.size for distance in distances[:1])
     rows = [{"model": "RAN", "task": "copy", "length": n, "recalled": 1 / n} for n in (16, 8)]
-    study["draw"](rows, "recalled", ["copy", "recall"], tmp_path / "some.png")
-    assert (tmp_path / "some.png").read_bytes().startswith(b"\x89PNG")
+    study["draw"](rows, "recalled", ["copy", "recall"], tmp_path / "some.svg")
+    assert "RAN" in re.findall(
+        "<!-- (.*?) -->", (tmp_path / "some.svg").read_text()
+    )  # in the legend, with a panel empty
     with pytest.raises(UserError, match="--study must be of 'truncation', 'tasks'; got copy"):
         study["main"](study["LongContext"](study="copy"))
 

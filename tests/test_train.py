@@ -301,8 +301,9 @@ def test_evaluation_counts_every_prediction_whatever_the_window(run, monkeypatch
     result = make_evaluator(loaded.model)(loaded.params, ids, counted)
     assert result.tokens == counted[1:].sum()
     assert result.nats == pytest.approx(-float(picked[counted[1:]].mean()), rel=1e-5)
-    with pytest.raises(ValueError, match="`counted` must mark at least one token"):
-        make_evaluator(loaded.model)(loaded.params, ids, np.arange(len(ids)) == 0)
+    for wrong in (np.arange(len(ids)) == 0, counted[:-1], counted[:2], counted.astype(int)):
+        with pytest.raises(ValueError, match=r"`counted` must be bool, of the shape .* and mark a token"):
+            make_evaluator(loaded.model)(loaded.params, ids, wrong)
 
 
 @pytest.mark.quick
@@ -413,7 +414,7 @@ def test_a_model_that_has_diverged_is_written_in_short():
         ("train", ["--dataset", "{text}", "--embedding", "3"], "`tie` needs the embedding"),
         ("train", ["--dataset", "{text}", "--cell", "gru", "--ablation", "gates"], "--ablation is an option of --cell"),
         ("train", ["--dataset", "{text}", "--ablation", "content", "--no-tie", "--embedding", "3"], "inputs as wide"),
-        ("train", ["--dataset", "copy-8"], "the distance of the task copy must be at least 9; got 'copy-8'"),
+        ("train", ["--dataset", "copy-8"], "the distance of the task copy must be 9 to 2048; got 'copy-8'"),
         ("evaluate", ["--checkpoint", "{tmp}/none"], "none is not a run"),
         ("evaluate", ["--checkpoint", "{run}", "--dataset", "markov"], "not the characters '0', '1'"),
         ("generate", ["--checkpoint", "{run}", "--prompt", "XYZ"], "not the characters 'X', 'Y', 'Z'"),

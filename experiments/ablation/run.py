@@ -1,4 +1,4 @@
-"""What the parts of a RAN are worth: each variant is the same model but for one thing.
+"""What the parts of a RAN are worth: variants of one model, trained alike.
 
     python experiments/ablation/run.py --runs runs/ablation
 
@@ -47,7 +47,7 @@ class Ablation(Options):
 
 
 def draw(rows: list[dict], path: Path) -> None:
-    """Test perplexity of every run, by variant, with the mean of the whole RAN as a line."""
+    """Test perplexity of every run, by variant and its parameters, with the mean of the whole RAN as a line."""
     from matplotlib.figure import Figure
 
     names = [name for name in VARIANTS if any(row["variant"] == name for row in rows)]
@@ -56,13 +56,14 @@ def draw(rows: list[dict], path: Path) -> None:
     for row in rows:
         beyond = row["test_perplexity"] > edge
         axes.plot(min(row["test_perplexity"], edge), names.index(row["variant"]), ">C3" if beyond else "oC0")
+    sizes = {row["variant"]: row["parameters"] for row in rows}
     whole = [row["test_perplexity"] for row in rows if row["variant"] == BASE]
     if whole:
         axes.axvline(sum(whole) / len(whole), color="0.6", linewidth=1)
     axes.set(
         xlabel="test perplexity, a dot for each seed (red: beyond the picture)",
         yticks=range(len(names)),
-        yticklabels=names,
+        yticklabels=[f"{name}, {sizes[name] / 1e6:.2f}M" for name in names],
     )
     axes.invert_yaxis()
     axes.grid(alpha=0.3)

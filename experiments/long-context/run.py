@@ -23,7 +23,7 @@ UPDATE = 2048  # tokens an update, whatever the truncation length
 LENGTHS = (35, 128, 512, 2048, 64, 256, 1024)
 MODELS = {"RAN": {}, "RAN, input gates": {"gates": "input"}, "LSTM": {"cell": "lstm"}}
 TEXT = Config(dataset="python-docs", tokenizer="character", epochs=2, dropout=0.0)
-TASK = Config(features=(128,), dropout=0.0, epochs=20, decay_after=14, learning_rate=5e-3)
+TASK = Config(features=(128,), dropout=0.0, epochs=10, decay_after=7, learning_rate=5e-3)
 DISTANCES = {"copy": (12, 24, 48, 96), "recall": (8, 16, 32, 64), "markov": (2, 4, 8, 16)}
 
 
@@ -38,7 +38,7 @@ class LongContext(Options):
 
 
 def windows(config: Config, steps: int) -> Config:
-    """The same number of tokens an update at another truncation length; the clipping follows the sum over time."""
+    """About as many tokens an update at another truncation length; the clipping follows the sum over time."""
     return replace(config, steps=steps, batch_size=max(UPDATE // steps, 1), clip=5.0 * steps / 35)
 
 
@@ -59,16 +59,17 @@ def draw(rows: list[dict], y: str, panels: list[str], path: Path) -> None:
 
     figure = Figure(figsize=(4.2 * len(panels), 3.4), layout="constrained")
     for axes, panel in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
-        for model in MODELS:
+        for number, model in enumerate(MODELS):
             of = [(row["length"], row[y]) for row in rows if row["model"] == model and row["task"] == panel]
             if of:
-                axes.plot(*zip(*sorted(of), strict=True), "o-", label=model)
+                axes.plot(*zip(*sorted(of), strict=True), f"oC{number}-", label=model)
         axes.set(title=panel, xlabel="tokens back", ylabel=y.replace("_", " "), xscale="log")
         ticks = sorted({row["length"] for row in rows if row["task"] == panel})
         axes.set_xticks(ticks, ticks)
         axes.minorticks_off()
         axes.grid(alpha=0.3)
-    figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=3, frameon=False)
+    lines = {line.get_label(): line for axes in figure.axes for line in axes.lines}
+    figure.legend(lines.values(), lines, loc="outside lower center", ncols=3, frameon=False)
     figure.savefig(path, dpi=110)
 
 
@@ -90,7 +91,7 @@ def main(options: LongContext) -> None:
                 for model in options.models:
                     config = replace(TASK, dataset=f"{task}-{distance}", **MODELS[model])
                     labels = {"task": task, "model": model, "length": distance}
-                    table.row(windows(config, max(64, 2 * distance)), recalled, **labels)
+                    table.row(windows(config, max(64, 4 * distance)), recalled, **labels)
                     draw(table.rows, "recalled", list(DISTANCES), HERE / "tasks.png")
 
 
