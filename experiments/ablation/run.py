@@ -51,7 +51,7 @@ def draw(rows: list[dict], path: Path) -> None:
     from matplotlib.figure import Figure
 
     names = [name for name in VARIANTS if any(row["variant"] == name for row in rows)]
-    figure = Figure(figsize=(6.4, 0.32 * len(names) + 1.2), layout="constrained")
+    figure = Figure(figsize=(8, 0.32 * len(names) + 1.2), layout="constrained")
     axes, edge = figure.subplots(), 2 * min(row["test_perplexity"] for row in rows)
     for row in rows:
         beyond = row["test_perplexity"] > edge
@@ -61,7 +61,7 @@ def draw(rows: list[dict], path: Path) -> None:
     if whole:
         axes.axvline(sum(whole) / len(whole), color="0.6", linewidth=1)
     axes.set(
-        xlabel="test perplexity, a dot for each seed (red: beyond the picture)",
+        xlabel="test perplexity (a dot for each seed; red: beyond)",
         yticks=range(len(names)),
         yticklabels=[f"{name}, {sizes[name] / 1e6:.2f}M" for name in names],
     )
