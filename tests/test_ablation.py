@@ -17,8 +17,8 @@ GATES = 2 * (2 * 2 * FEATURES * FEATURES + 2 * FEATURES)  # of two layers: kerne
 def trained(ablated, updates=3, **options):
     """The model, its parameters before and after some updates, and the text."""
     config = Config(
-        features=(FEATURES,), batch_size=3, optimizer="sgd", learning_rate=0.5, schedule="constant", ablation=ablated,
-        dropout=0.0, clip=100.0, **{"steps": 5} | options,
+        features=(FEATURES,), layers=1, batch_size=3, optimizer="sgd", learning_rate=0.5, schedule="constant",
+        ablation=ablated, dropout=0.0, clip=100.0, **{"steps": 5} | options,
     )  # fmt: skip
     text = jnp.asarray(np.random.default_rng(0).integers(VOCABULARY, size=(3, 16)), jnp.int32)
     model = step.build_model(config, VOCABULARY)
@@ -46,7 +46,7 @@ def test_what_is_taken_out_is_out(ablated, kind):
     _, before, after, _ = trained(ablated, gates=kind)
     assert np.abs(before["embed"]["embedding"] - after["embed"]["embedding"]).max() > 1e-3
     for params in (before, after):
-        cell = params["stack_1"]["cell"]
+        cell = params["stack_0"]["cell"]
         x, c = jnp.asarray(rng.standard_normal((2, 20, FEATURES), np.float32))
         z = gates_of_input(cell, x) + (gates_of_state(cell, c, "tanh") if kind != "input" else 0)
         i, f = np.moveaxis(np.asarray(jax.nn.sigmoid(z)), -2, 0)
