@@ -2,8 +2,9 @@
 
 The derivative of the recurrence c_t = F_t(c_{t-1}) is linear: dc_t = J_t dc_{t-1} + r_t, with J_t = f_t + (the gates'
 answer to h_{t-1}) and r_t what the weights and the inputs contribute. Everything in r_t is a product over all steps at
-once, so only c and the linear system for dc (in reverse mode its transpose) are recurrences, and no loop accumulates
-the gradient of a weight. Both are walked through step by step, or iterated over all steps: see `Way`.
+once, so only c and the linear system for dc (in reverse mode its transpose) are recurrences, and no loop over steps
+accumulates the gradient of a weight. Both are walked through step by step, or iterated over all steps, or over those of
+one window after another: see `Way`.
 """
 
 from collections.abc import Callable
