@@ -43,44 +43,36 @@ def constraint(ablation: str | None) -> Callable[[Any], Any]:
         return lambda params: params
     if ablation not in ABLATIONS:
         raise ValueError(f"`ablation` must be one of {', '.join(map(repr, ABLATIONS))}, or None; got {ablation!r}.")
-    return lambda params: jax.tree_util.tree_map_with_path(lambda path, p: _constrained(ablation, path, p), params)
+    return lambda params: jax.tree_util.tree_map_with_path(lambda path, p: _rule(ablation, path)[0](p), params)
 
 
 def learned(params: Any, ablation: str | None) -> int:
     """How many of the parameters the constraint leaves free."""
-    return sum(round(p.size * _free(ablation, path)) for path, p in jax.tree_util.tree_leaves_with_path(params))
+    return sum(round(p.size * _rule(ablation, path)[1]) for path, p in jax.tree_util.tree_leaves_with_path(params))
 
 
-def _constrained(ablation: str, path: tuple, p: Array) -> Array:
-    """One leaf; those of gates are `(..., 2, features)`, the input gate's first."""
-    part, name = _names(path)
-    if part == "content" and ablation == "content":
-        if p.shape[0] != p.shape[1]:
-            raise ValueError(
-                f"ablation='content' needs inputs as wide as the state, for they are added to it; got {p.shape[0]} "
-                f"and {p.shape[1]} features. Give the embedding and all layers one size."
-            )
-        return jnp.eye(len(p), dtype=p.dtype)
-    if part == "gates" and ablation == "complement":
-        return jnp.stack([-p[..., 1, :], p[..., 1, :]], axis=-2)  # 1 - sigmoid(z) = sigmoid(-z)
-    if part == "gates" and name != "bias" and ablation in CONSTANT:
-        return p.at[..., CONSTANT[ablation], :].set(0)
-    return p
-
-
-def _free(ablation: str | None, path: tuple) -> float:
-    """Which share of a leaf is free."""
-    part, name = _names(path)
-    if part == "content" and ablation == "content":
-        return 0.0
-    if part == "gates" and ablation == "complement":
-        return 0.5
-    if part == "gates" and name != "bias" and ablation in CONSTANT:
-        return 1 - len(CONSTANT[ablation]) / 2
-    return 1.0
-
-
-def _names(path: tuple) -> tuple[str | None, str]:
-    """The part of a cell that a leaf belongs to, and its name there."""
+def _rule(ablation: str | None, path: tuple) -> tuple[Callable[[Array], Array], float]:
+    """What becomes of the leaf at `path`, and which share of it is free; leaves of gates are `(..., 2, features)`."""
     part, name = [None, *(key.key for key in path)][-2:]
-    return part, name
+    if part == "content" and ablation == "content":
+        return _identity, 0.0
+    if part == "gates" and ablation == "complement":
+        return _mirrored, 0.5
+    if part == "gates" and name != "bias" and ablation in CONSTANT:
+        gates = CONSTANT[ablation]
+        return lambda p: p.at[..., gates, :].set(0), 1 - len(gates) / 2
+    return lambda p: p, 1.0
+
+
+def _identity(p: Array) -> Array:
+    if p.shape[0] != p.shape[1]:
+        raise ValueError(
+            f"ablation='content' needs inputs as wide as the state, for they are added to it; got {p.shape[0]} "
+            f"and {p.shape[1]} features. Give the embedding and all layers one size."
+        )
+    return jnp.eye(len(p), dtype=p.dtype)
+
+
+def _mirrored(p: Array) -> Array:
+    """The input gate's part from the forget gate's: 1 - sigmoid(z) = sigmoid(-z)."""
+    return jnp.stack([-p[..., 1, :], p[..., 1, :]], axis=-2)
