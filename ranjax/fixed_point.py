@@ -10,12 +10,13 @@ D is, and how much sooner all of them are depends on how near D is to the Jacobi
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal, NamedTuple, get_args
+from typing import Any, Literal, NamedTuple, get_args
 
+import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
-from ranjax.mesh import largest, largest_anywhere
+from ranjax.mesh import chained, largest, largest_anywhere
 
 Splitting = Literal["diagonal", "frozen"]
 OnFailure = Literal["sequential", "nan", "ignore"]
@@ -26,12 +27,13 @@ Precision = Literal["default", "high", "highest"]
 class FixedPoint:
     """How a RAN whose gates read h_{t-1} is solved for all time steps of a window at once.
 
-    A pass is one product over all steps and one linear recurrence. The passes end when in every sequence the one-step
-    residual max |F(c_{t-1}) - c_t| is at most `rtol` times the window's max |c|: a sequence whose states are much
-    larger for a while than later has its later ones to that tolerance. Gradients solve the transposed linear system,
-    with the full Jacobian, by the same iteration in reverse, to a tolerance of their own. Products are in the dtype of
-    the states. A residual bounds what a step is off by; where the model amplifies it, states and gradients are off by
-    more.
+    A pass is one product over all steps and one linear recurrence. The passes end when at every step the residual
+    max |F(c_{t-1}) - c_t| is at most `rtol` times the larger of max |c_{t-1}| and max |c_t|: where one feature is much
+    larger than the others, these have its tolerance. Gradients solve the transposed linear system, with the full
+    Jacobian, by the same iteration in reverse, to a tolerance of their own; there the cotangents that have faded below
+    a thousandth of the largest of their sequence and window have the tolerance of that thousandth. Products are in the
+    dtype of the states. A residual bounds what a step is off by; where the model amplifies it, states and gradients are
+    off by more.
 
     Batch by the leading axes. Under `vmap` `on_failure="sequential"` always walks, for both branches of a condition
     that is batched are computed; `"nan"` does not.
@@ -45,7 +47,7 @@ class FixedPoint:
         window at a time. None, or with time spread over a mesh: all at once. A gradient of a gradient needs None where
         there would be windows (JAX cannot transpose that twice inside a scan); forward over reverse mode does not.
       rtol: tolerance of the states. None: 32 times the eps of their dtype.
-      adjoint_rtol: tolerance of the gradient's system, relative to its largest value. None: 8 times eps.
+      adjoint_rtol: tolerance of the gradient's system. None: 8 times eps.
       max_iterations: passes after which the iteration has failed.
       precision: of the products on a GPU or TPU until the residual is below 1e-2; the last passes always run at
         `"highest"`, for with rounded products the residual stalls near 1e-3.
@@ -96,8 +98,8 @@ class Record(NamedTuple):
 
     Attributes:
       iterations: passes, the most that a window took; 0 for a solver that does not iterate.
-      residual: largest one-step residual, relative to the largest state of its sequence in its window; where the passes
-        came to an end before it was within the tolerance, that of the pass before the last.
+      residual: largest one-step residual, relative to the larger of the two states that it lies between; where the
+        passes came to an end before it was within the tolerance, that of the pass before the last.
       converged: whether the residual is within the tolerance.
     """
 
@@ -144,11 +146,46 @@ def iterate(apply: Pass, first: Array, rtol: float, record: Record | None = None
     return lax.while_loop(going, turn, (first, record))
 
 
-def relative(difference: Array, to: Array, axis_name: str | None = None) -> Array:
-    """max |difference| over max |to| of every sequence `(time, features)`, at its largest.
+def relative(difference: Array, to: tuple[Array, Array], share: float = 0.0, axis_name: str | None = None) -> Array:
+    """max |difference| over max |to| of every step `(features)`, at its largest.
+
+    Args:
+      difference: `(*batch, time, features)`.
+      to: what a step comes from, and what it makes of that.
+      share: of the largest of a sequence, against which smaller ones are measured.
 
     Where all are so small that their roundings are flushed to 0, it is relative to the least that has digits.
     """
-    difference, scale = jnp.abs(difference), largest(jnp.max(jnp.abs(to), axis=(-2, -1), keepdims=True), axis_name)
-    finfo = jnp.finfo(to.dtype)
-    return largest_anywhere(jnp.max(difference / jnp.maximum(scale, finfo.tiny / finfo.eps)), axis_name)
+    scale = jnp.maximum(*(jnp.max(jnp.abs(a), axis=-1, keepdims=True) for a in to))
+    if share:
+        scale = jnp.maximum(scale, share * largest(jnp.max(scale, axis=-2, keepdims=True), axis_name))
+    finfo = jnp.finfo(difference.dtype)
+    return largest_anywhere(jnp.max(jnp.abs(difference) / jnp.maximum(scale, finfo.tiny / finfo.eps)), axis_name)
+
+
+def or_walked(
+    found: Array,
+    record: Record,
+    walk: Callable[[Array, Any], tuple[Array, Array]],
+    first: Array,
+    steps: Any,
+    solver: FixedPoint,
+    reverse: bool = False,
+    axis_name: str | None = None,
+) -> Array:
+    """What the iteration found; where it has failed, what stands for it.
+
+    Args:
+      walk: carry, steps with time first -> last carry, values with time first.
+      first: the carry to walk from, `(*batch, features)`.
+      steps: arrays `(*batch, time, ...)`.
+    """
+
+    def walked():
+        rows = jax.tree.map(lambda a: jnp.moveaxis(a, first.ndim - 1, 0), steps)
+        with jax.default_matmul_precision("highest"):
+            return jnp.moveaxis(chained(lambda carry: walk(carry, rows), first, reverse, axis_name), 0, -2)
+
+    if solver.on_failure == "sequential":
+        return lax.cond(record.converged, lambda: found, walked)
+    return found if solver.on_failure == "ignore" else jnp.where(record.converged, found, jnp.nan)

@@ -11,7 +11,7 @@ import pytest
 from jax.test_util import check_grads
 
 import ranjax
-from ranjax import RAN, FixedPoint, LanguageModel, RANCell, recurrent
+from ranjax import RAN, FixedPoint, LanguageModel, RANCell, jacobian, recurrent
 from ranjax.cell import content, gates_of_input, gates_of_state
 from ranjax.fixed_point import iterate
 from ranjax.masks import Steps
@@ -86,20 +86,67 @@ def test_never_a_wrong_answer_in_silence(scale, time, x64):
     assert bool(record.converged) == (scale <= 2)
 
 
-def test_every_sequence_by_its_own_measure():
-    """States and gradients of a small sequence, beside a large one."""
-    params, x, c0 = problem(100, dtype=jnp.float32)
-    x = x.at[0].multiply(1e6)
+@pytest.mark.parametrize("part", ["sequence", "segment", "spike"])
+def test_every_step_by_its_own_measure(part):
+    """States and gradients of a small sequence beside a large one, of a small segment after one, after one input."""
+    cell, rng = RANCell(FEATURES), np.random.default_rng(0)
+    x = jnp.asarray(rng.normal(size=(2, 100, 5)), jnp.float32)
+    starts, loud = jnp.zeros((2, 100), bool), np.zeros((2, 100), bool)
+    if part == "sequence":
+        loud[0] = True
+    else:
+        loud[:, : 50 if part == "segment" else 1] = True
+        starts = starts.at[:, 50].set(part == "segment")
+    quiet = ~loud & (np.arange(100) >= 50)
+    x, weight = jnp.where(loud[..., None], 1e6 * x, x), jnp.where(loud, 1e3, 1.0)[..., None]
+    variables = RAN(cell).init(jax.random.key(0), x)
+    variables["params"]["cell"]["gates"]["recurrent_kernel"] *= 2
 
-    def gradients(solver):
+    @partial(jax.jit, static_argnums=0)
+    def of(solver):
         def weighed(x):
-            return jnp.sum(solve(params, x, c0, solver=solver)[0] * jnp.array([1e6, 1.0])[:, None, None])
+            h = RAN(cell, solver).apply(variables, x, segment_starts=starts)
+            return jnp.sum(weight * h), h
 
-        return jax.jit(jax.grad(weighed))(x)[1]
+        return jax.grad(weighed, has_aux=True)(x)
 
-    for of in (gradients, lambda solver: jax.jit(partial(solve, solver=solver))(params, x, c0)[0][1]):
-        got, expected = of(FixedPoint(on_failure="nan")), of("sequential")
-        np.testing.assert_allclose(got, expected, rtol=0, atol=3e-5 * float(jnp.abs(expected).max()))
+    for got, expected in zip(of(FixedPoint(on_failure="nan")), of("sequential"), strict=True):
+        np.testing.assert_allclose(got[quiet], expected[quiet], rtol=0, atol=3e-5 * np.abs(expected[quiet]).max())
+
+
+def test_a_gradient_of_the_last_state_alone_converges():
+    """Of its cotangents all but the last few have faded, and need no digits of their own."""
+    params, x, c0 = problem(1000, dtype=jnp.float32)
+
+    def last(x):
+        return jnp.sum(solve(params, x, c0, solver=FixedPoint(on_failure="nan", max_iterations=40))[0][:, -1] ** 2)
+
+    assert bool(jnp.all(jnp.isfinite(jax.jit(jax.grad(last))(x))))
+
+
+def products(jaxpr, inside=()):
+    """The matrix products of a program: what they lie in, and their precision."""
+    for equation in jaxpr.eqns:
+        if equation.primitive.name == "dot_general":
+            yield inside, equation.params["precision"]
+        for value in jax.tree.leaves(list(equation.params.values()), is_leaf=lambda v: hasattr(v, "jaxpr")):
+            inner = getattr(value, "jaxpr", value)
+            if hasattr(inner, "eqns"):
+                yield from products(inner, (*inside, equation.primitive.name))
+
+
+def test_only_the_first_passes_may_be_rough():
+    """On a GPU or TPU; neither the gradient nor the walk in place of passes that failed."""
+    arrays = problem(6, dtype=jnp.float32)
+    solver = FixedPoint(precision="default")
+    program = jax.make_jaxpr(jax.grad(lambda *a: jnp.sum(solve(*a, solver=solver)[0]), (0, 1, 2)))(*arrays)
+    of = [(inside, kind) for inside, kind in products(program.jaxpr) if {"while", "cond"} & set(inside)]
+    exact, rough = ((precision, precision) for precision in (jax.lax.Precision.HIGHEST, jax.lax.Precision.DEFAULT))
+    assert [inside for inside, kind in of if kind == rough] == [("custom_jvp_call", "while")]
+    assert {inside for inside, kind in of if kind == exact} == {
+        (rule, *loop) for rule in ("custom_jvp_call", "custom_linear_solve") for loop in (("while",), ("cond", "scan"))
+    }
+    assert all(kind in (exact, rough) for _, kind in of)
 
 
 @pytest.mark.parametrize("splitting", ["diagonal", "frozen"])
@@ -124,8 +171,8 @@ def test_the_splitting_is_the_diagonal_of_the_jacobian(options, x64):
     steps = Steps(content(params, x), gates_of_input(params, x))
     z = steps.z + gates_of_state(params, c0, "tanh")[:, None]
     gates = jax.nn.sigmoid(z)
-    jacobians = recurrent._jacobians(steps, c0[:, None], gates, "tanh")
-    found = recurrent._clipped(jacobians, recurrent._diagonal(params))[0, 0]
+    jacobians = jacobian.jacobians_of(steps, c0[:, None], gates, "tanh")
+    found = jacobian.clipped(jacobians, jacobian.diagonal(params))[0, 0]
     full = jax.jacfwd(lambda c: ranjax.cell.step(params, c, x[0, 0]))(c0[0])
     np.testing.assert_allclose(found, np.clip(np.diag(full), -1, 1), atol=1e-13)
 
@@ -234,7 +281,7 @@ def test_narrow_parameters_are_multiplied_in_the_dtype_of_the_states(most):
     u, z = content(wide, x), gates_of_input(wide, x)
     steps = Steps(jnp.swapaxes(u, 0, 1), jnp.swapaxes(z, 0, 1))
     solver = FixedPoint(max_iterations=most)
-    got, expected = (recurrent.recurrent_states(p, steps, c0, "tanh", recurrent.Way(solver))[0] for p in (narrow, wide))
+    got, expected = (recurrent.recurrent_states(p, steps, c0, "tanh", jacobian.Way(solver))[0] for p in (narrow, wide))
     np.testing.assert_array_equal(got, expected)
 
 

@@ -64,8 +64,8 @@ def study(params: dict, x: jax.Array, activation: str, trained: bool, options: O
         names = compared if everything else ("diagonal", "frozen") if scale == 1 else ("diagonal",)
         rows += [{"iteration": name, **common, **compared[name]()} for name in names]
         for size in WINDOWS.get(time, ()):
-            count = windows(scaled, x[:, :time], activation, size)
-            rows.append({"iteration": f"windows of {size}", **common, "passes_0.0001": count})
+            counts = windows(scaled, x[:, :time], activation, size)
+            rows.append({"iteration": f"windows of {size}", **common, **counts})
     return rows
 
 
