@@ -20,10 +20,10 @@ from jax import Array, lax
 
 from ranjax import linear_recurrence
 from ranjax.hugepages import restart_with_huge_pages
-from ranjax.scan import SOLVERS
 
 RESULTS = Path(__file__).parent / "results"
 MAIN = (8, 1024, 512)  # batch, time, features
+PLAIN = ("sequential", "associative", "chunked")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,7 +31,7 @@ class Options:
     """Linear recurrences, solver against solver.
 
     Attributes:
-      solvers: of `ranjax.linear_recurrence`.
+      solvers: of `ranjax.linear_recurrence`; on an accelerator the kernel too.
       lengths: numbers of steps.
       widths: numbers of features.
       elements: of an array, about: what the batch is chosen for. The shape 8 x 1024 x 512 always comes first.
@@ -40,7 +40,7 @@ class Options:
       out: folder of the results.
     """
 
-    solvers: tuple[str, ...] = ("sequential", "associative", "chunked")
+    solvers: tuple[str, ...] = PLAIN if jax.default_backend() == "cpu" else (*PLAIN, "pallas")
     lengths: tuple[int, ...] = (64, 256, 1024, 4096, 16384, 65536)
     widths: tuple[int, ...] = (64, 512, 2048)
     elements: int = 2**22
@@ -210,7 +210,7 @@ def main(options: Options) -> None:
                 "{temporaries}  compile {compile_s:5.2f} s  deviation {deviation:.1e}".format(**row),
                 flush=True,
             )
-        path = timing.write(options.out, "scan", stamp | {"solvers": sorted(SOLVERS)}, rows)
+        path = timing.write(options.out, "scan", stamp | {"solvers": options.solvers}, rows)
     draw(rows, path.with_suffix(".png"), f"{stamp['device']}, {stamp['date']}, jax {stamp['jax']}")
 
 

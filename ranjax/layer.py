@@ -46,8 +46,7 @@ class RAN(nn.Module):
       keep_order: with `reverse`, return the outputs in the order of the inputs.
       axis_name: inside `jax.shard_map`, the mesh axis that time is spread over: inputs, masks and outputs are a
         device's part, all of the same number of steps; carries and lengths are those of the whole, the same on all of
-        them. `"auto"` is then the solver that needs no device to walk through all steps. States that are not finite can
-        reach other segments there. None: time is whole.
+        them. `"auto"` is then the solver that needs no device to walk through all steps. None: time is whole.
 
     Raises:
       TypeError: for a `cell` that is not a `RANCell`.
@@ -103,7 +102,9 @@ class RAN(nn.Module):
             whatever it holds: the state passes through it and its outputs repeat the last valid one.
           segment_starts: bool, `(*batch, time)` or `(time, *batch)` as the inputs: True where a new segment
             begins, which sees nothing of what came before it. With `reverse` each segment is processed from
-            its own end, and sees nothing of what comes after it.
+            its own end, and sees nothing of what comes after it. A state that is not finite can get through where
+            `gates="input"` are solved as one linear recurrence: by any solver but `"auto"` on a CPU, or on a GPU
+            with the kernel, and `"pallas"`; and with `axis_name`.
           return_carry, time_major, reverse, keep_order: as the attributes.
 
         Returns:

@@ -11,10 +11,12 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
+from ranjax.kernels import mapped
+
 
 def varying_as(array: Array, others: Iterable[Array]) -> Array:
     """`array`, of a type that tells `shard_map` it may differ between devices wherever one of the others does."""
-    missing = frozenset[str]().union(*map(_axes, others)) - _axes(array)
+    missing = frozenset[str]().union(*map(varying_axes, others)) - varying_axes(array)
     if not missing:
         return array
     if hasattr(lax, "pcast"):
@@ -22,7 +24,7 @@ def varying_as(array: Array, others: Iterable[Array]) -> Array:
     return lax.pvary(array, tuple(sorted(missing)))  # pyright: ignore[reportAttributeAccessIssue]  # before JAX 0.9
 
 
-def _axes(array: Array) -> frozenset[str]:
+def varying_axes(array: Array) -> frozenset[str]:
     """The mesh axes that an array may differ along; JAX has had two names for them."""
     kind = jax.typeof(array)
     return getattr(kind, "vma", None) or getattr(getattr(kind, "manual_axis_type", None), "varying", frozenset())
@@ -66,8 +68,7 @@ def carry_in(product: Array, last: Array, initial: Array, reverse: bool, axis_na
 
     def fold(carry, part):
         slope, offset = part
-        gone = (slope == 0) | (carry == 0)  # of a carry that is forgotten, or nothing, not even infinity is left
-        return jnp.where(gone, offset, slope * carry + offset), carry
+        return jnp.where(carry == 0, offset, mapped(offset, slope, carry)), carry  # infinity times nothing
 
     _, starts = lax.scan(fold, varying_as(initial, (lasts,)), (products, lasts), reverse=reverse)
     return lax.dynamic_index_in_dim(starts, lax.axis_index(axis_name), keepdims=False)
@@ -106,7 +107,7 @@ def largest_anywhere(value: Array, axis_name: str | None) -> Array:
 
     The axes are those where the value may differ, or, with `check_vma=False`, where nothing tells that, all there are.
     """
-    axes = _axes(value) or (set() if axis_name is None else set(jax.sharding.get_abstract_mesh().manual_axes))
+    axes = varying_axes(value) or (set() if axis_name is None else set(jax.sharding.get_abstract_mesh().manual_axes))
     return lax.pmax(_no_nan(value), tuple(sorted(axes))) if axes else value
 
 

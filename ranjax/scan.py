@@ -17,7 +17,7 @@ from jaxtyping import Float
 
 from ranjax.kernels import Rows, Solver, Step, Walk
 from ranjax.kernels.plain import associative, chunked, sequential
-from ranjax.mesh import at_the_edge, before, carry_in, varying_as
+from ranjax.mesh import at_the_edge, before, carry_in, varying_as, varying_axes
 
 Sequence = Float[Array, "*batch time features"]
 State = Float[Array, "*batch features"]
@@ -39,7 +39,9 @@ def linear_recurrence(
 
     With `reverse=True` time runs backwards: h_t = decay_t * h_{t+1} + inputs_t, and `initial` stands
     after the last step. Reverse mode, forward mode and `vmap` work with every solver, in all three
-    arrays; the cotangent is one more recurrence, run the other way.
+    arrays; the cotangent is one more recurrence, run the other way. Of finite states all solvers find the same; how
+    long a NaN or an infinity stays is the solver's: those that take several steps at once lose it where the product of
+    their decays is 0, and make one where that product overflows.
 
     Inside `jax.shard_map` the sequence may be spread over the devices of a mesh axis, each of which has as many steps
     as the others: with `axis_name` every device solves its part, and they exchange two states each, the product of
@@ -50,14 +52,15 @@ def linear_recurrence(
       inputs: floating array of the same shape.
       initial: floating array `(*batch, features)`; None is the same as zeros.
       reverse: run from the last step to the first.
-      solver: `"auto"`, the default, takes one of the others by platform, when the program is lowered.
+      solver: `"auto"`, the default, takes one of the others by platform, when the program is lowered; the kernel only
+        if there was a GPU for it when it was traced.
         `"sequential"`: a loop, one step after another. `"associative"`: `jax.lax.associative_scan`.
         `"chunked"`: all chunks of 64 steps at once, with a pass over the chunks between two over the sequence;
         memory grows with the length only. `"pallas"`: a kernel for GPU or TPU; without one, its interpretation,
-        which is slow.
+        which is slow. Under `jit` alone XLA does not split a kernel over devices; inside `shard_map` each has its own.
       axis_name: name of the mesh axis that the time is spread over; `decay`, `inputs` and the states are then a
-        device's part, `initial` is the same on all of them and stands before the first step of the whole. Where the
-        solver is the kernel, which `"auto"` takes on a GPU, `shard_map` needs `check_vma=False`.
+        device's part, `initial` is the same on all of them and stands before the first step of the whole. Inside
+        `shard_map` the kernel needs `check_vma=False`; without that `"auto"` does without the kernel on a GPU.
 
     Returns:
       The states h, `(*batch, time, features)`, in float32, or in float64 where one of the arrays is.
@@ -158,7 +161,8 @@ def _unwritten(step: Step) -> Step:
 
 def _auto(walk: Walk) -> tuple[Rows, Rows]:
     """What `CHOICES` has for the platform."""
-    choices = [choice for choice in CHOICES if choice.solver != "pallas" or _has_gpu()]
+    kernel = _has_gpu() and not any(map(varying_axes, walk.arrays))  # a kernel cannot tell that its results vary
+    choices = [choice for choice in CHOICES if choice.solver != "pallas" or kernel]
     return _by_platform(walk, {choice.platform: SOLVERS[choice.solver] for choice in choices})
 
 
@@ -208,7 +212,8 @@ class Choice(NamedTuple):
 
 
 # Milliseconds of a gradient, from benchmarks/results/. Other shapes are there for the CPU: chunked wins at one of them,
-# 4 x 16,384 x 64. A kernel that has not run on its device is not a default.
+# 4 x 16,384 x 64. A kernel that has not run on its device is not a default: the GPU's ran as of e6eaacf and has been
+# rearranged since. How it fills a chip by shape is in kernels/gpu.py, chosen on the same H100 on the same day.
 CHOICES = (
     Choice("cpu", "sequential", "AMD EPYC, 2 cores, 2026-11-23, 8 x 1024 x 512: 14.1; chunked 18.2, associative 48.6"),
     Choice("cuda", "pallas", "H100, 2026-11-23, 32 x 1024 x 512: 0.255; associative 0.798"),

@@ -29,10 +29,12 @@ hypothesis.settings.load_profile("ranjax")
 
 
 @pytest.fixture(autouse=True, scope="session")
-def a_smaller_gpu():
-    """The GPU kernel's interpretation compiles for a time that grows with its loads and its lanes."""
-    from ranjax.kernels import gpu
+def a_smaller_machine():
+    """Chunks that a short sequence has several of, and fewer loads and lanes of a GPU: its kernel's interpretation
+    compiles for a time that grows with them."""
+    from ranjax.kernels import gpu, plain
 
+    plain.CHUNK = 3
     if jax.default_backend() == "cpu":
         gpu.LOADS, gpu.LANES = 4, 4
 

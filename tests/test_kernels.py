@@ -142,8 +142,10 @@ def test_narrow_arrays_are_walked_in_the_dtype_of_the_carry(solve):
     ("solve", "platform", "call"), [(tpu.solve, "tpu", "tpu_custom_call"), (gpu.solve, "cuda", "triton")]
 )
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("batch", [2, 4])  # on a GPU: segments, lanes
-def test_lowers_on_a_machine_without_the_device(solve, platform, call, kind, batch):
+@pytest.mark.parametrize(("batch", "bits"), [(2, 32), (4, 32), (4, 64)])  # of integers; on a GPU: segments, lanes
+def test_lowers_on_a_machine_without_the_device(solve, platform, call, kind, batch, bits, request):
+    if bits == 64:
+        request.getfixturevalue("x64")
     walk = problem(kind, batch, 300, 700)._replace(backwards=True)
     known = {"device_kind": "NVIDIA H100", "num_cores": None, "platform": "cuda"}
     fields = [field.name for field in dataclasses.fields(jax.sharding.AbstractDevice)]  # newer versions have more

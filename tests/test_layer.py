@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from jax.test_util import check_grads
 from test_cell import VARIANTS, inputs, randomised, variants
 
-from ranjax import RAN, FixedPoint, RANCell
+from ranjax import RAN, FixedPoint, RANCell, gated
 from ranjax.cell import GATES
 from ranjax.gated import FUSED
 from ranjax.scan import SOLVERS
@@ -210,6 +210,37 @@ def test_bfloat16_products(gates, solver):
     wide, _ = layer.apply(variables, x)
     assert (carry.dtype, h.dtype) == (jnp.float32, jnp.bfloat16)
     np.testing.assert_allclose(carry, wide, atol=16 * 2**-8 * float(jnp.max(jnp.abs(wide))))
+
+
+@pytest.mark.parametrize("gates", ELEMENTWISE)
+@pytest.mark.parametrize("solver", ["auto", "pallas"])
+def test_sigmoids_of_bfloat16_pre_activations_are_float32(gates, solver):
+    """States to rounding in float32, gradients to one rounding in bfloat16, of the same narrow numbers."""
+    rng = np.random.default_rng(0)
+    z, u = (jnp.asarray(rng.normal(size=shape), jnp.bfloat16) for shape in ((2, 40, 2, 4), (2, 40, 4)))
+    weights = () if gates == "input" else tuple(jnp.asarray(rng.normal(size=(2, 4)), jnp.float32))
+    c0 = jnp.zeros((2, 4))
+
+    def total(z, u):
+        c = gated._elementwise(c0, weights, (z, u), "tanh", solver)
+        return jnp.sum(jnp.sin(c)), c
+
+    def walked(z, u):
+        c, states = c0, []
+        for t in range(40):
+            z_i, z_f = (z[:, t, n] + (weights[n] * jnp.tanh(c) if weights else 0) for n in range(2))
+            c = jax.nn.sigmoid(z_i) * u[:, t] + jax.nn.sigmoid(z_f) * c
+            states.append(c)
+        states = jnp.stack(states, axis=1)
+        return jnp.sum(jnp.sin(states)), states
+
+    (_, got), found = jax.jit(jax.value_and_grad(total, (0, 1), has_aux=True))(z, u)
+    wide = (a.astype(jnp.float32) for a in (z, u))
+    (_, expected), gradients = jax.jit(jax.value_and_grad(walked, (0, 1), has_aux=True))(*wide)
+    np.testing.assert_allclose(got, expected, rtol=0, atol=32 * 2**-23 * np.abs(expected).max())
+    for a, b in zip(found, gradients, strict=True):
+        assert a.dtype == jnp.bfloat16
+        np.testing.assert_allclose(np.asarray(a, np.float32), b, rtol=2**-8, atol=1e-5)
 
 
 @pytest.mark.parametrize("gates", ELEMENTWISE)

@@ -4,7 +4,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from ranjax.kernels import Rows, Walk, affine_map, apply_map, planes
-from ranjax.mesh import varying_as
+from ranjax.mesh import before, varying_as
 
 CHUNK = 64  # steps
 
@@ -57,8 +57,7 @@ def associative(walk: Walk) -> tuple[Rows, Rows]:
     (offset, slope), _ = affine_map(walk.step)((still, still + 1), walk.constants, rows)
     slope, offset = lax.associative_scan(compose, (slope, offset), reverse=walk.backwards, axis=1)
     after = slope * first[:, None] + offset
-    before = _following(after, first, not walk.backwards)
-    _, made = walk.step((before,), walk.constants, rows)
+    _, made = walk.step((before(after, first, 1, walk.backwards),), walk.constants, rows)
     return (after[:, 0 if walk.backwards else -1],), _outputs(walk, made)
 
 
@@ -67,7 +66,7 @@ def chunked(walk: Walk) -> tuple[Rows, Rows]:
 
     A first walk reduces each chunk to one affine map of the carry, a second, over those, finds what the chunks start
     from, a third walks through all of them: no array of the length of the sequence besides the outputs. Steps that
-    fill no chunk come last in the walk.
+    fill no chunk come last in the walk; then the others are a copy, of the arrays and of the outputs.
     """
     batch, time, features = walk.sizes
     count = time // CHUNK
@@ -123,10 +122,7 @@ def _part(walk: Walk, start: int, stop: int) -> Walk:
 
 def _following(rows: Array, edge: Array, backwards: bool) -> Array:
     """For every step of a walk the row of the step that comes next, and the edge for the last one."""
-    edge = edge[:, None].astype(rows.dtype)
-    if backwards:
-        return jnp.concatenate([edge, rows[:, :-1]], axis=1)
-    return jnp.concatenate([rows[:, 1:], edge], axis=1)
+    return before(rows, edge.astype(rows.dtype), 1, not backwards)
 
 
 def _buffers(walk: Walk) -> tuple[list[int], Rows]:
@@ -137,7 +133,7 @@ def _buffers(walk: Walk) -> tuple[list[int], Rows]:
             places.append(number)
         else:
             places.append(len(buffers))
-            buffers += (varying_as(lax.empty(buffers[number].shape, dtype), walk.arrays),)
+            buffers += (varying_as(jnp.zeros(buffers[number].shape, dtype), walk.arrays),)
     return places, buffers
 
 

@@ -13,6 +13,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from ranjax.kernels import Rows, Walk, planes
+from ranjax.kernels.plain import chunked
 
 TILE = 8  # rows
 LANES = 128
@@ -21,7 +22,9 @@ FEATURES = 512  # features of a block
 
 
 def solve(walk: Walk, *, interpret: Any = False) -> tuple[Rows, Rows]:
-    """Walks by the kernel; `interpret` runs it anywhere, slowly."""
+    """Walks by the kernel, for which there is no float64; `interpret` runs it anywhere, slowly."""
+    if walk.carry[0].dtype == jnp.float64:
+        return chunked(walk)
     (batch, time, features), blocks = walk.sizes, Blocks.of(walk)
     operands, specs = _operands(walk, blocks)
     ends = tuple(jax.ShapeDtypeStruct((batch, 1, features), c.dtype) for c in walk.carry)
@@ -83,7 +86,7 @@ class Blocks(NamedTuple):
         def index(b, j, k):
             each = self.tall // TILE
             tile = self.at(k) * each - 1 if self.backwards else (self.at(k) + 1) * each
-            return b, 0, jnp.clip(tile, 0, self.tiles - 1), j
+            return b, 0, _within(tile, self.tiles - 1), j
 
         return pl.BlockSpec((1, 1, TILE, self.wide), index)
 
@@ -130,7 +133,7 @@ def _walk_block(walk: Walk, blocks: Blocks, refs: Operands, ends: Any, outputs: 
             ref[0, plane, _tile(n), :] = jnp.concatenate(rows).astype(ref.dtype)
         return carry
 
-    carry = lax.fori_loop(0, tiles, several, tuple(ref[...] for ref in carried))
+    carry = lax.fori_loop(jnp.int32(0), jnp.int32(tiles), several, tuple(ref[...] for ref in carried))
     for ref, end, row in zip(carried, ends, carry, strict=True):
         ref[...] = row
         end[0] = row
@@ -156,7 +159,7 @@ def _tile_ahead(walk: Walk, refs: Operands, n: Any, start: Any) -> Array:
     states, halo, edge = refs.ahead
     dtype, last = walk.carry[0].dtype, states.shape[2] // TILE - 1
     beyond = n == 0 if walk.backwards else n == last
-    neighbour = states[0, 0, _tile(jnp.clip(n - 1 if walk.backwards else n + 1, 0, last)), :]
+    neighbour = states[0, 0, _tile(_within(n - 1 if walk.backwards else n + 1, last)), :]
     neighbour = jnp.where(beyond, halo[0, 0], neighbour)
     tile = states[0, 0, _tile(n), :]
     if walk.backwards:
@@ -166,6 +169,11 @@ def _tile_ahead(walk: Walk, refs: Operands, n: Any, start: Any) -> Array:
     moments = start + lax.broadcasted_iota(jnp.int32, rows.shape, 0)
     final = 0 if walk.backwards else walk.sizes[1] - 1
     return jnp.where(moments == final, edge[0].astype(dtype), rows.astype(dtype))
+
+
+def _within(n: Any, last: int) -> Any:
+    """`n` or what comes nearest to it from 0 to `last`; in 32 bits, also where JAX counts in 64, as in the loop."""
+    return lax.max(jnp.int32(0), lax.min(n, jnp.int32(last)))
 
 
 def _tile(n: Any) -> Any:
