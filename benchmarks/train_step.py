@@ -23,6 +23,7 @@ SIZES = {  # features of both layers, batch, steps
 }
 VOCABULARY = 10_000
 BLOCK = 5  # steps timed together
+WINDOWS = 4  # of text
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,7 +43,7 @@ class Options:
 
 
 def ranjax_steps(features: int, batch: int, steps: int, **options):
-    """A call that trains for BLOCK steps and returns what they changed."""
+    """A call that trains for BLOCK steps and returns what they changed, and one that tells the mean passes so far."""
     import jax.numpy as jnp
     import numpy as np
 
@@ -55,15 +56,19 @@ def ranjax_steps(features: int, batch: int, steps: int, **options):
     )  # fmt: skip
     model = build_model(config, VOCABULARY)
     optimizer = make_optimizer(config, 1)
-    text = jnp.asarray(np.random.default_rng(0).integers(0, VOCABULARY, (batch, 4 * steps + 1)), jnp.int32)
-    step, state = make_step(model, optimizer, config, windows=4), [initial_state(model, optimizer, config)]
+    text = jnp.asarray(np.random.default_rng(0).integers(0, VOCABULARY, (batch, WINDOWS * steps + 1)), jnp.int32)
+    step, state = make_step(model, optimizer, config, windows=WINDOWS), [initial_state(model, optimizer, config)]
 
     def run():
         for _ in range(BLOCK):
             state[0] = step(state[0], text)
         return state[0].params
 
-    return run
+    def passes():
+        """Of the fixed point in the layers, since the text began anew; 100 where all fell back on the walk."""
+        return float(state[0].passes) / ((int(state[0].step) - 1) % WINDOWS + 1)
+
+    return run, passes
 
 
 def torch_cells(steps: int) -> dict:
@@ -92,7 +97,7 @@ def torch_steps(features: int, batch: int, steps: int, cell):
     decode = torch.nn.Linear(features, VOCABULARY).to(device)
     parameters = [p for module in (embed, stack, decode) for p in module.parameters()]
     optimizer = torch.optim.SGD(parameters, lr=0.1)
-    text = torch.randint(VOCABULARY, (4 * steps + 1, batch), device=device)
+    text = torch.randint(VOCABULARY, (WINDOWS * steps + 1, batch), device=device)
     state = [None, 0]
 
     def detached(carry):
@@ -100,7 +105,7 @@ def torch_steps(features: int, batch: int, steps: int, cell):
 
     def run():
         for _ in range(BLOCK):
-            first = state[1] % 4 * steps
+            first = state[1] % WINDOWS * steps
             window = text[first : first + steps + 1]
             hidden, carry = stack(embed(window[:-1]), state[0])
             logits = decode(hidden).reshape(-1, VOCABULARY)
@@ -116,13 +121,14 @@ def torch_steps(features: int, batch: int, steps: int, cell):
 
 
 def measure(features: int, batch: int, steps: int, seconds: float) -> list[dict]:
-    calls = {
+    ours = {
         f"RAN, {gates} gates": ranjax_steps(features, batch, steps, gates=gates)
         for gates in ("recurrent", "diagonal", "input")
     }
     if steps > 1000:
-        calls["RAN, recurrent gates, fixed point"] = ranjax_steps(features, batch, steps, solver="fixed_point")
-    calls["flax OptimizedLSTMCell"] = ranjax_steps(features, batch, steps, cell="lstm")
+        ours["RAN, recurrent gates, fixed point"] = ranjax_steps(features, batch, steps, solver="fixed_point")
+    ours["flax OptimizedLSTMCell"] = ranjax_steps(features, batch, steps, cell="lstm")
+    calls = {name: run for name, (run, _) in ours.items()}
     calls |= {name: torch_steps(features, batch, steps, cell) for name, cell in torch_cells(steps).items()}
     times = timing.alternate(calls, seconds=seconds)
     rows = []
@@ -138,6 +144,7 @@ def measure(features: int, batch: int, steps: int, seconds: float) -> list[dict]
                 "step_least_ms": round(found["least_ms"] / BLOCK, 3),
                 "tokens_per_second": round(batch * steps * BLOCK / found["median_ms"] * 1e3),
                 "rounds": found["rounds"],
+                "mean_passes": ours[name][1]() if name in ours else 0,
             }
         )
     lstm = next(row for row in rows if row["name"] == "PyTorch nn.LSTM")

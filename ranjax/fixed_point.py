@@ -87,10 +87,11 @@ class FixedPoint:
             value = getattr(self, name)
             if value is not None and not 0 < value < 1:
                 raise ValueError(f"`{name}` must be above 0 and below 1, or None; got {value!r}.")
-        for name in ("max_iterations", "window"):
+        for name, none in (("max_iterations", ""), ("window", ", or None")):
             value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"`{name}` must be at least 1; got {value!r}.")
+            whole = isinstance(value, int) and not isinstance(value, bool) and value >= 1
+            if not whole and not (none and value is None):
+                raise ValueError(f"`{name}` must be a whole number, at least 1{none}; got {value!r}.")
 
 
 class Record(NamedTuple):

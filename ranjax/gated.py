@@ -51,7 +51,8 @@ def solve(
       The states c, `(*batch, time, features)`, and a `Record`: iterations, residual, converged.
 
     Raises:
-      ValueError: for gates that are not those of the parameters, for a solver or an activation that does not fit them.
+      ValueError: for gates that are not those of the parameters, for a solver or an activation that does not fit them,
+        for inputs or a state of another shape.
 
     Example:
       >>> import jax, jax.numpy as jnp, ranjax
@@ -66,7 +67,12 @@ def solve(
     if gates != gates_of(params):
         raise ValueError(f"`gates` must be {gates_of(params)!r}, which these parameters are for; got {gates!r}.")
     check_solver(solver, gates, axis_name)
-    x = jnp.asarray(x)
+    x, width = jnp.asarray(x), params["gates"]["kernel"].shape[0]
+    if x.ndim < 2 or x.shape[-1] != width:
+        raise ValueError(
+            f"`x` must have the axes (*batch, time, in), with in = {width} for these parameters; got the shape "
+            f"{x.shape}."
+        )
     u, z = content(params, x), gates_of_input(params, x)
     shape = (*u.shape[:-2], u.shape[-1])
     c0 = jnp.zeros(shape, state_dtype(u)) if c0 is None else checked_carry("c0", c0, shape)

@@ -20,6 +20,7 @@ Tokens = Int[Array | np.ndarray, "batch time"]
 State = tuple  # one carry per layer
 
 CELLS = ("ran", "lstm", "gru", "rnn")
+RAN_ONLY = {"projection": None, "gates": "recurrent", "activation": "tanh", "solver": "auto", "axis_name": None}
 
 
 class LanguageModel(nn.Module):
@@ -50,7 +51,7 @@ class LanguageModel(nn.Module):
 
     Raises:
       ValueError: for an unknown cell, a number of sizes that is not the number of layers, a tied output
-        whose sizes differ, a dropout rate outside [0, 1).
+        whose sizes differ, a dropout rate outside [0, 1), an option of the RAN for another cell.
 
     Example:
       >>> import jax, jax.numpy as jnp, ranjax
@@ -84,10 +85,10 @@ class LanguageModel(nn.Module):
             raise ValueError(f"`layers` must be at least 1; got {self.layers}.")
         if not 0 <= self.dropout < 1:
             raise ValueError(f"`dropout` must be a rate in [0, 1); got {self.dropout}.")
-        if self.cell != "ran" and self.projection is not None:
-            raise ValueError(f"`projection` is an option of cell='ran'; got cell={self.cell!r}.")
-        if self.cell != "ran" and self.axis_name is not None:
-            raise ValueError(f"`axis_name` is an option of cell='ran'; got cell={self.cell!r}.")
+        for name, default in RAN_ONLY.items():
+            value = getattr(self, name)
+            if self.cell != "ran" and value != default:
+                raise ValueError(f"`{name}` is an option of cell='ran'; got {value!r} with cell={self.cell!r}.")
         if self.tie and self.embedding_size != self._outputs[-1]:
             raise ValueError(
                 f"`tie` needs the embedding to be as wide as the last output; got embedding={self.embedding_size} "

@@ -1,4 +1,4 @@
-"""Shapes are checked at run time in all tests; `x64` turns on float64."""
+"""Where signatures state shapes, they are checked at run time; `x64` turns on float64."""
 
 import os
 

@@ -386,8 +386,10 @@ def test_the_language_model_with_it_and_without():
         ({"precision": "low"}, r"`precision` must be one of"),
         ({"rtol": 0}, r"`rtol` must be above 0 and below 1, or None; got 0"),
         ({"adjoint_rtol": 2}, r"`adjoint_rtol` must be above 0"),
-        ({"max_iterations": 0}, r"`max_iterations` must be at least 1; got 0"),
-        ({"window": 0}, r"`window` must be at least 1; got 0"),
+        ({"max_iterations": 0}, r"`max_iterations` must be a whole number, at least 1; got 0"),
+        ({"max_iterations": None}, r"`max_iterations` must be a whole number, at least 1; got None"),
+        ({"window": 0}, r"`window` must be a whole number, at least 1, or None; got 0"),
+        ({"window": 10.5}, r"`window` must be a whole number, at least 1, or None; got 10.5"),
     ],
 )
 def test_bad_settings(setting, message):
@@ -433,3 +435,6 @@ def test_bad_arguments_of_solve():
         ranjax.solve(params, x, gates="recurrent", activation="relu")
     with pytest.raises(ValueError, match=r"`c0` must have the shape .* = \(2, 8\); got \(3, 8\)"):
         ranjax.solve(params, x, jnp.zeros((3, 8)), gates="recurrent")
+    for shape in ((5,), (2, 40, 6)):
+        with pytest.raises(ValueError, match=rf"`x` must have the axes .* in = 5 .* got .*{re.escape(str(shape))}"):
+            ranjax.solve(params, jnp.zeros(shape), gates="recurrent")

@@ -100,6 +100,10 @@ def test_cross_entropy_is_minus_log_probability():
         ({"tie": True, "embedding": 5}, "`tie` needs the embedding .* got embedding=5 and an output of 6"),
         ({"dropout": 1.0}, r"`dropout` must be a rate in \[0, 1\); got 1.0"),
         ({"cell": "gru", "projection": 3}, "`projection` is an option of cell='ran'"),
+        (
+            {"cell": "lstm", "solver": "fixed_point"},
+            "`solver` is an option of cell='ran'; got 'fixed_point' with cell='lstm'",
+        ),
     ],
 )
 def test_bad_options(options, message):

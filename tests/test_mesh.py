@@ -312,7 +312,7 @@ def test_what_cannot_be_spread_is_refused():
         ranjax.RAN(ranjax.RANCell(4), "sequential", axis_name="time")
     with pytest.raises(ValueError, match="got 'pallas'"):
         ranjax.RAN(ranjax.RANCell(4, "diagonal"), "pallas", axis_name="time")
-    with pytest.raises(ValueError, match="`axis_name` is an option of cell='ran'; got cell='gru'"):
+    with pytest.raises(ValueError, match="`axis_name` is an option of cell='ran'; got 'time' with cell='gru'"):
         ranjax.LanguageModel(5, "gru", axis_name="time")
     layer = ranjax.RAN(ranjax.RANCell(4, "input"), reverse=True, axis_name="time")
     with pytest.raises(ValueError, match="`reverse` needs all of the sequence"):

@@ -1,0 +1,141 @@
+"""Gates that read h_{t-1}, walked through or iterated: `python benchmarks/recurrent.py --checkpoint RUN`.
+
+For a trained model and each shape: milliseconds of the gradient of the sum of squares of a layer's states, by solver,
+the passes made, whether they converged, and the largest deviation from the walk, relative to the largest gradient; the
+states alone, and by as many passes without looking at a residual. For diagonal gates the fused walk beside Newton's
+iteration, at the same sizes with weights drawn at random.
+"""
+
+import dataclasses
+from functools import partial
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import timing
+
+from ranjax import FixedPoint, RANCell, solve
+from ranjax.cell import content, gates_of_input, output
+from ranjax.data import load_corpus
+from ranjax.evaluate import load_run
+from ranjax.hugepages import restart_with_huge_pages
+from ranjax.masks import Steps
+from ranjax.recurrent import make_pass
+
+RESULTS = Path(__file__).parent / "results"
+LOOSE = {"rtol": 1e-4, "adjoint_rtol": 1e-4}
+SOLVERS = {  # the first is what the others are compared with
+    "recurrent": {
+        "walk": "sequential",
+        "fixed point": FixedPoint(on_failure="nan"),
+        "fixed point, all at once": FixedPoint(window=None, on_failure="nan"),
+        "fixed point, windows of 256": FixedPoint(window=256, on_failure="nan"),
+        "fixed point, tolerances 1e-4": FixedPoint(**LOOSE, on_failure="nan"),
+    },
+    "diagonal": {"fused walk": "auto", "walk": "sequential", "Newton": FixedPoint(on_failure="nan")},
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """Gates that read h_{t-1}, solver against solver.
+
+    Attributes:
+      checkpoint: a run of ranjax.train with recurrent gates.
+      data_dir: folder of the data sets.
+      layer: of its model, counted from 1.
+      shapes: batch and number of steps.
+      seconds: for the rounds of one shape.
+      out: folder of the results.
+    """
+
+    checkpoint: str
+    data_dir: str | None = None
+    layer: int = 1
+    shapes: tuple[tuple[int, int], ...] = ((20, 35), (16, 1024), (2, 8192))
+    seconds: float = 30.0
+    out: Path = RESULTS
+
+
+def gradient(gates: str, activation: str, solver: str | FixedPoint):
+    """(gradient of the parameters and the inputs, record) of the sum of squares of the states."""
+
+    def total(params, x):
+        states, record = solve(params, x, gates=gates, activation=activation, solver=solver)
+        return jnp.sum(states**2), record
+
+    return jax.jit(jax.grad(total, (0, 1), has_aux=True))
+
+
+def early_exit(activation: str, params: dict, x: jax.Array, seconds: float) -> list[dict]:
+    """The states by passes until they converge, and by as many passes without a look at the residual."""
+    solver, features = FixedPoint(window=None, on_failure="ignore"), params["content"]["kernel"].shape[1]
+    run = jax.jit(partial(solve, gates="recurrent", activation=activation, solver=solver))
+    count = int(run(params, x)[1].iterations)
+
+    @jax.jit
+    def passes(params, x):
+        steps, c0 = Steps(content(params, x), gates_of_input(params, x)), jnp.zeros((x.shape[0], features))
+        apply = make_pass(params, steps, c0, activation, solver)
+        return jax.lax.fori_loop(0, count, lambda _, c: apply(c)[0], jnp.zeros_like(steps.u))
+
+    calls = {
+        "states, fixed point, all at once": partial(run, params, x),
+        "states, as many passes": partial(passes, params, x),
+    }
+    expected = run(params, x)[0]
+    about = {"gates": "recurrent", "batch": x.shape[0], "time": x.shape[1], "features": features, "passes": count}
+    deviation = float(jnp.max(jnp.abs(passes(params, x) - expected)) / jnp.max(jnp.abs(expected)))
+    about |= {"converged": True, "deviation": deviation}
+    times = timing.alternate(calls, seconds=seconds)
+    return [about | {"solver": name} | timing.summary(found) for name, found in times.items()]
+
+
+def measure(gates: str, activation: str, params: dict, x: jax.Array, seconds: float) -> list[dict]:
+    calls = {name: partial(gradient(gates, activation, s), params, x) for name, s in SOLVERS[gates].items()}
+    found = {name: call() for name, call in calls.items()}
+    expected = jax.tree.leaves(next(iter(found.values()))[0])
+    rows = []
+    for name, times in timing.alternate(calls, seconds=seconds).items():
+        got, record = found[name]
+        pairs = zip(jax.tree.leaves(got), expected, strict=True)
+        deviation = max(float(jnp.max(jnp.abs(a - b)) / jnp.max(jnp.abs(b))) for a, b in pairs)
+        about = {"gates": gates, "solver": name, "batch": x.shape[0], "time": x.shape[1]}
+        about |= {"features": params["content"]["kernel"].shape[1], "deviation": deviation}
+        about |= {"passes": int(record.iterations), "converged": bool(record.converged)}
+        rows.append(about | timing.summary(times))
+    return rows
+
+
+def main(options: Options) -> None:
+    run = load_run(options.checkpoint)
+    ids = load_corpus(run.config.dataset, options.data_dir, run.config.tokenizer).valid
+    embedding = run.params["embed"]["embedding"]
+    cells = [run.params[f"stack_{n}"]["cell"] for n in range(options.layer)]
+    diagonal = RANCell(run.model.sizes[options.layer - 1], "diagonal")
+    rows = []
+    for batch, time in options.shapes:
+        x = embedding[jnp.asarray(ids[: batch * time].reshape(batch, time))]
+        for cell in cells[:-1]:
+            states, _ = solve(cell, x, gates="recurrent", activation=run.config.activation)
+            x = output(cell, states, run.config.activation)
+        before = len(rows)
+        rows += measure("recurrent", run.config.activation, cells[-1], x, options.seconds)
+        rows += early_exit(run.config.activation, cells[-1], x, options.seconds / 3)
+        params = diagonal.init(jax.random.key(0), jnp.zeros((batch, diagonal.features)), x[:, 0])["params"]
+        rows += measure("diagonal", "tanh", params, x, options.seconds / 3)
+        for row in rows[before:]:
+            print(
+                "{batch} x {time}, {gates} gates, {solver:32} {median_ms:9.2f} ms, {passes} passes, "
+                "converged: {converged}, deviation {deviation:.1e}".format(**row),
+                flush=True,
+            )
+        about = {"dataset": run.config.dataset, "layer": options.layer}
+        timing.write(options.out, "recurrent", timing.stamp() | about, rows)
+
+
+if __name__ == "__main__":
+    import tyro
+
+    restart_with_huge_pages()
+    main(tyro.cli(Options))
