@@ -134,7 +134,7 @@ def make_pass(
             d = clipped(jacobians_of(steps, earlier, gates, activation), weights)
         inputs = i * steps.u + (f - d) * earlier
         c_next = linear_recurrence(d, inputs, c0, solver=solver.recurrence, axis_name=axis_name)
-        return c_next, relative(after - c, (after, earlier))
+        return c_next, relative(after - c, (after, earlier), axis_name=axis_name)
 
     return apply
 

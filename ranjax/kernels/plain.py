@@ -73,7 +73,7 @@ def chunked(walk: Walk) -> tuple[Rows, Rows]:
     if not walk.affine or count < 2:
         return sequential(walk)
     chunks, dtype = _chunks(walk, count), walk.carry[0].dtype
-    still = jnp.zeros((batch * count, features), dtype)
+    still = varying_as(jnp.zeros((batch * count, features), dtype), walk.arrays)
     reduction = chunks._replace(step=affine_map(walk.step), carry=(still, still + 1), outs=(), affine=False)
     maps, _ = sequential(reduction._replace(in_place=False))
     maps = tuple(m.reshape(batch, count, features) for m in maps)
