@@ -31,7 +31,7 @@ class Options:
     """Linear recurrences, solver against solver.
 
     Attributes:
-      solvers: of `ranjax.linear_recurrence`; on an accelerator the kernel too.
+      solvers: of `ranjax.linear_recurrence`. None: those in plain JAX, and on an accelerator the kernel.
       lengths: numbers of steps.
       widths: numbers of features.
       elements: of an array, about: what the batch is chosen for. The shape 8 x 1024 x 512 always comes first.
@@ -40,7 +40,7 @@ class Options:
       out: folder of the results.
     """
 
-    solvers: tuple[str, ...] = PLAIN if jax.default_backend() == "cpu" else (*PLAIN, "pallas")
+    solvers: tuple[str, ...] | None = None
     lengths: tuple[int, ...] = (64, 256, 1024, 4096, 16384, 65536)
     widths: tuple[int, ...] = (64, 512, 2048)
     elements: int = 2**22
@@ -198,6 +198,9 @@ def draw(rows: list[dict], path: Path, title: str) -> None:
 
 
 def main(options: Options) -> None:
+    if options.solvers is None:
+        kernel = () if jax.default_backend() == "cpu" else ("pallas",)
+        options = dataclasses.replace(options, solvers=PLAIN + kernel)
     stamp, rows = timing.stamp(), []
     for shape in options.shapes:
         found = measure(*shape, options)

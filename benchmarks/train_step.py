@@ -163,7 +163,7 @@ def main(options: Options) -> None:
         for row in found:
             print(
                 "  {name:33} {step_ms:8.2f} ms a step (least {step_least_ms:.2f}), {tokens_per_second:9,} tokens/s, "
-                "{over_torch_lstm:.2f} times PyTorch's LSTM".format(**row),
+                "{over_torch_lstm:.2f} times PyTorch's LSTM, {mean_passes:.1f} passes".format(**row),
                 flush=True,
             )
         timing.write(options.out, "train-step", stamp, rows)

@@ -10,6 +10,7 @@ D is, and how much sooner all of them are depends on how near D is to the Jacobi
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from numbers import Integral
 from typing import Any, Literal, NamedTuple, get_args
 
 import jax
@@ -27,13 +28,13 @@ Precision = Literal["default", "high", "highest"]
 class FixedPoint:
     """How a RAN whose gates read h_{t-1} is solved for all time steps of a window at once.
 
-    A pass is one product over all steps and one linear recurrence. The passes end when at every step the residual
-    max |F(c_{t-1}) - c_t| is at most `rtol` times the larger of max |c_{t-1}| and max |c_t|: where one feature is much
-    larger than the others, these have its tolerance. Gradients solve the transposed linear system, with the full
-    Jacobian, by the same iteration in reverse, to a tolerance of their own; there the cotangents that have faded below
-    a thousandth of the largest of their sequence and window have the tolerance of that thousandth. Products are in the
-    dtype of the states. A residual bounds what a step is off by; where the model amplifies it, states and gradients are
-    off by more.
+    A pass is one product over all steps and one linear recurrence. The passes end when at every step the residual max
+    |F(c_{t-1}) - c_t| is at most `rtol` times the larger of max |c_{t-1}| and max |F(c_{t-1})|: where one feature
+    is much larger than the others, these have its tolerance. Gradients solve the transposed linear system, with the
+    full Jacobian, by the same iteration in reverse, to a tolerance of their own; there the cotangents that have
+    faded below a thousandth of the largest of their sequence and window have the tolerance of that thousandth.
+    Products are in the dtype of the states. A residual bounds what a step is off by; where the model amplifies it,
+    states and gradients are off by more.
 
     Batch by the leading axes. Under `vmap` `on_failure="sequential"` always walks, for both branches of a condition
     that is batched are computed; `"nan"` does not.
@@ -41,7 +42,9 @@ class FixedPoint:
     Attributes:
       splitting: what stands for the Jacobian in a pass. `"diagonal"`: its diagonal, clipped to [-1, 1]; `"frozen"`: the
         forget gate, as if the gates did not answer to the state.
-      recurrence: solver of the linear recurrences; see `linear_recurrence`.
+      recurrence: solver of the linear recurrences; see `linear_recurrence`. Those that take several steps at once round
+        by the states some steps back: where a state of hundreds of times the next one is cancelled within a step, not
+        forgotten, they leave a residual above the default tolerance.
       window: most time steps solved at once. Longer sequences are solved window after window, each from the last
         state: fewer passes where a memory is long, and the gradient keeps the states alone, making all else anew a
         window at a time. None, or with time spread over a mesh: all at once. A gradient of a gradient needs None where
@@ -89,7 +92,7 @@ class FixedPoint:
                 raise ValueError(f"`{name}` must be above 0 and below 1, or None; got {value!r}.")
         for name, none in (("max_iterations", ""), ("window", ", or None")):
             value = getattr(self, name)
-            whole = isinstance(value, int) and not isinstance(value, bool) and value >= 1
+            whole = isinstance(value, Integral) and not isinstance(value, bool) and int(value) >= 1
             if not whole and not (none and value is None):
                 raise ValueError(f"`{name}` must be a whole number, at least 1{none}; got {value!r}.")
 
@@ -126,7 +129,8 @@ def iterate(apply: Pass, first: Array, rtol: float, record: Record | None = None
       record: of the iteration that this one goes on with.
 
     Returns:
-      The x whose residual the record tells; a residual that is not finite ends the iteration at once.
+      The x whose residual the record tells, or, if that is above the tolerance, what a pass made of it; a residual that
+      is not finite ends the iteration at once.
     """
 
     def going(loop):
@@ -148,14 +152,15 @@ def iterate(apply: Pass, first: Array, rtol: float, record: Record | None = None
 
 
 def relative(difference: Array, to: tuple[Array, Array], share: float = 0.0, axis_name: str | None = None) -> Array:
-    """max |difference| over max |to| of every step `(features)`, at its largest.
+    """The largest, over all steps, of max |difference| / max |to|, the maxima over the features.
+
+    Where all are so small that their roundings are flushed to 0, it is relative to the least that has digits.
 
     Args:
       difference: `(*batch, time, features)`.
       to: what a step comes from, and what it makes of that.
       share: of the largest of a sequence, against which smaller ones are measured.
-
-    Where all are so small that their roundings are flushed to 0, it is relative to the least that has digits.
+      axis_name: the mesh axis that time is spread over.
     """
     scale = jnp.maximum(*(jnp.max(jnp.abs(a), axis=-1, keepdims=True) for a in to))
     if share:

@@ -68,16 +68,17 @@ def diagonal(params: Params) -> Array:
     return jnp.einsum("kgk->gk", kernel)
 
 
-def clipped(at: Jacobians, diagonal: Array) -> Array:
-    """The diagonals of the Jacobians, in [-1, 1], so that no iterate grows over time."""
-    return jnp.clip(at.f + at.slope * jnp.sum(at.answer * diagonal.astype(at.f.dtype), axis=-2), -1, 1)
+def clipped(jacobians: Jacobians, weights: Array) -> Array:
+    """The diagonals of the Jacobians, in [-1, 1], so that no iterate grows over time; `weights`: their `diagonal`."""
+    f, answer, slope = jacobians
+    return jnp.clip(f + slope * jnp.sum(answer * weights.astype(f.dtype), axis=-2), -1, 1)
 
 
-def jacobian_product(params: Params, at: Jacobians, v: Array) -> Array:
+def jacobian_product(params: Params, jacobians: Jacobians, v: Array) -> Array:
     """J_t v, for one step or for all of them."""
-    d_h = at.slope * v
+    d_h = jacobians.slope * v
     _, d_z = jax.jvp(lambda h: gates_of_state(params, h, "identity"), (d_h,), (d_h,))
-    return at.f * v + jnp.sum(at.answer * d_z.astype(v.dtype), axis=-2)
+    return jacobians.f * v + jnp.sum(jacobians.answer * d_z.astype(v.dtype), axis=-2)
 
 
 def _turned(params: Params) -> Params:
@@ -89,22 +90,22 @@ def _turned(params: Params) -> Params:
     return turned | ({"projection": {"kernel": params["projection"]["kernel"].T}} if "projection" in params else {})
 
 
-def _transposed_product(turned: Params, at: Jacobians, v: Array) -> Array:
+def _transposed_product(turned: Params, jacobians: Jacobians, v: Array) -> Array:
     """The transpose of J_t, times v, for one step or for all of them."""
-    d_z, kernel = at.answer * v[..., None, :], turned["gates"]["recurrent_kernel"]
-    if at.answer.shape[-2:] == kernel.shape:  # diagonal
+    d_z, kernel = jacobians.answer * v[..., None, :], turned["gates"]["recurrent_kernel"]
+    if jacobians.answer.shape[-2:] == kernel.shape:  # diagonal
         d_h = jnp.sum(d_z * kernel, axis=-2)
     else:
         d_h = jnp.dot(d_z.reshape(*v.shape[:-1], -1).astype(kernel.dtype), kernel)
     if "projection" in turned:
         d_h = jnp.dot(d_h, turned["projection"]["kernel"])
-    return at.f * v + at.slope * d_h.astype(v.dtype)
+    return jacobians.f * v + jacobians.slope * d_h.astype(v.dtype)
 
 
 def linear_solve(params: Params, jacobians: Jacobians, r: Array, way: Way) -> Array:
     """v_t = J_t v_{t-1} + r_t from zero, as a linear system that JAX can transpose."""
     params = jax.tree.map(lambda p: varying_as(p, (r,)), params)  # as they are when they come back as residuals
-    zero = jnp.zeros_like(at(r, 0, way.axis))
+    zero = jnp.zeros_like(step_of(r, 0, way.axis))
 
     def matvec(v):
         return v - jacobian_product(params, jacobians, before(v, zero, way.axis, axis_name=way.axis_name))
@@ -136,26 +137,26 @@ def _iterated(
     params: Params, jacobians: Jacobians, r: Array, solver: FixedPoint, axis_name: str | None, reverse: bool
 ) -> Array:
     """The same as a fixed point of v_t <- D_t v_{t-1} + (J_t - D_t) p_{t-1} + r_t, p that of the pass before."""
-    params, zero = wide(params, r), jnp.zeros_like(at(r, 0, -2))
+    params, zero = wide(params, r), jnp.zeros_like(step_of(r, 0, -2))
     turned = _turned(params) if reverse else params
     d = clipped(jacobians, diagonal(params)) if solver.splitting == "diagonal" else jacobians.f
 
-    def earlier(a):  # in reverse, later
+    def neighbours(a):  # what each step comes from: in reverse, the later ones
         return before(a, zero, -2, reverse, axis_name)
 
     def product(v):
         if reverse:
-            return earlier(_transposed_product(turned, jacobians, v))
-        return jacobian_product(params, jacobians, earlier(v))
+            return neighbours(_transposed_product(turned, jacobians, v))
+        return jacobian_product(params, jacobians, neighbours(v))
 
-    d = earlier(d) if reverse else d
+    d = neighbours(d) if reverse else d
 
     def apply(v):
-        after, neighbour = product(v) + r, earlier(v)
+        after, others = product(v) + r, neighbours(v)
         v_next = linear_recurrence(
-            d, after - d * neighbour, reverse=reverse, solver=solver.recurrence, axis_name=axis_name
+            d, after - d * others, reverse=reverse, solver=solver.recurrence, axis_name=axis_name
         )
-        return v_next, relative(after - v, (after, neighbour), FADED, axis_name)
+        return v_next, relative(after - v, (after, others), FADED, axis_name)
 
     rtol = 8 * float(jnp.finfo(r.dtype).eps) if solver.adjoint_rtol is None else solver.adjoint_rtol
     with jax.default_matmul_precision("highest"):
@@ -170,6 +171,6 @@ def wide(params: Params, like: Array) -> Params:
     return jax.tree.map(lambda p: p.astype(like.dtype), params)
 
 
-def at(array: Array, step: int, axis: int) -> Array:
+def step_of(array: Array, step: int, axis: int) -> Array:
     """One step of an array."""
     return lax.index_in_dim(array, step, axis, keepdims=False)

@@ -102,9 +102,9 @@ class RAN(nn.Module):
             whatever it holds: the state passes through it and its outputs repeat the last valid one.
           segment_starts: bool, `(*batch, time)` or `(time, *batch)` as the inputs: True where a new segment
             begins, which sees nothing of what came before it. With `reverse` each segment is processed from
-            its own end, and sees nothing of what comes after it. A state that is not finite can get through where
-            `gates="input"` are solved as one linear recurrence: by any solver but `"auto"` on a CPU, or on a GPU
-            with the kernel, and `"pallas"`; and with `axis_name`.
+            its own end, and sees nothing of what comes after it. Of `gates="input"` a state that is not finite gets
+            through, but for the solvers `"auto"`, on a CPU, a TPU, or a GPU with the kernel, and `"pallas"`, without
+            `axis_name`.
           return_carry, time_major, reverse, keep_order: as the attributes.
 
         Returns:

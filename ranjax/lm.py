@@ -20,7 +20,7 @@ Tokens = Int[Array | np.ndarray, "batch time"]
 State = tuple  # one carry per layer
 
 CELLS = ("ran", "lstm", "gru", "rnn")
-RAN_ONLY = {"projection": None, "gates": "recurrent", "activation": "tanh", "solver": "auto", "axis_name": None}
+RAN_ONLY = ("projection", "gates", "activation", "solver", "axis_name")
 
 
 class LanguageModel(nn.Module):
@@ -85,9 +85,9 @@ class LanguageModel(nn.Module):
             raise ValueError(f"`layers` must be at least 1; got {self.layers}.")
         if not 0 <= self.dropout < 1:
             raise ValueError(f"`dropout` must be a rate in [0, 1); got {self.dropout}.")
-        for name, default in RAN_ONLY.items():
+        for name in RAN_ONLY:
             value = getattr(self, name)
-            if self.cell != "ran" and value != default:
+            if self.cell != "ran" and value != getattr(LanguageModel, name):
                 raise ValueError(f"`{name}` is an option of cell='ran'; got {value!r} with cell={self.cell!r}.")
         if self.tie and self.embedding_size != self._outputs[-1]:
             raise ValueError(

@@ -19,7 +19,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from ranjax.cell import Params, gates_of_state, update
 from ranjax.fixed_point import FixedPoint, Record, exact, iterate, or_walked, relative
-from ranjax.jacobian import Way, answer, at, clipped, diagonal, jacobian_product, jacobians_of, linear_solve, wide
+from ranjax.jacobian import Way, answer, clipped, diagonal, jacobian_product, jacobians_of, linear_solve, step_of, wide
 from ranjax.masks import Steps, filled, seen
 from ranjax.mesh import at_the_edge, before, varying_as
 from ranjax.scan import linear_recurrence
@@ -94,7 +94,7 @@ def _states_jvp(activation, way, primals, tangents):
     r = jnp.sum(answer(steps, earlier, gates) * (d_steps.z + d_z), axis=-2) + gates[..., 0, :] * d_steps.u
 
     jacobians = jacobians_of(steps, earlier, gates, activation)
-    first = jax.tree.map(lambda a: at(a, 0, axis % r.ndim), jacobians)
+    first = jax.tree.map(lambda a: step_of(a, 0, axis % r.ndim), jacobians)
     begun = at_the_edge(jacobian_product(params, first, d_c0), False, way.axis_name)
     r = r.at[(0,) if axis == 0 else (..., 0, slice(None))].add(begun)
     return (states, record), (linear_solve(params, jacobians, r, way), jax.tree.map(_no_tangent, record))

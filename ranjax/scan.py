@@ -39,9 +39,9 @@ def linear_recurrence(
 
     With `reverse=True` time runs backwards: h_t = decay_t * h_{t+1} + inputs_t, and `initial` stands
     after the last step. Reverse mode, forward mode and `vmap` work with every solver, in all three
-    arrays; the cotangent is one more recurrence, run the other way. Of finite states all solvers find the same; how
-    long a NaN or an infinity stays is the solver's: those that take several steps at once lose it where the product of
-    their decays is 0, and make one where that product overflows.
+    arrays; the cotangent is one more recurrence, run the other way. Solvers agree while the states, and the products of
+    decays, are finite. Beyond that a NaN or an infinity may be lost by those that take several steps at once, or made:
+    `"associative"` makes one of every product of decays that overflows.
 
     Inside `jax.shard_map` the sequence may be spread over the devices of a mesh axis, each of which has as many steps
     as the others: with `axis_name` every device solves its part, and they exchange two states each, the product of

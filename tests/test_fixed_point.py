@@ -86,8 +86,10 @@ def test_never_a_wrong_answer_in_silence(scale, time, x64):
     assert bool(record.converged) == (scale <= 2)
 
 
-@pytest.mark.parametrize("part", ["sequence", "segment", "spike"])
-def test_every_step_by_its_own_measure(part):
+@pytest.mark.parametrize(
+    ("part", "recurrence"), [("sequence", "auto"), ("segment", "associative"), ("spike", "chunked"), ("spike", "auto")]
+)
+def test_every_step_by_its_own_measure(part, recurrence):
     """States and gradients of a small sequence beside a large one, of a small segment after one, after one input."""
     cell, rng = RANCell(FEATURES), np.random.default_rng(0)
     x = jnp.asarray(rng.normal(size=(2, 100, 5)), jnp.float32)
@@ -110,7 +112,8 @@ def test_every_step_by_its_own_measure(part):
 
         return jax.grad(weighed, has_aux=True)(x)
 
-    for got, expected in zip(of(FixedPoint(on_failure="nan")), of("sequential"), strict=True):
+    solver = FixedPoint(recurrence=recurrence, on_failure="nan")
+    for got, expected in zip(of(solver), of("sequential"), strict=True):
         np.testing.assert_allclose(got[quiet], expected[quiet], rtol=0, atol=3e-5 * np.abs(expected[quiet]).max())
 
 

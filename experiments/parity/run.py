@@ -33,6 +33,7 @@ STUDIES = {
     "ptb-medium": PRESETS["ptb-medium"],
     "ptb-large": PRESETS["ptb-large"],
     "wikitext-2": Config(dataset="wikitext-2"),
+    "text8": Config(dataset="text8", features=(256,), tie=False, dropout=0.0, epochs=1, steps=50, schedule="cosine"),
 }
 SHORT = {"epochs": 4, "decay_after": 2}
 GRID = {"dropout": (0.1, 0.25, 0.4), "learning_rate": (0.5, 1.0, 2.0)}  # dropout at the study's rate, then the rate
@@ -49,7 +50,7 @@ class Parity(Options):
     """Runs a study, or what is left of it."""
 
     study: str = "ptb-small"
-    """One of ptb-small, ptb-small-tuned, ptb-medium, ptb-large, wikitext-2."""
+    """One of ptb-small, ptb-small-tuned, ptb-medium, ptb-large, wikitext-2, text8."""
     models: tuple[str, ...] = tuple(MODELS)
     """Which models, in which order."""
 
