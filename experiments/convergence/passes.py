@@ -2,24 +2,75 @@
 
 from collections.abc import Callable, Iterable
 from functools import partial
+from typing import get_args
+from unittest import mock
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 import ranjax
-from ranjax.cell import ACTIVATIONS, step
-from ranjax.fixed_point import FixedPoint, relative
+from ranjax.cell import ACTIVATIONS, Params, content, gates_of_input, gates_of_state, update
+from ranjax.fixed_point import FixedPoint, Splitting, relative
+from ranjax.jacobian import jacobian_product, jacobians_of
+from ranjax.masks import Steps
+from ranjax.recurrent import make_pass
 
 LEVELS = (1e-3, 1e-4, 1e-6)
-
+MOVED = 5e-4  # of every weight: the last learning rate of the WikiText-2 runs, about the most that a step of Adam moves
 
 Pass = Callable[[jax.Array], tuple[jax.Array, jax.Array]]  # the next states, and the residual of these
 
 
-def passes(applied: Iterable[Pass], expected: jax.Array, mixed: bool = False) -> dict:
-    """Residual and error of the states before each pass, from zeros; `mixed` as by Anderson."""
-    c, residuals, errors, history = jnp.zeros_like(expected), [], [], []
+def variants(
+    params: Params, x: jax.Array, activation: str, most: int, other_text: jax.Array
+) -> dict[str, Callable[[], dict]]:
+    """What can be compared, by name: how its passes go."""
+    solve = partial(ranjax.solve, gates="recurrent", activation=activation, solver="sequential")
+    c0, (expected, _) = jnp.zeros((1, params["content"]["kernel"].shape[1])), solve(params, x)
+    kernel = params["gates"]["recurrent_kernel"]
+
+    def made(params, x, splitting):
+        steps = Steps(content(params, x), gates_of_input(params, x))
+        return jax.jit(make_pass(params, steps, c0.astype(x.dtype), activation, FixedPoint(splitting)))
+
+    diagonal, frozen = (made(params, x, splitting) for splitting in get_args(Splitting))
+
+    def narrow():
+        single = made(*jax.tree.map(lambda a: a.astype(jnp.float32), (params, x)), "diagonal")
+        return passes([single] * most, expected.astype(jnp.float32))
+
+    def rough():
+        with mock.patch("ranjax.recurrent._recurrent", rounded):
+            return passes([made(params, x, "diagonal")] * most, expected)
+
+    def guessed(params, x):
+        return passes([diagonal] * most, expected, first=solve(params, x)[0])
+
+    def near(kernel):
+        return passes([make_walked(params, x, c0, activation, kernel)] * most, expected)
+
+    return {
+        "diagonal": lambda: passes([diagonal] * most, expected),
+        "frozen": lambda: passes([frozen] * most, expected),
+        "float32": narrow,
+        "bfloat16 products": rough,
+        "gates with h = 0 first": lambda: passes([frozen] + [diagonal] * (most - 1), expected),
+        "frozen three times first": lambda: passes([frozen] * 3 + [diagonal] * (most - 3), expected),
+        "from the states of other text": lambda: guessed(params, other_text),
+        "from the states of moved weights": lambda: guessed(moved(params), x),
+        "Anderson, depth 2": lambda: passes([diagonal] * most, expected, mixed=True),
+        "blocks of 10": lambda: near(block(kernel, 10)),
+        "blocks of 50": lambda: near(block(kernel, 50)),
+        "rank 10": lambda: near(low_rank(kernel, 10)),
+        "rank 50": lambda: near(low_rank(kernel, 50)),
+        "Newton": lambda: near(kernel),
+    }
+
+
+def passes(applied: Iterable[Pass], expected: jax.Array, first: jax.Array | None = None, mixed: bool = False) -> dict:
+    """Residual and error of the states before each pass, from `first` or zeros; `mixed` as by Anderson."""
+    c, residuals, errors, history = jnp.zeros_like(expected) if first is None else first, [], [], []
     for apply in applied:
         errors.append(float(jnp.max(jnp.abs(c - expected)) / jnp.max(jnp.abs(expected))))
         after, residual = apply(c)
@@ -33,30 +84,47 @@ def passes(applied: Iterable[Pass], expected: jax.Array, mixed: bool = False) ->
     return row | {"residuals": [float(f"{r:.2e}") for r in residuals]}
 
 
-def make_blocked(params: dict, x: jax.Array, c0: jax.Array, activation: str, size: int) -> Pass:
-    """A pass with blocks of so many features of the Jacobian in place of its diagonal; all of it: Newton's method."""
-    features = c0.shape[-1]
-    mask = jnp.arange(features)[:, None] // size == jnp.arange(features) // size
+def make_walked(params: Params, x: jax.Array, c0: jax.Array, activation: str, kernel: jax.Array) -> Pass:
+    """A pass with the Jacobian that the gates would have with this `kernel` on h; with their own: Newton's method."""
+    near = {"gates": {"recurrent_kernel": kernel}}
+    steps = Steps(content(params, x), gates_of_input(params, x))
 
-    def of_step(c, x):
-        def f(c):
-            return step(params, c, x, activation)
-
-        return f(c), jnp.where(mask, jax.jacfwd(f)(c), 0)
-
-    def apply(x, c0, c):
+    def apply(steps, c0, c):
         earlier = jnp.concatenate([c0[:, None], c[:, :-1]], axis=1)
-        after, blocks = jax.vmap(of_step)(earlier[0], x[0])
+        gates = jax.nn.sigmoid(steps.z + gates_of_state(params, earlier, activation))
+        after, jacobians = update(earlier, steps.u, gates), jacobians_of(steps, earlier, gates, activation)
 
         def walk(c, rows):
-            after, block, earlier = rows
-            c = after + block @ (c - earlier)
+            after, earlier, jacobians = rows
+            c = after + jacobian_product(near, jacobians, c - earlier)
             return c, c
 
-        _, c_next = jax.lax.scan(walk, c0[0], (after, blocks, earlier[0]))
-        return c_next[None], relative(after[None] - c, (after[None], earlier))
+        rows = jax.tree.map(lambda a: jnp.moveaxis(a, 1, 0), (after, earlier, jacobians))
+        _, c_next = jax.lax.scan(walk, c0, rows)
+        return jnp.moveaxis(c_next, 0, 1), relative(after - c, (after, earlier))
 
-    return partial(jax.jit(apply), x, c0)
+    return partial(jax.jit(apply), steps, c0)
+
+
+def block(kernel: jax.Array, size: int) -> jax.Array:
+    """The weights between features of the same block."""
+    blocks = jnp.arange(len(kernel)) // size
+    return jnp.where((blocks[:, None] == blocks)[:, None], kernel, 0)
+
+
+def low_rank(kernel: jax.Array, rank: int) -> jax.Array:
+    """Of the weights of each gate the nearest of so low a rank, but for the diagonal, which is kept."""
+    left, values, right = jnp.linalg.svd(jnp.moveaxis(kernel, 1, 0), full_matrices=False)
+    near = jnp.moveaxis((left * values[:, None])[..., :rank] @ right[:, :rank], 0, 1)
+    return near + block(kernel - near, 1)
+
+
+def moved(params: Params) -> Params:
+    """Every weight up or down by `MOVED`, at random."""
+    leaves, tree = jax.tree.flatten(params)
+    keys = jax.random.split(jax.random.key(0), len(leaves))
+    signs = [jax.random.rademacher(key, p.shape, p.dtype) for key, p in zip(keys, leaves, strict=True)]
+    return jax.tree.unflatten(tree, [p + MOVED * sign for p, sign in zip(leaves, signs, strict=True)])
 
 
 def anderson(history: list[tuple[jax.Array, jax.Array]]) -> jax.Array:

@@ -9,25 +9,20 @@ float64, batch 1, the run's own validation text. Rows go to results.jsonl, a pic
 import dataclasses
 import datetime
 import json
-from collections.abc import Callable
 from pathlib import Path
-from typing import get_args
-from unittest import mock
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from passes import make_blocked, passes, rounded, windows
+from passes import variants, windows
 
 import ranjax
-from ranjax.cell import content, gates_of_input, output
+from ranjax.cell import output
 from ranjax.data import load_corpus
 from ranjax.evaluate import load_run
-from ranjax.fixed_point import FixedPoint, Splitting
-from ranjax.masks import Steps
-from ranjax.recurrent import make_pass
 
 HERE = Path(__file__).parent
+USUAL = ("diagonal", "frozen", "float32")  # at all lengths
 WINDOWS = {2048: (128, 512, 1024, 2048), 16384: (512, 1024)}  # of so many steps, by length
 
 
@@ -58,41 +53,15 @@ def study(params: dict, x: jax.Array, activation: str, trained: bool, options: O
     norm = max(float(jnp.linalg.norm(kernel[:, gate], 2)) for gate in range(2))
     for time, scale in (*((time, 1.0) for time in options.lengths), *((512, scale) for scale in options.scales)):
         scaled = {**params, "gates": {**params["gates"], "recurrent_kernel": scale * kernel}}
-        compared = variants(scaled, x[:, :time], activation, options.most)
+        compared = variants(scaled, x[:, :time], activation, options.most, x[:, time : 2 * time])
         everything = trained and (time, scale) == (512, 1)
         common = {"time": time, "scale": scale, "spectral_norm": round(scale * norm, 2)}
-        names = compared if everything else ("diagonal", "frozen") if scale == 1 else ("diagonal",)
+        names = compared if everything else USUAL if scale == 1 else ("diagonal",)
         rows += [{"iteration": name, **common, **compared[name]()} for name in names]
         for size in WINDOWS.get(time, ()):
             counts = windows(scaled, x[:, :time], activation, size)
             rows.append({"iteration": f"windows of {size}", **common, **counts})
     return rows
-
-
-def variants(params: dict, x: jax.Array, activation: str, most: int) -> dict[str, Callable[[], dict]]:
-    """What can be compared, by name: how its passes go."""
-    steps = Steps(content(params, x), gates_of_input(params, x))
-    c0 = jnp.zeros((1, params["content"]["kernel"].shape[1]))
-    expected, _ = ranjax.solve(params, x, gates="recurrent", activation=activation, solver="sequential")
-    diagonal, frozen = (jax.jit(make_pass(params, steps, c0, activation, FixedPoint(s))) for s in get_args(Splitting))
-
-    def narrow():
-        with mock.patch("ranjax.recurrent._recurrent", rounded):
-            return passes([jax.jit(make_pass(params, steps, c0, activation, FixedPoint()))] * most, expected)
-
-    def blocks(size):
-        return lambda: passes([make_blocked(params, x, c0, activation, size)] * most, expected)
-
-    return {
-        "diagonal": lambda: passes([diagonal] * most, expected),
-        "frozen": lambda: passes([frozen] * most, expected),
-        "frozen, then diagonal": lambda: passes([frozen] * 3 + [diagonal] * (most - 3), expected),
-        "Anderson, depth 2": lambda: passes([diagonal] * most, expected, mixed=True),
-        "bfloat16 products": narrow,
-        "blocks of 10": blocks(10),
-        "blocks of 50": blocks(50),
-        "Newton": blocks(c0.shape[-1]),
-    }
 
 
 def draw(rows: list[dict], path: Path) -> None:
@@ -121,7 +90,7 @@ def main(options: Options) -> None:
     for directory in options.checkpoint:
         run = load_run(directory)
         corpus = load_corpus(run.config.dataset, options.data_dir, run.config.tokenizer)
-        tokens = jnp.asarray(corpus.valid[None, : max(options.lengths)])
+        tokens = jnp.asarray(corpus.valid[None, : max(1024, *options.lengths)])
         lines = (json.loads(line) for line in (Path(directory) / "metrics.jsonl").read_text().splitlines())
         epochs = 1 + int(np.argmin([line["valid_perplexity"] for line in lines if "valid_perplexity" in line]))
         fresh = run.model.init(jax.random.key(run.config.seed), tokens[:, :2], deterministic=True)["params"]
@@ -132,13 +101,9 @@ def main(options: Options) -> None:
                 cell = params[f"stack_{layer}"]["cell"]
                 for row in study(cell, x, run.config.activation, trained > 0, options):
                     about = {"run": Path(directory).name, "dataset": run.config.dataset, "dropout": run.config.dropout}
-                    about |= {
-                        "epochs": trained,
-                        "layer": layer + 1,
-                        "features": size,
-                        "activation": run.config.activation,
-                    }
-                    rows.append(about | row | {"date": datetime.date.today().isoformat()})
+                    about |= {"epochs": trained, "layer": layer + 1, "features": size}
+                    about |= {"activation": run.config.activation, "date": datetime.date.today().isoformat()}
+                    rows.append(about | row)
                     print({key: value for key, value in rows[-1].items() if key != "residuals"}, flush=True)
                 states, _ = ranjax.solve(cell, x, gates="recurrent", activation=run.config.activation)
                 x = output(cell, states, run.config.activation)
