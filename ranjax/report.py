@@ -32,14 +32,19 @@ class Report:
       config: its settings.
       windows: steps an epoch.
       first_step: where this process begins; what an earlier one logged beyond it is dropped.
+      side_by_side: how many runs are trained by the same program, whose seconds are those of all.
+      quiet: whether another of them tells of the progress.
     """
 
-    def __init__(self, directory: Path, config: Config, windows: int, first_step: int):
+    def __init__(
+        self, directory: Path, config: Config, windows: int, first_step: int, side_by_side: int = 1, quiet: bool = False
+    ):
         self.directory, self.config, self.windows = directory, config, windows
+        self.side_by_side, self.quiet = side_by_side, quiet
         self.steps = 0  # of this process
         self._rows = [row for row in _read_rows(directory / "metrics.jsonl") if row["step"] <= first_step]
         _write_rows(directory / "metrics.jsonl", self._rows)
-        self._console = Console()
+        self._console = Console(quiet=quiet)
         columns = "{task.description}", BarColumn(None), "{task.fields[status]}", TimeRemainingColumn()
         bars = (TextColumn(column) if isinstance(column, str) else column for column in columns)
         self._bar = Progress(*bars, console=self._console, disable=not self._console.is_terminal)
@@ -66,7 +71,7 @@ class Report:
             self._logged = time.monotonic()
             done = int(state.step) / self.windows - int(state.epoch)
             self._row(state, train_perplexity=so_far, tokens_per_second=speed)
-            if not self._console.is_terminal:
+            if not (self._console.is_terminal or self.quiet):
                 print(f"{heading} {done:4.0%}: {status}", flush=True)
 
     def epoch(self, state: "TrainState", evaluation: "Evaluation") -> None:
@@ -101,6 +106,7 @@ class Report:
             "test_bits": test.bits,
             "tokens_per_second": timed / float(state.seconds) if int(state.timed) else None,
             "training_seconds": float(state.seconds),
+            "side_by_side": self.side_by_side,
             "skipped_steps": int(state.bad),
             "parameters": learned(state.params, self.config.ablation),
             "device": _device(),

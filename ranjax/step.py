@@ -1,6 +1,6 @@
 """One step of training: the state it changes, the update rule, the jitted step."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -112,11 +112,17 @@ def initial_state(model: "LanguageModel", optimizer: "optax.GradientTransformati
     return jax.tree.map(jnp.copy, state)  # donated buffers must be distinct
 
 
-def make_step(model: "LanguageModel", optimizer: "optax.GradientTransformation", config: Config, windows: int):
+def make_step(
+    model: "LanguageModel",
+    optimizer: "optax.GradientTransformation",
+    config: Config,
+    windows: int,
+    seeds: Sequence[int] = (),
+) -> Callable[[TrainState, "Array"], TrainState]:
     """One update on the window that the state points at: `step(state, text) -> state`, jitted, state donated.
 
     `text` is `(batch, length)`. A loss or a gradient that is not finite leaves parameters, optimiser and carry
-    as they were, and is counted.
+    as they were, and is counted. Of several `seeds` the states are stacked, each with its own dropout.
     """
     import jax
     import jax.numpy as jnp
@@ -127,11 +133,11 @@ def make_step(model: "LanguageModel", optimizer: "optax.GradientTransformation",
     constrain = constraint(config.ablation)
     differentiate = jax.value_and_grad(make_loss(model, config), has_aux=True)
 
-    def step(state, text):
+    def step(state, text, seed=config.seed):
         position = state.step % windows
         window = jax.lax.dynamic_slice_in_dim(text, position * config.steps, config.steps + 1, axis=1)
         carry = jax.tree.map(lambda c: jnp.where(position == 0, 0, c), state.carry)
-        key = jax.random.fold_in(jax.random.key(config.seed + 1), state.step)
+        key = jax.random.fold_in(jax.random.key(seed + 1), state.step)
         (loss, (new_carry, made)), gradient = differentiate(state.params, carry, window, key)
         updates, new_optimizer = optimizer.update(gradient, state.optimizer, state.params)
         new = constrain(optax.apply_updates(state.params, updates)), new_optimizer, new_carry
@@ -151,7 +157,10 @@ def make_step(model: "LanguageModel", optimizer: "optax.GradientTransformation",
             passes=jnp.where(fresh, 0, state.passes) + made,
         )
 
-    return jax.jit(step, donate_argnums=0)
+    if len(seeds) < 2:
+        return jax.jit(step, donate_argnums=0)
+    side_by_side = jax.jit(jax.vmap(step, (0, None, 0)), donate_argnums=0)
+    return lambda state, text: side_by_side(state, text, jnp.asarray(seeds))
 
 
 def make_loss(model: "LanguageModel", config: Config) -> Callable:

@@ -8,7 +8,7 @@ import dataclasses
 import json
 import re
 import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +16,7 @@ from typing import Any
 
 from ranjax.config import Config
 from ranjax.errors import UserError
-from ranjax.train import train
+from ranjax.train import train_together
 
 
 @dataclass(frozen=True)
@@ -54,18 +54,44 @@ class Table:
           labels: what the study calls it, such as its part and its model; together with the settings they tell one
             row from another.
         """
-        for row in self.rows:
-            if _settings(row["config"]) == _settings(config) and labels.items() <= row.items():
-                return row
+        return self.rows_of_seeds(config, [config.seed], measure, **labels)[0]
+
+    def rows_of_seeds(
+        self,
+        config: Config,
+        seeds: Iterable[int],
+        measure: Callable[[Path], dict[str, Any]] = lambda run: {},
+        **labels: str | int,
+    ) -> list[dict[str, Any]]:
+        """The same of several seeds; those that are not in the table are trained side by side."""
+        configs = [dataclasses.replace(config, seed=seed) for seed in seeds]
+        missing = [config for config in configs if self._found(config, labels) is None]
+        runs = [self._run(config, labels) for config in missing]
+        for result, run in zip(train_together(runs) if runs else (), runs, strict=True):
+            self.rows.append(labels | _row(result) | measure(run.directory))
+            with self.path.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(self.rows[-1]) + "\n")
+        return [row for config in configs if (row := self._found(config, labels))]
+
+    def _found(self, config: Config, labels: dict[str, Any]) -> dict[str, Any] | None:
+        of = (row for row in self.rows if labels.items() <= row.items())
+        return next((row for row in of if _settings(row["config"]) == _settings(config)), None)
+
+    def _run(self, config: Config, labels: dict[str, Any]) -> Config:
+        """The settings of the run that is to be, or to go on."""
         name = [*map(str, labels.values()), _name(config)]
         print(f"== {', '.join(name)}", flush=True)
         name = "-".join(re.sub(r"[^\w.]+", "-", part) for part in name)
         out = Path(self.options.runs).resolve() / name
         where = {"out": str(out), "resume": out.exists(), "data_dir": self.options.data_dir}
-        self.rows.append(labels | _row(train(dataclasses.replace(config, **where))) | measure(out))
-        with self.path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(self.rows[-1]) + "\n")
-        return self.rows[-1]
+        return dataclasses.replace(config, **where)
+
+
+def rounds(seeds: int) -> list[list[int]]:
+    """The seeds that are trained side by side: all of them on a GPU or TPU, one after another on a CPU."""
+    import jax
+
+    return [[seed] for seed in range(seeds)] if jax.default_backend() == "cpu" else [list(range(seeds))]
 
 
 @contextmanager
@@ -105,6 +131,7 @@ def _row(result: dict[str, Any]) -> dict[str, Any]:
     row = {"dataset": result["dataset"], **{name: config[name] for name in names}}
     row |= {name: result[name] for name in ("test_perplexity", "valid_perplexity", "test_bits", "tokens_per_second")}
     row |= {"tokens": result["test_tokens"], "parameters": result["parameters"], "seconds": result["training_seconds"]}
+    row |= {"side_by_side": result["side_by_side"]}
     return (
         row | {"device": result["device"], "date": result["date"]} | {"config": config, "versions": result["versions"]}
     )

@@ -59,7 +59,7 @@ def test_a_row_is_trained_for_once(config, tmp_path, capsys):
 def test_time_runs_out(config, tmp_path):
     """Cut off by its budget, saved as by Ctrl-C, without a row."""
     program = (
-        "import sys; from pathlib import Path; from dataclasses import replace\n"
+        "import sys; from pathlib import Path; from orbax.checkpoint import v1\n"
         "from ranjax import study; from ranjax.config import Config\n"
         "minutes = float(sys.argv[2]) if len(sys.argv) > 2 else None\n"
         "table = study.Table(Path(sys.argv[1]) / 'rows.jsonl', study.Options(runs=sys.argv[1] + '/runs'))\n"

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ranjax import evaluate, generate, step, train
+from ranjax import evaluate, generate, loop, step, train
 from ranjax.checkpoint import Checkpoints
 from ranjax.config import PRESETS, Config, load_config, parse
 from ranjax.data import load_corpus
@@ -131,6 +131,35 @@ def test_an_interrupted_run_goes_on_bitwise(text, tmp_path, options, monkeypatch
         assert all("mean_passes" not in row for row in rows)
 
 
+def test_runs_side_by_side_are_those_alone(text, tmp_path, monkeypatch):
+    """Each with its own seed and directory; cut off together, they go on together, or each by itself."""
+    both = [settings(text, tmp_path / str(seed), seed=seed, dropout=0.3, epochs=1) for seed in (0, 3)]
+    alone = dataclasses.replace(both[1], out=str(tmp_path / "alone"))
+    expected = train.train(alone)
+
+    def interrupt(self, state, *_):
+        if int(state.step) == 5 and self.config.seed == 0:
+            signal.raise_signal(signal.SIGINT)
+
+    with monkeypatch.context() as patch:
+        patch.setattr("ranjax.report.Report.progress", interrupt)
+        with pytest.raises(SystemExit, match="130"):
+            _one_step_at_a_time(patch, *both)
+    on = [dataclasses.replace(config, resume=True) for config in both]
+    results = train.train_together(on)
+    assert [(r["config"]["seed"], r["side_by_side"]) for r in (*results, expected)] == [(0, 2), (3, 2), (3, 1)]
+    assert results[1]["test_perplexity"] == pytest.approx(expected["test_perplexity"], rel=1e-4)
+    assert results[0]["test_perplexity"] != pytest.approx(expected["test_perplexity"], rel=1e-3)
+    states = (final_state(config, text) for config in (both[1], alone))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-4), *states)
+
+    further = [dataclasses.replace(config, epochs=2) for config in on]
+    train.train(further[0])  # now they are at different steps
+    assert [r["config"]["epochs"] for r in train.train_together(further)] == [2, 2]
+    with pytest.raises(UserError, match="the same settings, but for --seed"):
+        train.train_together([alone, dataclasses.replace(both[0], dropout=0.1)])
+
+
 def test_an_interrupt_on_the_last_step_of_an_epoch_loses_nothing(text, tmp_path, monkeypatch):
     straight, broken = (settings(text, tmp_path / name) for name in ("straight", "broken"))
     train.train(straight)
@@ -173,9 +202,9 @@ def test_a_run_killed_before_its_first_step_can_be_resumed(text, tmp_path, monke
     assert train.train(dataclasses.replace(config, resume=True))["test_tokens"] > 0
 
 
-def _one_step_at_a_time(patch, config):
-    patch.setattr(train, "round", lambda _: 1, raising=False)  # bursts stay at a single step
-    train.train(config)
+def _one_step_at_a_time(patch, *configs):
+    patch.setattr(loop, "round", lambda _: 1, raising=False)  # bursts stay at a single step
+    train.train_together(configs)
 
 
 def test_going_on_to_more_epochs_is_one_longer_run(text, tmp_path):

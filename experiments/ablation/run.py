@@ -12,7 +12,7 @@ from pathlib import Path
 from ranjax.config import Config
 from ranjax.errors import UserError, exit_with_message
 from ranjax.hugepages import restart_with_huge_pages
-from ranjax.study import Options, Table, budget
+from ranjax.study import Options, Table, budget, rounds
 
 HERE = Path(__file__).parent
 BASE = "RAN"
@@ -77,9 +77,9 @@ def main(options: Ablation) -> None:
     table = Table(HERE / "results.jsonl", options)
     base = Config(dataset=options.dataset)
     with budget(options.minutes):
-        for seed in range(options.seeds):
+        for seeds in rounds(options.seeds):
             for name in options.variants:
-                table.row(replace(base, seed=seed, **VARIANTS[name]), variant=name)
+                table.rows_of_seeds(replace(base, **VARIANTS[name]), seeds, variant=name)
                 draw([row for row in table.rows if row["dataset"] == options.dataset], HERE / "ablation.png")
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from ranjax.config import PRESETS, Config
 from ranjax.errors import UserError, exit_with_message
 from ranjax.hugepages import restart_with_huge_pages
-from ranjax.study import Options, Table, budget
+from ranjax.study import Options, Table, budget, rounds
 
 HERE = Path(__file__).parent
 MODELS = {
@@ -101,11 +101,11 @@ def main(options: Parity) -> None:
     with budget(options.minutes):
         tune = options.study.endswith("-tuned")
         configs = {m: tuned(table, options.study, m) if tune else settings(options.study, m) for m in options.models}
-        for seed in range(max(SEEDS.values())):
+        for seeds in rounds(max(SEEDS.values())):
             for model, config in configs.items():
-                if seed < SEEDS.get(model, 1):
-                    table.row(replace(config, seed=seed), study=options.study, model=model)
-                    draw(table.rows, HERE / "perplexity.png")
+                seeds_of_model = [seed for seed in seeds if seed < SEEDS.get(model, 1)]
+                table.rows_of_seeds(config, seeds_of_model, study=options.study, model=model)
+                draw(table.rows, HERE / "perplexity.png")
 
 
 if __name__ == "__main__":

@@ -1,0 +1,161 @@
+"""The loop over a text's windows: of one run, or of several that differ by their seeds, side by side."""
+
+import math
+import signal
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from ranjax.config import Config
+from ranjax.errors import UserError
+
+if TYPE_CHECKING:
+    from ranjax.checkpoint import Checkpoints
+    from ranjax.evaluate import Evaluation
+    from ranjax.report import Report
+    from ranjax.step import TrainState
+
+SAVE_SECONDS = 60.0
+
+
+@dataclass
+class Interrupt:
+    """A wish to stop.
+
+    Attributes:
+      signal: the signal that came, if one did.
+      saved: the step at which all that there is to save is saved, so that a signal may end the program at once.
+    """
+
+    signal: int | None = None
+    saved: int | None = None
+
+
+@dataclass
+class Run:
+    """A run being trained: its settings, where it is saved, what it tells."""
+
+    config: Config
+    checkpoints: "Checkpoints"
+    report: "Report"
+
+    def save(self, state: "TrainState") -> None:
+        """The end of an epoch is saved before its validation and after it: the number grows with either."""
+        self.checkpoints.save("latest", int(state.step) + int(state.epoch), state)
+
+    def check(self, state: "TrainState") -> None:
+        """Raises a UserError for a run that has diverged."""
+        from ranjax.step import BAD_STEPS
+
+        if int(state.bad_in_row) >= BAD_STEPS:
+            raise UserError(
+                f"the loss or its gradient was not finite {BAD_STEPS} steps in a row, up to step {int(state.step)}; "
+                "the last good checkpoint is intact. Lower --learning-rate or --clip and start again, with another "
+                "--out."
+            )
+
+    def validated(self, state: "TrainState", evaluation: "Evaluation") -> "TrainState":
+        """Ends an epoch: keeps the state if it is the best so far, and saves it to go on from."""
+        if not math.isfinite(evaluation.nats):
+            raise UserError(
+                f"the validation loss is {evaluation.nats}; the checkpoints before it are intact. Lower "
+                "--learning-rate or --clip and start again, with another --out."
+            )
+        if evaluation.nats < float(state.best):
+            self.checkpoints.save("best", int(state.step), state.params)
+            state = state._replace(best=state.best.at[()].set(evaluation.nats))
+        state = state._replace(epoch=state.epoch + 1)
+        self.save(state)
+        self.report.epoch(state, evaluation)
+        return state
+
+
+@dataclass
+class Loop:
+    """Dispatches steps, looks at them about once a second, saves now and then.
+
+    Attributes:
+      runs: what is trained; if several, the state has an axis of them in front.
+      step: of training, with the text; it may donate the state.
+      text: on the device, `(batch, length)`.
+      windows: steps an epoch.
+    """
+
+    runs: Sequence[Run]
+    step: "Callable[[TrainState, Any], TrainState]"
+    text: Any
+    windows: int
+
+    def epoch(self, state: "TrainState", stop: Interrupt) -> "TrainState":
+        """Trains to the end of the state's epoch and saves; an interrupt saves too and leaves the program."""
+        stop.saved = None
+        first = self.counters(state)[0]
+        at, end = int(first.step), (int(first.epoch) + 1) * self.windows
+        burst, saved = 1, time.monotonic()
+        while at < end:
+            began, compiling = time.monotonic(), not self.runs[0].report.steps
+            n = min(burst, end - at)
+            for _ in range(n):
+                state = self.step(state, self.text)
+            at += n
+            for run, counted in zip(self.runs, self.counters(state), strict=True):  # waits for the burst
+                run.check(counted)
+            elapsed = time.monotonic() - began
+            if not compiling:
+                state = state._replace(seconds=state.seconds + elapsed, timed=state.timed + n)
+                burst = max(1, min(2 * burst, round(burst / elapsed)))
+            for run, counted in zip(self.runs, self.counters(state), strict=True):
+                run.report.progress(counted, n, elapsed)
+            if stop.signal is not None or at == end or time.monotonic() - saved > SAVE_SECONDS:
+                for run, part in zip(self.runs, self.parts(state), strict=True):
+                    run.save(part)
+                saved = time.monotonic()
+            if stop.signal is not None:
+                for run in self.runs:
+                    run.report.interrupted(at)
+                raise SystemExit(128 + stop.signal)
+        stop.saved = at
+        return state
+
+    def parts(self, state: "TrainState") -> list["TrainState"]:
+        """The state of each run."""
+        import jax
+
+        if len(self.runs) == 1:
+            return [state]
+        return [jax.tree.map(lambda a, n=n: a[n], state) for n in range(len(self.runs))]
+
+    def counters(self, state: "TrainState") -> list["TrainState"]:
+        """The state of each run without what is large."""
+        return self.parts(state._replace(params=None, optimizer=None, carry=None))
+
+
+def together(states: Sequence["TrainState"]) -> "TrainState":
+    """The state of a loop over runs with these states."""
+    import jax
+    import jax.numpy as jnp
+
+    return states[0] if len(states) == 1 else jax.tree.map(lambda *parts: jnp.stack(parts), *states)
+
+
+@contextmanager
+def interrupts(runs: Sequence[Run]) -> Iterator[Interrupt]:
+    """Ctrl-C and SIGTERM ask the loop to stop after its step; a second one is not waited for."""
+    asked = Interrupt()
+
+    def ask(number, _):
+        if asked.saved is not None:
+            for run in runs:
+                run.report.interrupted(asked.saved)
+            raise SystemExit(128 + number)
+        asked.signal = number
+        signal.signal(number, previous[number])
+
+    previous = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield asked
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
