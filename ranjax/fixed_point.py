@@ -4,8 +4,8 @@ A recurrence c_t = F_t(c_{t-1}) is solved by iterating linear ones. With any D_t
 
     c_t <- D_t c_{t-1} + (F_t(p_{t-1}) - D_t p_{t-1}),    p the states of the pass before,
 
-has the states of the sequential walk for its only fixed point: after k passes the first k steps are exact, whatever
-D is, and how much sooner all of them are depends on how near D is to the Jacobian.
+has the states of the sequential walk for its only fixed point: every other pass makes a further step exact, whatever D
+is, and how much sooner all of them are depends on how near D is to the Jacobian.
 """
 
 from collections.abc import Callable
@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
-from ranjax.mesh import chained, largest, largest_anywhere
+from ranjax.mesh import chained, largest, largest_anywhere, summed
 
 Splitting = Literal["diagonal", "frozen"]
 OnFailure = Literal["sequential", "nan", "ignore"]
@@ -120,13 +120,18 @@ def exact(dtype: jnp.dtype) -> Record:
 Pass = Callable[[Array], tuple[Array, Array]]
 
 
-def iterate(apply: Pass, first: Array, rtol: float, record: Record | None = None, *, most: int) -> tuple[Array, Record]:
+def iterate(
+    apply: Pass, first: Array, rtol: float, record: Record | None = None, *, most: int, axis_name: str | None = None
+) -> tuple[Array, Record]:
     """Applies passes until one finds a relative residual of at most `rtol`, or is the `most`-th.
+
+    What a pass makes and what it began with are averaged where that helps, see `averaged`.
 
     Args:
       apply: x -> the next x, and the relative residual of this one.
-      first: x to start from.
+      first: `(*batch, time, features)` to start from.
       record: of the iteration that this one goes on with.
+      axis_name: the mesh axis that time is spread over.
 
     Returns:
       The x whose residual the record tells, or, if that is above the tolerance, what a pass made of it; a residual that
@@ -134,21 +139,57 @@ def iterate(apply: Pass, first: Array, rtol: float, record: Record | None = None
     """
 
     def going(loop):
-        _, record = loop
+        _, _, record = loop
         return ~record.converged & (record.iterations < most) & jnp.isfinite(record.residual)
 
     def turn(loop):
-        x, record = loop
+        x, step, record = loop
         after, residual = apply(x)
+        x_next, step = averaged(x, after, step, residual, axis_name)
         converged = residual <= rtol
-        record = Record(record.iterations + 1, residual, converged)
-        return jnp.where(converged, x, after), record
+        return jnp.where(converged, x, x_next), step, Record(record.iterations + 1, residual, converged)
 
     if record is None:
         record = Record(jnp.int32(0), jnp.asarray(jnp.finfo(first.dtype).max, first.dtype), jnp.bool(False))
     else:
         record = record._replace(converged=jnp.bool(False))
-    return lax.while_loop(going, turn, (first, record))
+    x, _, record = lax.while_loop(going, turn, (first, jnp.zeros_like(first), record))
+    return x, record
+
+
+def averaged(
+    x: Array, after: Array, step_before: Array, residual: Array, axis_name: str | None = None
+) -> tuple[Array, Array]:
+    """What the next pass starts from: what this one made, or an average of that and of what it started from.
+
+    An error that changes its sign from pass to pass fades sooner when two passes are averaged. With a_k what pass k
+    makes of x_k = a_{k-1}, and r_k = a_k - x_k,
+
+        x_{k+1} = a_k - w r_k,    w = <r_k, r_k - r_{k-1}> / |r_k - r_{k-1}|^2, but in [0, 1/2],
+
+    for each sequence by itself: Anderson's mixing of depth 1, at every other pass at most, never extrapolating. As long
+    as states are off by more than their own size w is 0.
+
+    Args:
+      step_before: r_{k-1}; zeros if x_k is not what the pass before made.
+      residual: of x_k, relative.
+
+    Returns:
+      x_{k+1}, and r_k or zeros, for the next pass.
+
+    References:
+      Walker, Ni, "Anderson acceleration for fixed-point iterations", SIAM Journal on Numerical Analysis, 2011.
+    """
+
+    def dot(a, b):
+        return summed(jnp.sum(a * b, axis=(-2, -1), keepdims=True), axis_name)
+
+    step = after - x
+    change = step - step_before
+    size = dot(change, change)
+    usable = (size > 0) & jnp.isfinite(size) & (dot(step_before, step_before) > 0) & (residual < 1)
+    weight = jnp.where(usable, jnp.clip(dot(step, change) / jnp.where(usable, size, 1), 0, 0.5), 0)
+    return after - weight * step, jnp.where(weight > 0, 0, step)
 
 
 def relative(difference: Array, to: tuple[Array, Array], share: float = 0.0, axis_name: str | None = None) -> Array:

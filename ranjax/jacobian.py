@@ -160,7 +160,7 @@ def _iterated(
 
     rtol = 8 * float(jnp.finfo(r.dtype).eps) if solver.adjoint_rtol is None else solver.adjoint_rtol
     with jax.default_matmul_precision("highest"):
-        v, record = iterate(apply, r, rtol, most=solver.max_iterations)
+        v, record = iterate(apply, r, rtol, most=solver.max_iterations, axis_name=axis_name)
     return or_walked(
         v, record, partial(_walk, params, reverse=reverse), zero, (jacobians, r), solver, reverse, axis_name
     )

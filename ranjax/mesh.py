@@ -97,6 +97,11 @@ def chained(walk: Callable[[Array], tuple[Array, Any]], initial: Array, reverse:
     return lax.fori_loop(0, size, turn, (initial, nothing))[1]
 
 
+def summed(value: Array, axis_name: str | None) -> Array:
+    """The sum over all devices."""
+    return value if axis_name is None else lax.psum(value, axis_name)
+
+
 def largest(value: Array, axis_name: str | None) -> Array:
     """The largest of all devices' values, for each element; infinite where one is NaN, which `pmax` passes over."""
     return value if axis_name is None else lax.pmax(_no_nan(value), axis_name)

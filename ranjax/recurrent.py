@@ -148,8 +148,8 @@ def _iterated(
     c, record = varying_as(jnp.zeros_like(steps.u), (*steps, c0)), None
     if solver.precision != "highest":
         rough = partial(apply, precision=solver.precision)
-        c, record = iterate(rough, c, max(rtol, COARSE), most=solver.max_iterations)
-    c, record = iterate(apply, c, rtol, record, most=solver.max_iterations)
+        c, record = iterate(rough, c, max(rtol, COARSE), most=solver.max_iterations, axis_name=axis_name)
+    c, record = iterate(apply, c, rtol, record, most=solver.max_iterations, axis_name=axis_name)
 
     def states(c0, steps):
         last, (states, _) = walk(wide(params, c0), steps, c0, activation)

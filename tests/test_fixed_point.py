@@ -1,5 +1,6 @@
 """Gates on h_{t-1} solved for all steps at once: the sequential answer and its gradient, or a reported fall-back."""
 
+import math
 import re
 from functools import partial
 
@@ -241,7 +242,7 @@ def test_what_stands_for_a_failure(on_failure, x64):
     elif on_failure == "nan":
         assert bool(jnp.all(jnp.isnan(states)))
     else:
-        np.testing.assert_allclose(states[:, :3], expected[:, :3], atol=1e-14)  # after 3 passes 3 steps are exact
+        np.testing.assert_allclose(states[:, :2], expected[:, :2], atol=1e-14)  # after 3 passes 2 steps are exact
         assert float(jnp.abs(states - expected).max()) > 1e-9
 
 
@@ -289,8 +290,22 @@ def test_narrow_parameters_are_multiplied_in_the_dtype_of_the_states(most):
 
 
 def test_iterate_returns_what_its_record_tells():
-    x, record = iterate(lambda x: (x / 2, x), jnp.float32(1), 0.1, most=20)
-    assert (float(x), int(record.iterations), float(record.residual)) == (0.0625, 5, 0.0625)
+    x, record = iterate(lambda x: (x / 2, jnp.max(x)), jnp.ones((1, 1)), 0.1, most=20)
+    assert (float(x[0, 0]), int(record.iterations), float(record.residual)) == (0.0625, 5, 0.0625)
+
+
+def test_what_changes_its_sign_is_averaged_and_nothing_is_extrapolated(x64):
+    """Each sequence by itself: of x <- a x one with a = -0.9 ends soon, one with a = 0.9 takes what it takes alone."""
+
+    def passes(*factors):
+        a = jnp.array(factors)[:, None, None]
+        first = jnp.full((len(factors), 1, 1), 0.5)
+        return int(iterate(lambda x: (a * x, jnp.max(jnp.abs(x))), first, 1e-6, most=999)[1].iterations)
+
+    assert passes(0.9) == passes(0.9, -0.9) == 1 + math.ceil(math.log(2e-6) / math.log(0.9))
+    assert passes(-0.9) <= 5
+    x, _ = iterate(lambda x: (-0.9 * x, jnp.float64(2)), jnp.ones((1, 1)), 1e-6, most=9)
+    np.testing.assert_allclose(x, -(0.9**9))  # as long as the residual says that nothing is known yet
 
 
 def test_memory_does_not_grow_with_the_passes():

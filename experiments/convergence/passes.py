@@ -11,7 +11,7 @@ import numpy as np
 
 import ranjax
 from ranjax.cell import ACTIVATIONS, Params, content, gates_of_input, gates_of_state, update
-from ranjax.fixed_point import FixedPoint, Splitting, relative
+from ranjax.fixed_point import FixedPoint, Splitting, averaged, relative
 from ranjax.jacobian import jacobian_product, jacobians_of
 from ranjax.masks import Steps
 from ranjax.recurrent import make_pass
@@ -20,6 +20,7 @@ LEVELS = (1e-3, 1e-4, 1e-6)
 MOVED = 5e-4  # of every weight: the last learning rate of the WikiText-2 runs, about the most that a step of Adam moves
 
 Pass = Callable[[jax.Array], tuple[jax.Array, jax.Array]]  # the next states, and the residual of these
+History = list[tuple[jax.Array, jax.Array, jax.Array]]  # states of each pass, what it made of them, their residual
 
 
 def variants(
@@ -59,7 +60,10 @@ def variants(
         "frozen three times first": lambda: passes([frozen] * 3 + [diagonal] * (most - 3), expected),
         "from the states of other text": lambda: guessed(params, other_text),
         "from the states of moved weights": lambda: guessed(moved(params), x),
-        "Anderson, depth 2": lambda: passes([diagonal] * most, expected, mixed=True),
+        "not averaged": lambda: passes([diagonal] * most, expected, mix=alone),
+        "frozen, not averaged": lambda: passes([frozen] * most, expected, mix=alone),
+        "Anderson, depth 1": lambda: passes([diagonal] * most, expected, mix=partial(anderson, depth=1)),
+        "Anderson, depth 2": lambda: passes([diagonal] * most, expected, mix=partial(anderson, depth=2)),
         "blocks of 10": lambda: near(block(kernel, 10)),
         "blocks of 50": lambda: near(block(kernel, 50)),
         "rank 10": lambda: near(low_rank(kernel, 10)),
@@ -68,17 +72,44 @@ def variants(
     }
 
 
-def passes(applied: Iterable[Pass], expected: jax.Array, first: jax.Array | None = None, mixed: bool = False) -> dict:
-    """Residual and error of the states before each pass, from `first` or zeros; `mixed` as by Anderson."""
+def as_solved(history: History) -> jax.Array:
+    """What the solver goes on with."""
+    c, after, residual = history[-1]
+    step_before = jnp.zeros_like(c)
+    if len(history) > 1 and jnp.array_equal(c, history[-2][1]):
+        step_before = history[-2][1] - history[-2][0]
+    return averaged(c, after, step_before, residual)[0]
+
+
+def alone(history: History) -> jax.Array:
+    """What the last pass made."""
+    return history[-1][1]
+
+
+def anderson(history: History, depth: int) -> jax.Array:
+    """The mix of the last passes with the least step."""
+    history = history[-depth - 1 :]
+    steps = jnp.stack([(after - c).ravel() for c, after, _ in history])
+    gram = steps @ steps.T
+    weights = jnp.linalg.solve(gram + 1e-12 * jnp.trace(gram) * jnp.eye(len(gram)), jnp.ones(len(gram)))
+    return sum(w * after for w, (_, after, _) in zip(weights / weights.sum(), history, strict=True))
+
+
+def passes(
+    applied: Iterable[Pass],
+    expected: jax.Array,
+    first: jax.Array | None = None,
+    mix: Callable[[History], jax.Array] = as_solved,
+) -> dict:
+    """Residual and error of the states before each pass, from `first` or zeros."""
     c, residuals, errors, history = jnp.zeros_like(expected) if first is None else first, [], [], []
     for apply in applied:
         errors.append(float(jnp.max(jnp.abs(c - expected)) / jnp.max(jnp.abs(expected))))
-        after, residual = apply(c)
-        residuals.append(float(residual))
+        history = [*history, (c, *apply(c))][-3:]
+        residuals.append(float(history[-1][2]))
         if not residuals[-1] > LEVELS[-1] / 100:
             break
-        history = [*history, (c, after)][-3:]
-        c = anderson(history) if mixed else after
+        c = mix(history)
     row = {f"passes_{level:g}": next((k for k, r in enumerate(residuals) if r <= level), None) for level in LEVELS}
     row |= {f"passes_error_{level:g}": next((k for k, e in enumerate(errors) if e <= level), None) for level in LEVELS}
     return row | {"residuals": [float(f"{r:.2e}") for r in residuals]}
@@ -125,14 +156,6 @@ def moved(params: Params) -> Params:
     keys = jax.random.split(jax.random.key(0), len(leaves))
     signs = [jax.random.rademacher(key, p.shape, p.dtype) for key, p in zip(keys, leaves, strict=True)]
     return jax.tree.unflatten(tree, [p + MOVED * sign for p, sign in zip(leaves, signs, strict=True)])
-
-
-def anderson(history: list[tuple[jax.Array, jax.Array]]) -> jax.Array:
-    """The mix of the last passes with the least step."""
-    steps = jnp.stack([(after - before).ravel() for before, after in history])
-    gram = steps @ steps.T
-    weights = jnp.linalg.solve(gram + 1e-12 * jnp.trace(gram) * jnp.eye(len(gram)), jnp.ones(len(gram)))
-    return sum(w * after for w, (_, after) in zip(weights / weights.sum(), history, strict=True))
 
 
 def rounded(params: dict, earlier: jax.Array, activation: str, *_: str) -> jax.Array:

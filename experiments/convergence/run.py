@@ -22,7 +22,7 @@ from ranjax.data import load_corpus
 from ranjax.evaluate import load_run
 
 HERE = Path(__file__).parent
-USUAL = ("diagonal", "frozen", "float32")  # at all lengths
+USUAL = ("diagonal", "frozen", "float32", "not averaged")  # at all lengths
 WINDOWS = {2048: (128, 512, 1024, 2048), 16384: (512, 1024)}  # of so many steps, by length
 
 
