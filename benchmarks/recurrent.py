@@ -18,6 +18,7 @@ from ranjax import FixedPoint, RANCell, solve
 from ranjax.cell import content, gates_of_input, output
 from ranjax.data import load_corpus
 from ranjax.evaluate import load_run
+from ranjax.fixed_point import averaged
 from ranjax.hugepages import restart_with_huge_pages
 from ranjax.masks import Steps
 from ranjax.recurrent import make_pass
@@ -77,7 +78,13 @@ def early_exit(activation: str, params: dict, x: jax.Array, seconds: float) -> l
     def passes(params, x):
         steps, c0 = Steps(content(params, x), gates_of_input(params, x)), jnp.zeros((x.shape[0], features))
         apply = make_pass(params, steps, c0, activation, solver)
-        return jax.lax.fori_loop(0, count, lambda _, c: apply(c)[0], jnp.zeros_like(steps.u))
+
+        def turn(_, loop):
+            c, step = loop
+            return averaged(c, apply(c)[0], step, jnp.zeros(()))
+
+        zero = jnp.zeros_like(steps.u)
+        return jax.lax.fori_loop(0, count, turn, (zero, zero))[0]
 
     calls = {
         "states, fixed point, all at once": partial(run, params, x),

@@ -180,15 +180,13 @@ def averaged(
     References:
       Walker, Ni, "Anderson acceleration for fixed-point iterations", SIAM Journal on Numerical Analysis, 2011.
     """
-
-    def dot(a, b):
-        return summed(jnp.sum(a * b, axis=(-2, -1), keepdims=True), axis_name)
-
     step = after - x
     change = step - step_before
-    size = dot(change, change)
-    usable = (size > 0) & jnp.isfinite(size) & (dot(step_before, step_before) > 0) & (residual < 1)
-    weight = jnp.where(usable, jnp.clip(dot(step, change) / jnp.where(usable, size, 1), 0, 0.5), 0)
+    products = step * change, change * change, step_before * step_before
+    sums = jnp.stack([jnp.sum(p, axis=(-2, -1), keepdims=True) for p in products])
+    along, size, size_before = summed(sums, axis_name)  # one exchange between devices
+    usable = (size > 0) & jnp.isfinite(size) & (size_before > 0) & (residual < 1)
+    weight = jnp.where(usable, jnp.clip(along / jnp.where(usable, size, 1), 0, 0.5), 0)
     return after - weight * step, jnp.where(weight > 0, 0, step)
 
 
