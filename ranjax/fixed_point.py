@@ -118,19 +118,64 @@ def exact(dtype: jnp.dtype) -> Record:
 
 
 Pass = Callable[[Array], tuple[Array, Array]]
+Mix = Callable[[Array, Array, Array, Array, str | None], tuple[Array, Array]]
+
+
+def averaged(
+    x: Array, after: Array, step_before: Array, residual: Array, axis_name: str | None = None
+) -> tuple[Array, Array]:
+    """What the next pass starts from: what this one made, or an average of that and of what it started from.
+
+    An error that changes its sign from pass to pass fades sooner when two passes are averaged. With a_k what pass k
+    makes of x_k = a_{k-1}, r_k = a_k - x_k, and where <r_k, r_{k-1}> < 0,
+
+        x_{k+1} = a_k - w r_k,    w = <r_k, r_k - r_{k-1}> / |r_k - r_{k-1}|^2, but at most 1/2,
+
+    a w for each sequence: Anderson's mixing of depth 1, at every other pass at most, never extrapolating. Not as long
+    as there is a state that is off by more than its own size, nor where the squares of steps are no normal numbers.
+
+    Args:
+      step_before: r_{k-1}; zeros if x_k is not what the pass before made.
+      residual: the largest of all x_k, relative.
+
+    Returns:
+      x_{k+1}, and r_k or, after an average, zeros, for the next pass.
+
+    References:
+      Walker, Ni, "Anderson acceleration for fixed-point iterations", SIAM Journal on Numerical Analysis, 2011.
+    """
+    step = after - x
+    products = step * step, step * step_before, step_before * step_before
+    sums = jnp.stack([jnp.sum(p, axis=(-2, -1), keepdims=True) for p in products])
+    square, turned, square_before = summed(sums, axis_name)  # one exchange between devices
+    size = square - 2 * turned + square_before
+    usable = (turned < 0) & jnp.isfinite(size) & (residual < 1)
+    weight = jnp.minimum((square - turned) / jnp.where(usable, size, 1), 0.5)
+    return jnp.where(usable, after - weight * step, after), jnp.where(usable, 0, step)
+
+
+def alone(x: Array, after: Array, step_before: Array, residual: Array, axis_name: str | None) -> tuple[Array, Array]:
+    """What this pass made."""
+    return after, step_before
 
 
 def iterate(
-    apply: Pass, first: Array, rtol: float, record: Record | None = None, *, most: int, axis_name: str | None = None
+    apply: Pass,
+    first: Array,
+    rtol: float,
+    record: Record | None = None,
+    *,
+    most: int,
+    mix: Mix = averaged,
+    axis_name: str | None = None,
 ) -> tuple[Array, Record]:
     """Applies passes until one finds a relative residual of at most `rtol`, or is the `most`-th.
-
-    What a pass makes and what it began with are averaged where that helps, see `averaged`.
 
     Args:
       apply: x -> the next x, and the relative residual of this one.
       first: `(*batch, time, features)` to start from.
       record: of the iteration that this one goes on with.
+      mix: what the next pass starts from.
       axis_name: the mesh axis that time is spread over.
 
     Returns:
@@ -145,9 +190,10 @@ def iterate(
     def turn(loop):
         x, step, record = loop
         after, residual = apply(x)
-        x_next, step = averaged(x, after, step, residual, axis_name)
-        converged = residual <= rtol
-        return jnp.where(converged, x, x_next), step, Record(record.iterations + 1, residual, converged)
+        x_next, step = mix(x, after, step, residual, axis_name)
+        converged, iterations = residual <= rtol, record.iterations + 1
+        x_next = jnp.where(iterations < most, x_next, after)
+        return jnp.where(converged, x, x_next), step, Record(iterations, residual, converged)
 
     if record is None:
         record = Record(jnp.int32(0), jnp.asarray(jnp.finfo(first.dtype).max, first.dtype), jnp.bool(False))
@@ -155,39 +201,6 @@ def iterate(
         record = record._replace(converged=jnp.bool(False))
     x, _, record = lax.while_loop(going, turn, (first, jnp.zeros_like(first), record))
     return x, record
-
-
-def averaged(
-    x: Array, after: Array, step_before: Array, residual: Array, axis_name: str | None = None
-) -> tuple[Array, Array]:
-    """What the next pass starts from: what this one made, or an average of that and of what it started from.
-
-    An error that changes its sign from pass to pass fades sooner when two passes are averaged. With a_k what pass k
-    makes of x_k = a_{k-1}, and r_k = a_k - x_k,
-
-        x_{k+1} = a_k - w r_k,    w = <r_k, r_k - r_{k-1}> / |r_k - r_{k-1}|^2, but in [0, 1/2],
-
-    for each sequence by itself: Anderson's mixing of depth 1, at every other pass at most, never extrapolating. As long
-    as states are off by more than their own size w is 0.
-
-    Args:
-      step_before: r_{k-1}; zeros if x_k is not what the pass before made.
-      residual: of x_k, relative.
-
-    Returns:
-      x_{k+1}, and r_k or zeros, for the next pass.
-
-    References:
-      Walker, Ni, "Anderson acceleration for fixed-point iterations", SIAM Journal on Numerical Analysis, 2011.
-    """
-    step = after - x
-    change = step - step_before
-    products = step * change, change * change, step_before * step_before
-    sums = jnp.stack([jnp.sum(p, axis=(-2, -1), keepdims=True) for p in products])
-    along, size, size_before = summed(sums, axis_name)  # one exchange between devices
-    usable = (size > 0) & jnp.isfinite(size) & (size_before > 0) & (residual < 1)
-    weight = jnp.where(usable, jnp.clip(along / jnp.where(usable, size, 1), 0, 0.5), 0)
-    return after - weight * step, jnp.where(weight > 0, 0, step)
 
 
 def relative(difference: Array, to: tuple[Array, Array], share: float = 0.0, axis_name: str | None = None) -> Array:

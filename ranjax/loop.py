@@ -52,15 +52,16 @@ class Run:
         if int(state.bad_in_row) >= BAD_STEPS:
             raise UserError(
                 f"the loss or its gradient was not finite {BAD_STEPS} steps in a row, up to step {int(state.step)}; "
-                "the last good checkpoint is intact. Lower --learning-rate or --clip and start again, with another "
-                "--out."
+                f"the last good checkpoint in {self.config.directory} is intact. Lower --learning-rate or --clip and "
+                "start again, with another --out."
             )
 
     def validated(self, state: "TrainState", evaluation: "Evaluation") -> "TrainState":
         """Ends an epoch: keeps the state if it is the best so far, and saves it to go on from."""
         if not math.isfinite(evaluation.nats):
             raise UserError(
-                f"the validation loss is {evaluation.nats}; the checkpoints before it are intact. Lower "
+                f"the validation loss is {evaluation.nats}; the checkpoints before it, in {self.config.directory}, are "
+                "intact. Lower "
                 "--learning-rate or --clip and start again, with another --out."
             )
         if evaluation.nats < float(state.best):

@@ -19,7 +19,18 @@ from jax.ad_checkpoint import checkpoint_name
 
 from ranjax.cell import Params, gates_of_state, update
 from ranjax.fixed_point import FixedPoint, Record, exact, iterate, or_walked, relative
-from ranjax.jacobian import Way, answer, clipped, diagonal, jacobian_product, jacobians_of, linear_solve, step_of, wide
+from ranjax.jacobian import (
+    Way,
+    answer,
+    clipped,
+    diagonal,
+    jacobian_product,
+    jacobians_of,
+    linear_solve,
+    mix_of,
+    step_of,
+    wide,
+)
 from ranjax.masks import Steps, filled, seen
 from ranjax.mesh import at_the_edge, before, varying_as
 from ranjax.scan import linear_recurrence
@@ -145,11 +156,11 @@ def _iterated(
     """The states as a fixed point."""
     apply = make_pass(params, steps, c0, activation, solver, axis_name)
     rtol = 32 * float(jnp.finfo(c0.dtype).eps) if solver.rtol is None else solver.rtol
+    on = partial(iterate, most=solver.max_iterations, mix=mix_of(params), axis_name=axis_name)
     c, record = varying_as(jnp.zeros_like(steps.u), (*steps, c0)), None
     if solver.precision != "highest":
-        rough = partial(apply, precision=solver.precision)
-        c, record = iterate(rough, c, max(rtol, COARSE), most=solver.max_iterations, axis_name=axis_name)
-    c, record = iterate(apply, c, rtol, record, most=solver.max_iterations, axis_name=axis_name)
+        c, record = on(partial(apply, precision=solver.precision), c, max(rtol, COARSE))
+    c, record = on(apply, c, rtol, record)
 
     def states(c0, steps):
         last, (states, _) = walk(wide(params, c0), steps, c0, activation)

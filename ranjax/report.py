@@ -32,7 +32,7 @@ class Report:
       config: its settings.
       windows: steps an epoch.
       first_step: where this process begins; what an earlier one logged beyond it is dropped.
-      side_by_side: how many runs are trained by the same program, whose seconds are those of all.
+      side_by_side: how many runs this process trains in one program; their seconds are those of all.
       quiet: whether another of them tells of the progress.
     """
 

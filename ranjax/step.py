@@ -133,11 +133,11 @@ def make_step(
     constrain = constraint(config.ablation)
     differentiate = jax.value_and_grad(make_loss(model, config), has_aux=True)
 
-    def step(state, text, seed=config.seed):
+    def step(state, text, dropout):
         position = state.step % windows
         window = jax.lax.dynamic_slice_in_dim(text, position * config.steps, config.steps + 1, axis=1)
         carry = jax.tree.map(lambda c: jnp.where(position == 0, 0, c), state.carry)
-        key = jax.random.fold_in(jax.random.key(seed + 1), state.step)
+        key = jax.random.fold_in(dropout, state.step)
         (loss, (new_carry, made)), gradient = differentiate(state.params, carry, window, key)
         updates, new_optimizer = optimizer.update(gradient, state.optimizer, state.params)
         new = constrain(optax.apply_updates(state.params, updates)), new_optimizer, new_carry
@@ -158,9 +158,9 @@ def make_step(
         )
 
     if len(seeds) < 2:
-        return jax.jit(step, donate_argnums=0)
-    side_by_side = jax.jit(jax.vmap(step, (0, None, 0)), donate_argnums=0)
-    return lambda state, text: side_by_side(state, text, jnp.asarray(seeds))
+        return jax.jit(partial(step, dropout=jax.random.key(config.seed + 1)), donate_argnums=0)
+    keys = jnp.stack([jax.random.key(seed + 1) for seed in seeds])
+    return jax.jit(lambda state, text: jax.vmap(step, (0, None, 0))(state, text, keys), donate_argnums=0)
 
 
 def make_loss(model: "LanguageModel", config: Config) -> Callable:

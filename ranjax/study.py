@@ -63,11 +63,20 @@ class Table:
         measure: Callable[[Path], dict[str, Any]] = lambda run: {},
         **labels: str | int,
     ) -> list[dict[str, Any]]:
-        """The same of several seeds; those that are not in the table are trained side by side."""
+        """The same of several seeds; those that are not in the table are trained side by side.
+
+        Where that fails they are trained one after another: the seeds before the one that fails have their rows.
+        """
         configs = [dataclasses.replace(config, seed=seed) for seed in seeds]
         missing = [config for config in configs if self._found(config, labels) is None]
         runs = [self._run(config, labels) for config in missing]
-        for result, run in zip(train_together(runs) if runs else (), runs, strict=True):
+        try:
+            results = train_together(runs) if runs else []
+        except UserError:
+            if len(runs) == 1:
+                raise
+            return [self.row(config, measure, **labels) for config in configs]
+        for result, run in zip(results, runs, strict=True):
             self.rows.append(labels | _row(result) | measure(run.directory))
             with self.path.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(self.rows[-1]) + "\n")

@@ -37,11 +37,11 @@ def train_together(configs: Sequence[Config]) -> list[dict[str, Any]]:
     """Trains runs that differ by their seeds side by side: one program makes the steps of all of them.
 
     Each is a run of its own in its own directory, as `train` would have made it but for rounding; the seconds of each
-    are those of all.
+    are those of all, and so many times too long for its `tokens_per_second`. One that diverges ends them all.
 
     Args:
       configs: settings that differ in `seed`, `out` and `resume` alone. Runs that go on from different steps are
-        trained one after another.
+        trained one after another, and so are those of a solver that iterates, which side by side would walk too.
 
     Returns:
       What each `result.json` holds.
@@ -53,6 +53,8 @@ def train_together(configs: Sequence[Config]) -> list[dict[str, Any]]:
     first = configs[0]
     if any(replace(config, seed=first.seed, out=first.out, resume=first.resume) != first for config in configs):
         raise UserError("runs side by side must have the same settings, but for --seed, --out and --resume.")
+    if len({config.directory for config in configs}) < len(configs):
+        raise UserError("runs side by side must have an --out each.")
     for directory in (config.directory for config in configs if not config.resume):
         if directory.exists():
             raise UserError(
@@ -69,6 +71,8 @@ def train_together(configs: Sequence[Config]) -> list[dict[str, Any]]:
     from ranjax.step import build_model, initial_state, make_optimizer, make_step
 
     check(first)
+    if len(configs) > 1 and first.solver in ("fixed_point", "newton"):
+        return [train(config) for config in configs]
     corpus = load_corpus(first.dataset, first.data_dir, first.tokenizer)
     text = columns(corpus.train, first.batch_size, first.steps)
     windows = windows_per_epoch(text.shape[1], first.steps)
@@ -83,16 +87,19 @@ def train_together(configs: Sequence[Config]) -> list[dict[str, Any]]:
     runs = [Run(c, Checkpoints(c.directory), report) for c, report in zip(configs, reports, strict=True)]
     step = make_step(model, optimizer, first, windows, [config.seed for config in configs])
     loop = Loop(runs, step, jax.device_put(text), windows)
-    state, evaluate = together(states), make_evaluator(model)
+    epoch, evaluate = int(states[0].epoch), make_evaluator(model)
+    state = together(states)
+    del states  # the loop holds all that training needs, once
     with runs[0].report, interrupts(runs) as stop:
-        while int(states[0].epoch) < first.epochs:
-            parts = loop.parts(loop.epoch(state, stop))
-            evaluations = [evaluate(part.params, corpus.valid) for part in parts]
+        for _ in range(epoch, first.epochs):
+            state = loop.epoch(state, stop)
+            evaluations = [evaluate(part.params, corpus.valid) for part in loop.parts(state)]
             stop.saved = None  # a save that is cut short would leave threads that wait for its end
-            states = [run.validated(s, e) for run, s, e in zip(runs, parts, evaluations, strict=True)]
-            state = together(states)
-        stop.saved = int(states[0].step)
-        return [_result(run, corpus, part, evaluate) for run, part in zip(runs, states, strict=True)]
+            rows = zip(runs, loop.parts(state), evaluations, strict=True)
+            state = together([run.validated(part, evaluation) for run, part, evaluation in rows])
+        parts = loop.parts(state)
+        stop.saved = int(parts[0].step)
+        return [_result(run, corpus, part, evaluate) for run, part in zip(runs, parts, strict=True)]
 
 
 def _result(run: "Run", corpus: "Corpus", state: "TrainState", evaluate: Callable) -> dict[str, Any]:

@@ -15,6 +15,7 @@ from jax.sharding import PartitionSpec as P
 
 import ranjax
 from ranjax import FixedPoint, linear_recurrence
+from ranjax.fixed_point import averaged
 from ranjax.lm import cross_entropy
 
 pytestmark = pytest.mark.skipif(
@@ -146,6 +147,20 @@ def test_a_layer_over_time_and_batch(x64, gates, projection, masks):
 
     gradients = (jax.jit(jax.grad(partial(loss, f), (0, 1, 2)))(params, x, c0) for f in (over, whole))
     assert_close(*gradients, 1e-9)
+
+
+@pytest.mark.quick
+def test_an_average_is_of_the_whole_sequence(x64):
+    """Every device alone would say something else: on one the step has turned, on the other it has not."""
+    _, step, _ = drawn()
+    before = jnp.where(jnp.arange(TIME)[:, None] < TIME // 2, -3.0, 0.3) * step
+    arrays, axes = (jnp.zeros_like(step), step, before), P(None, "time")
+    over = spread(lambda *a: averaged(*a, jnp.float64(0.1), "time"), mesh(time=2), (axes,) * 3, (axes, axes))
+    found, expected = over(*arrays), averaged(*arrays, jnp.float64(0.1))
+    assert_close(found, expected)
+    half, _ = averaged(*(a[:, : TIME // 2] for a in arrays), jnp.float64(0.1))
+    assert float(jnp.abs(half - expected[0][:, : TIME // 2]).max()) > 0.01
+    assert float(jnp.abs(expected[0] - step).max()) > 0.01
 
 
 def test_the_record_is_one_for_the_whole_mesh(x64):

@@ -1,5 +1,6 @@
 """Studies: rows that are there are not trained for again, what was cut off goes on, time runs out."""
 
+import dataclasses
 import json
 import math
 import re
@@ -54,6 +55,33 @@ def test_a_row_is_trained_for_once(config, tmp_path, capsys):
     once_more = study.Table(tmp_path / "results.jsonl", options).row(config, study="pets", model="RAN, input gates")
     assert once_more["test_perplexity"] == row["test_perplexity"]
     assert once_more["seconds"] == row["seconds"]
+
+
+def test_seeds_are_trained_together_and_one_that_fails_by_itself(config, tmp_path, monkeypatch):
+    calls = []
+
+    def trained(configs):
+        calls.append([c.seed for c in configs])
+        if 1 in calls[-1] and diverges:
+            raise UserError("not finite")
+        names = ("test_perplexity", "valid_perplexity", "test_bits", "tokens_per_second", "test_tokens", "parameters")
+        rest = {"training_seconds": 1.0, "device": "", "date": "", "versions": {}, "side_by_side": len(configs)}
+        return [dict.fromkeys(names, c.seed) | rest | {"dataset": "", "config": vars(c)} for c in configs]
+
+    monkeypatch.setattr(study, "train_together", trained)
+    table, diverges = study.Table(tmp_path / "rows.jsonl", study.Options(runs=str(tmp_path))), True
+    table.row(dataclasses.replace(config, seed=3), model="RAN")
+    with pytest.raises(UserError, match="not finite"):
+        table.rows_of_seeds(config, [0, 1, 2, 3], model="RAN")
+    assert calls == [[3], [0, 1, 2], [0], [1]]
+    diverges = False
+    rows = table.rows_of_seeds(config, [0, 1, 2, 3], model="RAN")
+    assert calls[4:] == [[1, 2]]
+    assert [(row["seed"], row["test_perplexity"], row["side_by_side"]) for row in rows] == [
+        (0, 0, 1), (1, 1, 2), (2, 2, 2), (3, 3, 1)
+    ]  # fmt: skip
+    assert len((tmp_path / "rows.jsonl").read_text().splitlines()) == 4
+    assert study.rounds(3) == [[0], [1], [2]]  # on a CPU
 
 
 def test_time_runs_out(config, tmp_path):

@@ -158,6 +158,8 @@ def test_runs_side_by_side_are_those_alone(text, tmp_path, monkeypatch):
     assert [r["config"]["epochs"] for r in train.train_together(further)] == [2, 2]
     with pytest.raises(UserError, match="the same settings, but for --seed"):
         train.train_together([alone, dataclasses.replace(both[0], dropout=0.1)])
+    with pytest.raises(UserError, match="an --out each"):
+        train.train_together([on[0], on[0]])
 
 
 def test_an_interrupt_on_the_last_step_of_an_epoch_loses_nothing(text, tmp_path, monkeypatch):

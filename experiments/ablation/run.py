@@ -2,8 +2,9 @@
 
     python experiments/ablation/run.py --runs runs/ablation
 
-Trains them one after another on the documentation that every Python carries, seed after seed. Each run goes on where it
-was cut off, and adds its row to results.jsonl when it is done; ablation.png is drawn anew.
+Trains them one after another on the documentation that every Python carries, seed after seed (on a GPU or TPU the seeds
+side by side). Each run goes on where it was cut off, and adds its row to results.jsonl when it is done; ablation.png is
+drawn anew.
 """
 
 from dataclasses import dataclass, replace

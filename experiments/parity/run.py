@@ -2,9 +2,10 @@
 
     python experiments/parity/run.py --study ptb-small --data-dir DIR --runs runs/parity
 
-Trains the study's models one after another, in the order of worth. Each run goes on where it was cut off, and adds its
-row to results.jsonl when it is done; perplexity.png is drawn anew. A tuned study first tries each model's settings on
-short runs (`GRID`; rows labelled "...-grid") and takes those of the lowest validation perplexity.
+Trains the study's models one after another, in the order of worth (on a GPU or TPU the seeds of one side by side). Each
+run goes on where it was cut off, and adds its row to results.jsonl when it is done; perplexity.png is drawn anew. A
+tuned study first tries each model's settings on short runs (`GRID`; rows labelled "...-grid") and takes those of the
+lowest validation perplexity.
 """
 
 from dataclasses import dataclass, replace
