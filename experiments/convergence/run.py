@@ -100,8 +100,8 @@ def main(options: Options) -> None:
             for layer, size in enumerate(run.model.sizes):
                 cell = params[f"stack_{layer}"]["cell"]
                 for row in study(cell, x, run.config.activation, trained > 0, options):
-                    about = {"run": Path(directory).name, "dataset": run.config.dataset, "dropout": run.config.dropout}
-                    about |= {"epochs": trained, "layer": layer + 1, "features": size}
+                    about = {"run": Path(directory).name, "dataset": Path(run.config.dataset).name}
+                    about |= {"dropout": run.config.dropout, "epochs": trained, "layer": layer + 1, "features": size}
                     about |= {"activation": run.config.activation, "date": datetime.date.today().isoformat()}
                     rows.append(about | row)
                     print({key: value for key, value in rows[-1].items() if key != "residuals"}, flush=True)
