@@ -30,11 +30,11 @@ class FixedPoint:
 
     A pass is one product over all steps and one linear recurrence; passes that would overshoot are averaged. They end
     when at every step the residual max |F(c_{t-1}) - c_t| is at most `rtol` times the larger of max |c_{t-1}| and
-    max |F(c_{t-1})|: where one feature is much larger than the others, these have its tolerance. Gradients solve the transposed linear system, with the
-    full Jacobian, by the same iteration in reverse, to a tolerance of their own; there the cotangents that have
-    faded below a thousandth of the largest of their sequence and window have the tolerance of that thousandth.
-    Products are in the dtype of the states. A residual bounds what a step is off by; where the model amplifies it,
-    states and gradients are off by more.
+    max |F(c_{t-1})|: where one feature is much larger than the others, these have its tolerance. Gradients solve the
+    transposed linear system, with the full Jacobian, by the same iteration in reverse, to a tolerance of their own;
+    there the cotangents that have faded below a thousandth of the largest of their sequence and window have the
+    tolerance of that thousandth. Products are in the dtype of the states. A residual bounds what a step is off by;
+    where the model amplifies it, states and gradients are off by more.
 
     Batch by the leading axes. Under `vmap` `on_failure="sequential"` always walks, for both branches of a condition
     that is batched are computed; `"nan"` does not.
