@@ -61,8 +61,7 @@ class Run:
         if not math.isfinite(evaluation.nats):
             raise UserError(
                 f"the validation loss is {evaluation.nats}; the checkpoints before it, in {self.config.directory}, are "
-                "intact. Lower "
-                "--learning-rate or --clip and start again, with another --out."
+                "intact. Lower --learning-rate or --clip and start again, with another --out."
             )
         if evaluation.nats < float(state.best):
             self.checkpoints.save("best", int(state.step), state.params)

@@ -50,17 +50,7 @@ def train_together(configs: Sequence[Config]) -> list[dict[str, Any]]:
       UserError: as `train`; for settings that differ in more.
       SystemExit: after an interrupt, once the states are saved.
     """
-    first = configs[0]
-    if any(replace(config, seed=first.seed, out=first.out, resume=first.resume) != first for config in configs):
-        raise UserError("runs side by side must have the same settings, but for --seed, --out and --resume.")
-    if len({config.directory for config in configs}) < len(configs):
-        raise UserError("runs side by side must have an --out each.")
-    for directory in (config.directory for config in configs if not config.resume):
-        if directory.exists():
-            raise UserError(
-                f"--out {directory} exists and is left as it is. Go on with it: --out {directory} --resume; or give "
-                "another --out."
-            )
+    _check_together(configs)
     import jax
 
     from ranjax.checkpoint import Checkpoints
@@ -70,6 +60,7 @@ def train_together(configs: Sequence[Config]) -> list[dict[str, Any]]:
     from ranjax.report import Report
     from ranjax.step import build_model, initial_state, make_optimizer, make_step
 
+    first = configs[0]
     check(first)
     if len(configs) > 1 and first.solver in ("fixed_point", "newton"):
         return [train(config) for config in configs]
@@ -100,6 +91,21 @@ def train_together(configs: Sequence[Config]) -> list[dict[str, Any]]:
         parts = loop.parts(state)
         stop.saved = int(parts[0].step)
         return [_result(run, corpus, part, evaluate) for run, part in zip(runs, parts, strict=True)]
+
+
+def _check_together(configs: Sequence[Config]) -> None:
+    """Raises a UserError for runs that cannot be trained side by side, or would overwrite another."""
+    first = configs[0]
+    if any(replace(config, seed=first.seed, out=first.out, resume=first.resume) != first for config in configs):
+        raise UserError("runs side by side must have the same settings, but for --seed, --out and --resume.")
+    if len({config.directory for config in configs}) < len(configs):
+        raise UserError("runs side by side must have an --out each.")
+    for directory in (config.directory for config in configs if not config.resume):
+        if directory.exists():
+            raise UserError(
+                f"--out {directory} exists and is left as it is. Go on with it: --out {directory} --resume; or give "
+                "another --out."
+            )
 
 
 def _result(run: "Run", corpus: "Corpus", state: "TrainState", evaluate: Callable) -> dict[str, Any]:
