@@ -79,9 +79,10 @@ def early_exit(activation: str, params: dict, x: jax.Array, seconds: float) -> l
         steps, c0 = Steps(content(params, x), gates_of_input(params, x)), jnp.zeros((x.shape[0], features))
         apply = make_pass(params, steps, c0, activation, solver)
 
-        def turn(_, loop):
+        def turn(made, loop):
             c, step = loop
-            return averaged(c, apply(c)[0], step, jnp.zeros(()))
+            settled = (jnp.arange(x.shape[1]) <= made)[:, None]
+            return averaged(c, apply(c)[0], step, jnp.zeros(()), settled)
 
         zero = jnp.zeros_like(steps.u)
         return jax.lax.fori_loop(0, count, turn, (zero, zero))[0]

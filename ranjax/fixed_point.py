@@ -4,8 +4,8 @@ A recurrence c_t = F_t(c_{t-1}) is solved by iterating linear ones. With any D_t
 
     c_t <- D_t c_{t-1} + (F_t(p_{t-1}) - D_t p_{t-1}),    p the states of the pass before,
 
-has the states of the sequential walk for its only fixed point: every other pass makes a further step exact, whatever D
-is, and how much sooner all of them are depends on how near D is to the Jacobian.
+has the states of the sequential walk for its only fixed point: every pass makes a further step exact, whatever D is,
+and how much sooner all of them are depends on how near D is to the Jacobian.
 """
 
 from collections.abc import Callable
@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
-from ranjax.mesh import chained, largest, largest_anywhere, summed
+from ranjax.mesh import chained, largest, largest_anywhere, steps_walked, summed
 
 Splitting = Literal["diagonal", "frozen"]
 OnFailure = Literal["sequential", "nan", "ignore"]
@@ -118,11 +118,10 @@ def exact(dtype: jnp.dtype) -> Record:
 
 
 Pass = Callable[[Array], tuple[Array, Array]]
-Mix = Callable[[Array, Array, Array, Array, str | None], tuple[Array, Array]]
 
 
 def averaged(
-    x: Array, after: Array, step_before: Array, residual: Array, axis_name: str | None = None
+    x: Array, after: Array, step_before: Array, residual: Array, settled: Array, axis_name: str | None = None
 ) -> tuple[Array, Array]:
     """What the next pass starts from: what this one made, or an average of that and of what it started from.
 
@@ -132,11 +131,13 @@ def averaged(
         x_{k+1} = a_k - w r_k,    w = <r_k, r_k - r_{k-1}> / |r_k - r_{k-1}|^2, but at most 1/2,
 
     a w for each sequence: Anderson's mixing of depth 1, at every other pass at most, never extrapolating. Not as long
-    as there is a state that is off by more than its own size, nor where the squares of steps are no normal numbers.
+    as there is a state that is off by more than its own size, nor where the squares of steps are no normal numbers, nor
+    where a_k is exact.
 
     Args:
       step_before: r_{k-1}; zeros if x_k is not what the pass before made.
       residual: the largest of all x_k, relative.
+      settled: `(time, 1)`, the steps that pass k has made exact.
 
     Returns:
       x_{k+1}, and r_k or, after an average, zeros, for the next pass.
@@ -151,12 +152,7 @@ def averaged(
     size = square - 2 * turned + square_before
     usable = (turned < 0) & jnp.isfinite(size) & (residual < 1)
     weight = jnp.minimum((square - turned) / jnp.where(usable, size, 1), 0.5)
-    return jnp.where(usable, after - weight * step, after), jnp.where(usable, 0, step)
-
-
-def alone(x: Array, after: Array, step_before: Array, residual: Array, axis_name: str | None) -> tuple[Array, Array]:
-    """What this pass made."""
-    return after, step_before
+    return jnp.where(usable & ~settled, after - weight * step, after), jnp.where(usable, 0, step)
 
 
 def iterate(
@@ -166,7 +162,8 @@ def iterate(
     record: Record | None = None,
     *,
     most: int,
-    mix: Mix = averaged,
+    average: bool = True,
+    reverse: bool = False,
     axis_name: str | None = None,
 ) -> tuple[Array, Record]:
     """Applies passes until one finds a relative residual of at most `rtol`, or is the `most`-th.
@@ -175,7 +172,8 @@ def iterate(
       apply: x -> the next x, and the relative residual of this one.
       first: `(*batch, time, features)` to start from.
       record: of the iteration that this one goes on with.
-      mix: what the next pass starts from.
+      average: whether passes that would overshoot are averaged.
+      reverse: whether each step depends on the one after it.
       axis_name: the mesh axis that time is spread over.
 
     Returns:
@@ -190,7 +188,10 @@ def iterate(
     def turn(loop):
         x, step, record = loop
         after, residual = apply(x)
-        x_next, step = mix(x, after, step, residual, axis_name)
+        x_next = after
+        if average:
+            settled = (steps_walked(x.shape[-2], reverse, axis_name) <= record.iterations)[:, None]
+            x_next, step = averaged(x, after, step, residual, settled, axis_name)
         converged, iterations = residual <= rtol, record.iterations + 1
         x_next = jnp.where(iterations < most, x_next, after)
         return jnp.where(converged, x, x_next), step, Record(iterations, residual, converged)

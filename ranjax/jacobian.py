@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from ranjax.cell import ACTIVATIONS, Params, gates_of_state
-from ranjax.fixed_point import FixedPoint, Mix, alone, averaged, iterate, or_walked, relative
+from ranjax.fixed_point import FixedPoint, iterate, or_walked, relative
 from ranjax.masks import Steps, seen
 from ranjax.mesh import before, varying_as
 from ranjax.scan import linear_recurrence
@@ -160,15 +160,23 @@ def _iterated(
 
     rtol = 8 * float(jnp.finfo(r.dtype).eps) if solver.adjoint_rtol is None else solver.adjoint_rtol
     with jax.default_matmul_precision("highest"):
-        v, record = iterate(apply, r, rtol, most=solver.max_iterations, mix=mix_of(params), axis_name=axis_name)
+        v, record = iterate(
+            apply,
+            r,
+            rtol,
+            most=solver.max_iterations,
+            average=overshoots(params),
+            reverse=reverse,
+            axis_name=axis_name,
+        )
     return or_walked(
         v, record, partial(_walk, params, reverse=reverse), zero, (jacobians, r), solver, reverse, axis_name
     )
 
 
-def mix_of(params: Params) -> Mix:
-    """What a pass starts from. The passes of diagonal gates are Newton's: an average would lose their square."""
-    return alone if params["gates"]["recurrent_kernel"].ndim == 2 else averaged
+def overshoots(params: Params) -> bool:
+    """Whether passes may. Those of diagonal gates are Newton's: an average would lose their square."""
+    return params["gates"]["recurrent_kernel"].ndim == 3
 
 
 def wide(params: Params, like: Array) -> Params:

@@ -51,6 +51,13 @@ def steps_before(time: int, axis_name: str | None) -> Array | int:
     return 0 if axis_name is None else time * lax.axis_index(axis_name)
 
 
+def steps_walked(time: int, reverse: bool, axis_name: str | None) -> Array:
+    """How many steps of the sequence a walk has behind it before each of this device's `time` steps."""
+    size = 1 if axis_name is None else lax.axis_size(axis_name)
+    earlier = steps_before(time, axis_name) + jnp.arange(time)
+    return size * time - 1 - earlier if reverse else earlier
+
+
 def at_the_edge(value: Array, reverse: bool, axis_name: str | None) -> Array:
     """`value` on the device where the sequence begins (in reverse, ends), 0 on the others."""
     return value if axis_name is None else jnp.where(_first(reverse, axis_name), value, 0)

@@ -27,7 +27,7 @@ from ranjax.jacobian import (
     jacobian_product,
     jacobians_of,
     linear_solve,
-    mix_of,
+    overshoots,
     step_of,
     wide,
 )
@@ -156,7 +156,7 @@ def _iterated(
     """The states as a fixed point."""
     apply = make_pass(params, steps, c0, activation, solver, axis_name)
     rtol = 32 * float(jnp.finfo(c0.dtype).eps) if solver.rtol is None else solver.rtol
-    on = partial(iterate, most=solver.max_iterations, mix=mix_of(params), axis_name=axis_name)
+    on = partial(iterate, most=solver.max_iterations, average=overshoots(params), axis_name=axis_name)
     c, record = varying_as(jnp.zeros_like(steps.u), (*steps, c0)), None
     if solver.precision != "highest":
         c, record = on(partial(apply, precision=solver.precision), c, max(rtol, COARSE))

@@ -242,7 +242,7 @@ def test_what_stands_for_a_failure(on_failure, x64):
     elif on_failure == "nan":
         assert bool(jnp.all(jnp.isnan(states)))
     else:
-        np.testing.assert_allclose(states[:, :2], expected[:, :2], atol=1e-14)  # after 3 passes 2 steps are exact
+        np.testing.assert_allclose(states[:, :3], expected[:, :3], atol=1e-14)  # a step is made exact by each pass
         assert float(jnp.abs(states - expected).max()) > 1e-9
 
 
@@ -299,14 +299,33 @@ def test_what_changes_its_sign_is_averaged_and_nothing_is_extrapolated(x64):
 
     def passes(*factors):
         a = jnp.array(factors)[:, None, None]
-        first = jnp.full((len(factors), 1, 1), 0.5)
-        return int(iterate(lambda x: (a * x, jnp.max(jnp.abs(x))), first, 1e-6, most=999)[1].iterations)
+        first = jnp.full((len(factors), 200, 1), 0.5)  # a step that its pass has made exact is not averaged
+        return int(iterate(lambda x: (a * x, jnp.max(jnp.abs(x[:, -1]))), first, 1e-6, most=999)[1].iterations)
 
     assert passes(0.9) == passes(0.9, -0.9) == 1 + math.ceil(math.log(2e-6) / math.log(0.9))
     assert passes(0.9, 0.5) == passes(0.9)
-    assert passes(-0.9) <= 5
+    assert passes(-0.9) <= 6
     x, _ = iterate(lambda x: (-0.9 * x, jnp.float64(2)), jnp.ones((1, 1)), 1e-6, most=9)
     np.testing.assert_allclose(x, -(0.9**9))  # as long as the residual says that nothing is known yet
+
+
+@pytest.mark.parametrize("reverse", [False, True])
+def test_a_pass_makes_a_step_exact_and_no_average_undoes_it(reverse, x64):
+    """x_t = b_t - 0.9 x_{t-1}, in reverse - 0.9 x_{t+1}."""
+    time = 9
+    b = 0.1 * jnp.asarray(np.random.default_rng(0).normal(size=(2, time, 1)))
+    shift = -0.9 * jnp.eye(time, k=1 if reverse else -1)
+    expected = jnp.linalg.solve(jnp.eye(time) - shift, b)
+    far = np.arange(time)[:, None][:: -1 if reverse else 1]
+
+    def apply(x):
+        after = b + shift @ x
+        return after, jnp.max(jnp.abs(after - x))
+
+    run = partial(iterate, apply, jnp.zeros_like(b), 1e-12, reverse=reverse)
+    for most in range(time):
+        np.testing.assert_allclose(jnp.where(far < most, run(most=most)[0] - expected, 0), 0, atol=1e-15)
+    assert float(jnp.abs(run(most=5)[0] - run(most=5, average=False)[0]).max()) > 0.01  # there were averages
 
 
 def test_memory_does_not_grow_with_the_passes():

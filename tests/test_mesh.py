@@ -15,8 +15,9 @@ from jax.sharding import PartitionSpec as P
 
 import ranjax
 from ranjax import FixedPoint, linear_recurrence
-from ranjax.fixed_point import averaged
+from ranjax.fixed_point import averaged, iterate
 from ranjax.lm import cross_entropy
+from ranjax.mesh import before, largest
 
 pytestmark = pytest.mark.skipif(
     jax.device_count() < 8, reason="needs 8 devices: XLA_FLAGS=--xla_force_host_platform_device_count=8"
@@ -155,12 +156,29 @@ def test_an_average_is_of_the_whole_sequence(x64):
     _, step, _ = drawn()
     before = jnp.where(jnp.arange(TIME)[:, None] < TIME // 2, -3.0, 0.3) * step
     arrays, axes = (jnp.zeros_like(step), step, before), P(None, "time")
-    over = spread(lambda *a: averaged(*a, jnp.float64(0.1), "time"), mesh(time=2), (axes,) * 3, (axes, axes))
-    found, expected = over(*arrays), averaged(*arrays, jnp.float64(0.1))
+    others = jnp.float64(0.1), jnp.bool(False)
+    over = spread(lambda *a: averaged(*a, *others, "time"), mesh(time=2), (axes,) * 3, (axes, axes))
+    found, expected = over(*arrays), averaged(*arrays, *others)
     assert_close(found, expected)
-    half, _ = averaged(*(a[:, : TIME // 2] for a in arrays), jnp.float64(0.1))
+    half, _ = averaged(*(a[:, : TIME // 2] for a in arrays), *others)
     assert float(jnp.abs(half - expected[0][:, : TIME // 2]).max()) > 0.01
     assert float(jnp.abs(expected[0] - step).max()) > 0.01
+
+
+@pytest.mark.parametrize("reverse", [False, True])
+def test_the_steps_that_no_average_may_touch_are_counted_over_the_whole_sequence(x64, reverse):
+    """x_t = b_t - 0.9 x_{t-1}, 12 steps a device: 15 passes make all of one device's exact, and 3 of another's."""
+    b, zero = 0.1 * drawn()[1], jnp.zeros((BATCH, FEATURES))
+
+    def run(b, axis_name=None):
+        def apply(x):
+            after = b - 0.9 * before(x, zero, -2, reverse, axis_name)
+            return after, largest(jnp.max(jnp.abs(after - x)), axis_name)
+
+        return iterate(apply, jnp.zeros_like(b), 1e-12, most=15, reverse=reverse, axis_name=axis_name)[0]
+
+    axes = P(None, "time")
+    assert_close(spread(partial(run, axis_name="time"), mesh(time=4), axes, axes)(b), run(b), 1e-14)
 
 
 def test_the_record_is_one_for_the_whole_mesh(x64):

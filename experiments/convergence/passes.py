@@ -72,21 +72,22 @@ def variants(
     }
 
 
-def as_solved(history: History) -> jax.Array:
+def as_solved(history: History, made: int) -> jax.Array:
     """What the solver goes on with."""
     c, after, residual = history[-1]
     step_before = jnp.zeros_like(c)
     if len(history) > 1 and jnp.array_equal(c, history[-2][1]):
         step_before = history[-2][1] - history[-2][0]
-    return averaged(c, after, step_before, residual)[0]
+    settled = (jnp.arange(c.shape[-2]) < made)[:, None]
+    return averaged(c, after, step_before, residual, settled)[0]
 
 
-def alone(history: History) -> jax.Array:
+def alone(history: History, _: int) -> jax.Array:
     """What the last pass made."""
     return history[-1][1]
 
 
-def anderson(history: History, depth: int) -> jax.Array:
+def anderson(history: History, _: int, depth: int) -> jax.Array:
     """The mix of the last passes with the least step."""
     history = history[-depth - 1 :]
     steps = jnp.stack([(after - c).ravel() for c, after, _ in history])
@@ -99,7 +100,7 @@ def passes(
     applied: Iterable[Pass],
     expected: jax.Array,
     first: jax.Array | None = None,
-    mix: Callable[[History], jax.Array] = as_solved,
+    mix: Callable[[History, int], jax.Array] = as_solved,
 ) -> dict:
     """Residual and error of the states before each pass, from `first` or zeros."""
     c, residuals, errors, history = jnp.zeros_like(expected) if first is None else first, [], [], []
@@ -109,7 +110,7 @@ def passes(
         residuals.append(float(history[-1][2]))
         if not residuals[-1] > LEVELS[-1] / 100:
             break
-        c = mix(history)
+        c = mix(history, len(residuals))
     row = {f"passes_{level:g}": next((k for k, r in enumerate(residuals) if r <= level), None) for level in LEVELS}
     row |= {f"passes_error_{level:g}": next((k for k, e in enumerate(errors) if e <= level), None) for level in LEVELS}
     return row | {"residuals": [float(f"{r:.2e}") for r in residuals]}
