@@ -111,24 +111,31 @@ def test_a_budget_is_taken_back(config):
         pass
 
 
-def test_tuning_takes_the_best_of_the_short_runs(monkeypatch, tmp_path):
+def test_tuning_takes_the_best_of_the_grid(monkeypatch, tmp_path):
     parity = runpy.run_path(str(EXPERIMENTS / "parity" / "run.py"))
     tried = []
 
     class Rows:
         def row(self, config, **labels):
             tried.append((config.dropout, config.learning_rate, config.epochs))
-            assert labels == {"study": "ptb-small-tuned-grid", "model": "LSTM"}
+            short = "-grid" if config.epochs == 4 else ""
+            assert labels == {"study": f"ptb-small-tuned{short}", "model": "LSTM"}
             return {"valid_perplexity": abs(config.dropout - 0.25) + abs(config.learning_rate - 2)}
 
-    best = parity["tuned"](Rows(), "ptb-small-tuned", "LSTM")
+    best = parity["settings"](Rows(), "ptb-small-tuned", "LSTM")
     assert (best.cell, best.dropout, best.learning_rate, best.epochs) == ("lstm", 0.25, 2.0, 8)
-    assert tried == [(0.1, 1.0, 4), (0.25, 1.0, 4), (0.4, 1.0, 4), (0.25, 0.5, 4), (0.25, 1.0, 4), (0.25, 2.0, 4)]
+    assert tried == [(0.1, 0.5, 4), (0.1, 1.0, 4), (0.1, 2.0, 4), (0.1, 2.0, 8), (0.25, 2.0, 8), (0.4, 2.0, 8)]
+    assert parity["settings"](None, "ptb-large", "RAN, identity").learning_rate == 0.5
+    assert parity["settings"](None, "text8", "RAN, identity").learning_rate == 2e-3
 
 
 def test_the_parity_study_draws_what_there_is(tmp_path):
     parity = runpy.run_path(str(EXPERIMENTS / "parity" / "run.py"))
-    rows = [{"study": "ptb-small", "model": model, "test_perplexity": 120.0} for model in ("RAN", "LSTM")]
+    about = {"study": "ptb-small-tuned", "learning_rate": 1.0, "test_perplexity": 120.0}
+    runs = [("RAN", 0, 0.1, 109.0), ("RAN", 0, 0.4, 111.0), ("RAN", 1, 0.1, 112.0), ("LSTM", 0, 0.4, 104.0)]
+    names = "model", "seed", "dropout", "valid_perplexity"
+    rows = [about | dict(zip(names, run, strict=True)) for run in runs]
+    assert parity["chosen"](rows, model="RAN") == [rows[0], rows[2]]
     parity["draw"](rows, tmp_path / "some.png")
     assert (tmp_path / "some.png").read_bytes().startswith(b"\x89PNG")
     with pytest.raises(UserError, match="--study must be of"):

@@ -1,11 +1,8 @@
-"""RAN beside LSTM, GRU and a plain RNN, by one code and one budget.
-
-    python experiments/parity/run.py --study ptb-small --data-dir DIR --runs runs/parity
+"""RAN beside LSTM, GRU and a plain RNN, one code and one budget: `python experiments/parity/run.py --study ptb-small`.
 
 Trains the study's models one after another, in the order of worth (on a GPU or TPU the seeds of one side by side). Each
 run goes on where it was cut off, and adds its row to results.jsonl when it is done; perplexity.png is drawn anew. A
-tuned study first tries each model's settings on short runs (`GRID`; rows labelled "...-grid") and takes those of the
-lowest validation perplexity.
+tuned study first tries each model's settings (`GRID`) with one seed: those of the lowest validation perplexity remain.
 """
 
 from dataclasses import dataclass, replace
@@ -30,14 +27,14 @@ SEEDS = {"RAN": 3, "RAN, input gates": 3, "LSTM": 3}  # of the others one
 SMALL = replace(PRESETS["ptb-small"], epochs=8)
 STUDIES = {
     "ptb-small": SMALL,
-    "ptb-small-tuned": SMALL,
+    "ptb-small-tuned": replace(SMALL, dropout=0.1),
     "ptb-medium": PRESETS["ptb-medium"],
     "ptb-large": PRESETS["ptb-large"],
     "wikitext-2": Config(dataset="wikitext-2"),
     "text8": Config(dataset="text8", features=(256,), tie=False, dropout=0.0, epochs=1, steps=50, schedule="cosine"),
 }
 SHORT = {"epochs": 4, "decay_after": 2}
-GRID = {"dropout": (0.1, 0.25, 0.4), "learning_rate": (0.5, 1.0, 2.0)}  # dropout at the study's rate, then the rate
+GRID = {"learning_rate": ((0.5, 1.0, 2.0), SHORT), "dropout": ((0.1, 0.25, 0.4), {})}  # one after the other
 IDENTITY_RATES = {"ptb-medium": 0.8, "ptb-large": 0.5}  # the authors' own for that activation
 PUBLISHED = {  # Zaremba et al. 2014 (small); Levy et al. 2018, table 1 (medium, large)
     "ptb-small": {"LSTM": 114.5},
@@ -56,34 +53,36 @@ class Parity(Options):
     """Which models, in which order."""
 
 
-def settings(study: str, model: str) -> Config:
-    """The study's settings of a model."""
+def settings(table: Table, study: str, model: str) -> Config:
+    """The study's settings of a model; if tuned, the best of the grid (its short runs are labelled "...-grid")."""
     config = replace(STUDIES[study], **MODELS[model])
-    if model == "RAN, identity" and study in IDENTITY_RATES:
-        config = replace(config, learning_rate=IDENTITY_RATES[study])
-    return config
-
-
-def tuned(table: Table, study: str, model: str) -> Config:
-    """The settings that came out best of the model's short runs, one setting after the other."""
-    config = settings(study, model)
-    for name, values in GRID.items():
+    if model == "RAN, identity":
+        config = replace(config, learning_rate=IDENTITY_RATES.get(study, config.learning_rate))
+    for name, (values, length) in GRID.items() if study.endswith("-tuned") else ():
         tried = [replace(config, **{name: value}) for value in values]
-        rows = [table.row(replace(c, **SHORT), study=f"{study}-grid", model=model) for c in tried]
+        label = f"{study}-grid" if length else study
+        rows = [table.row(replace(c, **length), study=label, model=model) for c in tried]
         config = min(zip(rows, tried, strict=True), key=lambda pair: pair[0]["valid_perplexity"])[1]
     return config
 
 
+def chosen(rows: list[dict], **labels: str) -> list[dict]:
+    """The rows with the settings that came out best with the first seed."""
+    rows = [row for row in rows if labels.items() <= row.items()]
+    best = min((row for row in rows if row["seed"] == 0), key=lambda row: row["valid_perplexity"], default={})
+    return [row for row in rows if all(row[name] == best[name] for name in GRID)]
+
+
 def draw(rows: list[dict], path: Path) -> None:
-    """Test perplexity of every run by study and model, beside the published figures."""
+    """Test perplexity of every seed by study and model, beside the published figures."""
     from matplotlib.figure import Figure
 
-    found = {study: [row for row in rows if row["study"] == study] for study in STUDIES}
-    found = {study: rows for study, rows in found.items() if rows}
-    figure = Figure(figsize=(4.5 * max(len(found), 1), 3.6), layout="constrained")
-    for axes, (study, rows) in zip(figure.subplots(1, len(found), squeeze=False)[0], found.items(), strict=True):
-        models = [model for model in MODELS if any(row["model"] == model for row in rows)]
-        dots = [(row["test_perplexity"], models.index(row["model"])) for row in rows]
+    studies = [study for study in STUDIES if any(row["study"] == study for row in rows)]
+    figure = Figure(figsize=(4.5 * len(studies), 3.6), layout="constrained")
+    for axes, study in zip(figure.subplots(1, len(studies), squeeze=False)[0], studies, strict=True):
+        models = [model for model in MODELS if chosen(rows, study=study, model=model)]
+        of = enumerate(chosen(rows, study=study, model=model) for model in models)
+        dots = [(row["test_perplexity"], y) for y, seeds in of for row in seeds]
         crosses = [(p, models.index(m)) for m, p in PUBLISHED.get(study, {}).items() if m in models]
         axes.plot(*zip(*dots, strict=True), "o", color="C0", label="measured, a dot for each seed")
         axes.plot(*zip(*crosses, strict=True) if crosses else ((), ()), "x", color="C3", label="published")
@@ -100,8 +99,7 @@ def main(options: Parity) -> None:
             raise UserError(f"--{name} must be of {', '.join(map(repr, known))}; got {', '.join(value)}.")
     table = Table(HERE / "results.jsonl", options)
     with budget(options.minutes):
-        tune = options.study.endswith("-tuned")
-        configs = {m: tuned(table, options.study, m) if tune else settings(options.study, m) for m in options.models}
+        configs = {model: settings(table, options.study, model) for model in options.models}
         for seeds in rounds(max(SEEDS.values())):
             for model, config in configs.items():
                 seeds_of_model = [seed for seed in seeds if seed < SEEDS.get(model, 1)]
