@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
-from ranjax.mesh import chained, largest, largest_anywhere, steps_walked, summed
+from ranjax.mesh import chained, largest, largest_anywhere, steps_walked, summed, varying_as
 
 Splitting = Literal["diagonal", "frozen"]
 OnFailure = Literal["sequential", "nan", "ignore"]
@@ -33,11 +33,14 @@ class FixedPoint:
     max |F(c_{t-1})|: where one feature is much larger than the others, these have its tolerance. Gradients solve the
     transposed linear system, with the full Jacobian, by the same iteration in reverse, to a tolerance of their own;
     there the cotangents that have faded below a thousandth of the largest of their sequence and window have the
-    tolerance of that thousandth. Products are in the dtype of the states. A residual bounds what a step is off by;
-    where the model amplifies it, states and gradients are off by more.
+    tolerance of that thousandth: what a loss on late states gives to much earlier ones has few digits or none, and
+    whoever wants it for itself (how far a memory reaches, the gradient of a first state) takes `"sequential"`. Products
+    are in the dtype of the states. A residual bounds what a step is off by; where the model amplifies it, states and
+    gradients are off by more.
 
-    Batch by the leading axes. Under `vmap` `on_failure="sequential"` always walks, for both branches of a condition
-    that is batched are computed; `"nan"` does not.
+    Batch by the leading axes. On a mesh each device makes its own passes and has a record of them, unless time is
+    spread. Under `vmap` `on_failure="sequential"` always walks, for both branches of a condition that is batched are
+    computed; `"nan"` does not.
 
     Attributes:
       splitting: what stands for the Jacobian in a pass. `"diagonal"`: its diagonal, clipped to [-1, 1]; `"frozen"`: the
@@ -137,7 +140,7 @@ def averaged(
     Args:
       step_before: r_{k-1}; zeros if x_k is not what the pass before made.
       residual: the largest of all x_k, relative.
-      settled: `(time, 1)`, the steps that pass k has made exact.
+      settled: `(time, 1)`, the steps that so many passes make exact.
 
     Returns:
       x_{k+1}, and r_k or, after an average, zeros, for the next pass.
@@ -177,8 +180,8 @@ def iterate(
       axis_name: the mesh axis that time is spread over.
 
     Returns:
-      The x whose residual the record tells, or, if that is above the tolerance, what a pass made of it; a residual that
-      is not finite ends the iteration at once.
+      The x whose residual the record tells, or, if that is above the tolerance, what the next pass would start from; a
+      residual that is not finite ends the iteration at once.
     """
 
     def going(loop):
@@ -192,16 +195,14 @@ def iterate(
         if average:
             settled = (steps_walked(x.shape[-2], reverse, axis_name) <= record.iterations)[:, None]
             x_next, step = averaged(x, after, step, residual, settled, axis_name)
-        converged, iterations = residual <= rtol, record.iterations + 1
-        x_next = jnp.where(iterations < most, x_next, after)
-        return jnp.where(converged, x, x_next), step, Record(iterations, residual, converged)
+        converged = residual <= rtol
+        return jnp.where(converged, x, x_next), step, Record(record.iterations + 1, residual, converged)
 
-    if record is None:
-        record = Record(jnp.int32(0), jnp.asarray(jnp.finfo(first.dtype).max, first.dtype), jnp.bool(False))
-    else:
-        record = record._replace(converged=jnp.bool(False))
-    x, _, record = lax.while_loop(going, turn, (first, jnp.zeros_like(first), record))
-    return x, record
+    begun = record or Record(jnp.int32(0), jnp.asarray(jnp.finfo(first.dtype).max, first.dtype), jnp.bool(False))
+    begun = begun._replace(converged=jnp.bool(False))
+    begun = jax.tree.map(lambda a: varying_as(a, () if axis_name else (first,)), begun)
+    x, _, ended = lax.while_loop(going, turn, (first, jnp.zeros_like(first), begun))
+    return x, ended
 
 
 def relative(difference: Array, to: tuple[Array, Array], share: float = 0.0, axis_name: str | None = None) -> Array:

@@ -1,5 +1,6 @@
 """The derivative of a recurrence with gates on h_{t-1}: its Jacobians, and the linear system that they make."""
 
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import NamedTuple
 
@@ -31,6 +32,10 @@ class Way(NamedTuple):
     def axis(self) -> int:
         """Where time is in the states."""
         return 0 if self.solver is None else -2
+
+    def precision(self) -> AbstractContextManager:
+        """Of products with the Jacobians: the highest where they are iterated, elsewhere that of all products."""
+        return nullcontext() if self.solver is None else jax.default_matmul_precision("highest")
 
 
 class Jacobians(NamedTuple):
@@ -108,7 +113,8 @@ def linear_solve(params: Params, jacobians: Jacobians, r: Array, way: Way) -> Ar
     zero = jnp.zeros_like(step_of(r, 0, way.axis))
 
     def matvec(v):
-        return v - jacobian_product(params, jacobians, before(v, zero, way.axis, axis_name=way.axis_name))
+        with way.precision():
+            return v - jacobian_product(params, jacobians, before(v, zero, way.axis, axis_name=way.axis_name))
 
     def solve(_, r, reverse=False):
         if way.solver is None:
@@ -137,8 +143,7 @@ def _iterated(
     params: Params, jacobians: Jacobians, r: Array, solver: FixedPoint, axis_name: str | None, reverse: bool
 ) -> Array:
     """The same as a fixed point of v_t <- D_t v_{t-1} + (J_t - D_t) p_{t-1} + r_t, p that of the pass before."""
-    params, zero = wide(params, r), jnp.zeros_like(step_of(r, 0, -2))
-    turned = _turned(params) if reverse else params
+    zero, turned = jnp.zeros_like(step_of(r, 0, -2)), _turned(params) if reverse else params
     d = clipped(jacobians, diagonal(params)) if solver.splitting == "diagonal" else jacobians.f
 
     def neighbours(a):  # what each step comes from: in reverse, the later ones
@@ -175,13 +180,8 @@ def _iterated(
 
 
 def overshoots(params: Params) -> bool:
-    """Whether passes may. Those of diagonal gates are Newton's: an average would lose their square."""
+    """Whether passes may, and are averaged. Those of diagonal gates are Newton's: few, and they need no averages."""
     return params["gates"]["recurrent_kernel"].ndim == 3
-
-
-def wide(params: Params, like: Array) -> Params:
-    """The weights in the dtype of the states."""
-    return jax.tree.map(lambda p: p.astype(like.dtype), params)
 
 
 def step_of(array: Array, step: int, axis: int) -> Array:

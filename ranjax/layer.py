@@ -27,7 +27,8 @@ class RAN(nn.Module):
     The parameters are those of `nn.RNN(cell)`, so either loads the other's. The products with x are made for
     the whole sequence at once. With `gates="input"` the states are one linear recurrence; the other gates read
     h_{t-1} and are walked through step by step. Those of the paper, `gates="recurrent"`, can be solved for many steps
-    at once with `solver="fixed_point"`, by iterating linear recurrences: the same states and gradients to rounding.
+    at once with `solver="fixed_point"`, by iterating linear recurrences: the same states and gradients to rounding,
+    but for gradients that have faded (see `ranjax.FixedPoint`).
 
     With `solver="auto"` or `"pallas"`, gates that see the input or their own feature of h only go from their
     pre-activations straight to the states, and no gate is stored: the gradient (reverse mode, once) recomputes
@@ -102,9 +103,10 @@ class RAN(nn.Module):
             whatever it holds: the state passes through it and its outputs repeat the last valid one.
           segment_starts: bool, `(*batch, time)` or `(time, *batch)` as the inputs: True where a new segment
             begins, which sees nothing of what came before it. With `reverse` each segment is processed from
-            its own end, and sees nothing of what comes after it. Of `gates="input"` a state that is not finite gets
-            through, but for the solvers `"auto"`, on a CPU, a TPU, or a GPU with the kernel, and `"pallas"`, without
-            `axis_name`.
+            its own end, and sees nothing of what comes after it. A state that is not finite stays in its segment with
+            input and diagonal gates and the solvers `"auto"`, on a CPU, a TPU, or a GPU with the kernel, and
+            `"pallas"`, without `axis_name`. Elsewhere it reaches the gradients of earlier segments, and with input
+            gates the states of later ones.
           return_carry, time_major, reverse, keep_order: as the attributes.
 
         Returns:

@@ -118,9 +118,12 @@ def largest_anywhere(value: Array, axis_name: str | None) -> Array:
     """The same over the whole mesh, so that all devices go on, or none: one that waits for others must not be alone.
 
     The axes are those where the value may differ, or, with `check_vma=False`, where nothing tells that, all there are.
+    Where time is not spread, no device waits for another, and each goes on as long as it must.
     """
-    axes = varying_axes(value) or (set() if axis_name is None else set(jax.sharding.get_abstract_mesh().manual_axes))
-    return lax.pmax(_no_nan(value), tuple(sorted(axes))) if axes else value
+    if axis_name is None:
+        return value
+    axes = varying_axes(value) or frozenset(jax.sharding.get_abstract_mesh().manual_axes)
+    return lax.pmax(_no_nan(value), tuple(sorted(axes | {axis_name})))
 
 
 def _no_nan(value: Array) -> Array:

@@ -9,12 +9,10 @@ one window after another: see `jacobian.Way`.
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
-from jax import Array, dtypes, lax
+from jax import Array, lax
 from jax.ad_checkpoint import checkpoint_name
 
 from ranjax.cell import Params, gates_of_state, update
@@ -29,7 +27,6 @@ from ranjax.jacobian import (
     linear_solve,
     overshoots,
     step_of,
-    wide,
 )
 from ranjax.masks import Steps, filled, seen
 from ranjax.mesh import at_the_edge, before, varying_as
@@ -45,7 +42,8 @@ def recurrent_states(params: Params, steps: Steps, c0: Array, activation: str, w
     if "projection" in params:
         used["projection"] = params["projection"]
     if way.solver is None:
-        return _states(used, steps, c0, activation, way)
+        return _solved(used, steps, c0, activation, way)
+    used = jax.tree.map(lambda p: p.astype(c0.dtype), used)  # products and sums of gradients are in that of the states
     window = way.solver.window
     if window is None or window >= len(steps.u) or way.axis_name is not None:
         return _at_once(used, steps, c0, activation, way)
@@ -54,7 +52,7 @@ def recurrent_states(params: Params, steps: Steps, c0: Array, activation: str, w
 
 def _at_once(params: Params, steps: Steps, c0: Array, activation: str, way: Way) -> tuple[Array, Record]:
     z, u = jnp.moveaxis(steps.z, 0, -3), jnp.moveaxis(steps.u, 0, -2)
-    c, record = _states(params, Steps(u, z), c0, activation, way)
+    c, record = _solved(params, Steps(u, z), c0, activation, way)
     return jnp.moveaxis(c, -2, 0), record
 
 
@@ -65,8 +63,7 @@ def _by_windows(
 
     Of a window only the states are kept for the way back, which makes all else anew.
     """
-    params, time = wide(params, c0), len(steps.u)  # the windows' gradients are summed in the dtype of the states
-    number = -(-time // window)
+    time, number = len(steps.u), -(-len(steps.u) // window)
     windows = jax.tree.map(lambda a: a.reshape(number, -1, *a.shape[1:]), filled(steps, number * -(-time // number)))
 
     def solve(c, steps):
@@ -80,11 +77,19 @@ def _by_windows(
     return states, Record(jnp.max(records.iterations), jnp.max(records.residual), jnp.all(records.converged))
 
 
+def _solved(params: Params, steps: Steps, c0: Array, activation: str, way: Way) -> tuple[Array, Record]:
+    states, told = _states(params, steps, c0, activation, way)
+    return states, Record(told.iterations.astype(jnp.int32), told.residual, told.converged > 0)
+
+
 @partial(jax.custom_jvp, nondiff_argnums=(3, 4))
 def _states(params: Params, steps: Steps, c0: Array, activation: str, way: Way) -> tuple[Array, Record]:
+    """The states, and the record in their dtype: integers on a mesh have no tangent that a rule could return."""
     if way.solver is None:
-        return walk(params, steps, c0, activation)[1][0], exact(c0.dtype)
-    return _iterated(params, steps, c0, activation, way.solver, way.axis_name)
+        states, record = walk(params, steps, c0, activation)[1][0], exact(c0.dtype)
+    else:
+        states, record = _iterated(params, steps, c0, activation, way.solver, way.axis_name)
+    return states, jax.tree.map(lambda a: a.astype(c0.dtype), record)
 
 
 @_states.defjvp
@@ -106,15 +111,12 @@ def _states_jvp(activation, way, primals, tangents):
 
     jacobians = jacobians_of(steps, earlier, gates, activation)
     first = jax.tree.map(lambda a: step_of(a, 0, axis % r.ndim), jacobians)
-    begun = at_the_edge(jacobian_product(params, first, d_c0), False, way.axis_name)
+    with way.precision():
+        begun = at_the_edge(jacobian_product(params, first, d_c0), False, way.axis_name)
     r = r.at[(0,) if axis == 0 else (..., 0, slice(None))].add(begun)
-    return (states, record), (linear_solve(params, jacobians, r, way), jax.tree.map(_no_tangent, record))
-
-
-def _no_tangent(value: Array) -> Any:
-    if jnp.issubdtype(value.dtype, jnp.floating):
-        return jnp.zeros_like(value)
-    return np.zeros(value.shape, dtypes.float0)
+    record = jax.tree.map(lambda a: a.astype(c0.dtype), record)
+    still = jax.tree.map(lambda a: varying_as(jnp.zeros_like(a), (a,)), record)
+    return (states, record), (linear_solve(params, jacobians, r, way), still)
 
 
 def walk(params: Params, steps: Steps, c0: Array, activation: str) -> tuple[Array, tuple[Array, Array]]:
@@ -163,7 +165,7 @@ def _iterated(
     c, record = on(apply, c, rtol, record)
 
     def states(c0, steps):
-        last, (states, _) = walk(wide(params, c0), steps, c0, activation)
+        last, (states, _) = walk(params, steps, c0, activation)
         return last, states
 
     return or_walked(c, record, states, varying_as(c0, steps), steps, solver, axis_name=axis_name), record
@@ -172,4 +174,4 @@ def _iterated(
 def _recurrent(params: Params, earlier: Array, activation: str, precision: str = "highest") -> Array:
     """What h_{t-1} gives to the gates at all steps, in the dtype of the states."""
     with jax.default_matmul_precision(precision):
-        return gates_of_state(wide(params, earlier), earlier, activation)
+        return gates_of_state(params, earlier, activation)

@@ -14,9 +14,11 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import ranjax
-from ranjax import FixedPoint, linear_recurrence
+from ranjax import FixedPoint, jacobian, linear_recurrence
+from ranjax.cell import content, gates_of_input, gates_of_state
 from ranjax.fixed_point import averaged, iterate
 from ranjax.lm import cross_entropy
+from ranjax.masks import Steps
 from ranjax.mesh import before, largest
 
 pytestmark = pytest.mark.skipif(
@@ -40,6 +42,10 @@ def drawn(seed=0):
     decay = jax.nn.sigmoid(jax.random.normal(keys[0], (BATCH, TIME, FEATURES), jnp.float64))
     inputs = jax.random.normal(keys[1], (BATCH, TIME, FEATURES), jnp.float64)
     return decay, inputs, jax.random.normal(keys[2], (BATCH, FEATURES), jnp.float64)
+
+
+def gradient(solve, *arrays):
+    return jax.jit(jax.grad(lambda *arrays: jnp.sum(jnp.sin(solve(*arrays)[0])), (0, 1, 2)))(*arrays)
 
 
 def assert_close(a, b, tolerance=1e-11):
@@ -181,6 +187,23 @@ def test_the_steps_that_no_average_may_touch_are_counted_over_the_whole_sequence
     assert_close(spread(partial(run, axis_name="time"), mesh(time=4), axes, axes)(b), run(b), 1e-14)
 
 
+def test_the_passes_of_the_gradient_are_those_of_one_device(x64):
+    """Averages and all, long before they end."""
+    _, params, x, c0 = layer_problem("recurrent")
+    params["gates"]["recurrent_kernel"] *= 4
+    states, _ = ranjax.solve(params, x, c0, gates="recurrent", solver="sequential")
+    steps, earlier = Steps(content(params, x), gates_of_input(params, x)), before(states, c0, -2)
+    gates = jax.nn.sigmoid(steps.z + gates_of_state(params, earlier, "tanh"))
+    arrays = jacobian.jacobians_of(steps, earlier, gates, "tanh"), drawn()[1]
+
+    def run(jacobians, g, axis_name=None):
+        way = jacobian.Way(FixedPoint(max_iterations=7, on_failure="ignore"), axis_name)
+        return jax.vjp(lambda r: jacobian.linear_solve(params, jacobians, r, way), g)[1](g)[0]
+
+    axes = P(None, "time")
+    assert_close(spread(partial(run, axis_name="time"), mesh(time=4), (axes, axes), axes)(*arrays), run(*arrays))
+
+
 def test_the_record_is_one_for_the_whole_mesh(x64):
     """One of the sequences takes more passes than the others: all devices make as many, and say so."""
     _, params, x, c0 = layer_problem("recurrent")
@@ -209,6 +232,28 @@ def test_devices_wait_for_each_other_without_types_too(x64, gates):
     expected, alone = ranjax.solve(params, x, c0, gates=gates, solver=FixedPoint())
     assert_close(states, expected, 1e-10)
     assert int(record.iterations) == int(alone.iterations)
+    whole = partial(ranjax.solve, gates=gates, solver=FixedPoint())
+    assert_close(gradient(over, params, x, c0), gradient(whole, params, x, c0), 1e-9)
+
+
+def test_without_a_name_no_device_waits_for_another(x64):
+    """Batch alone over the mesh: each half makes its own passes, and the gradients are those of one device."""
+    _, params, x, c0 = layer_problem("recurrent")
+    x = x.at[: BATCH // 2].multiply(0.01).at[BATCH // 2 :].multiply(4.0)
+
+    def run(params, x, c0):
+        states, record = ranjax.solve(params, x, c0, gates="recurrent", solver=FixedPoint(window=30))
+        return states, record.iterations[None]
+
+    axes = P("batch")
+    over = spread(run, mesh(batch=2), (P(), axes, axes), (axes, axes))
+    assert "all-reduce" not in over.lower(params, x, c0).compile().as_text()
+    states, iterations = over(params, x, c0)
+    halves = [run(params, x[n : n + 2], c0[n : n + 2]) for n in (0, 2)]
+    assert_close(states, jnp.concatenate([states for states, _ in halves]))
+    assert list(iterations) == [int(count[0]) for _, count in halves]
+    assert iterations[0] < iterations[1]
+    assert_close(gradient(over, params, x, c0), gradient(run, params, x, c0), 1e-9)
 
 
 @pytest.mark.parametrize("gates", ["recurrent", "diagonal"])
