@@ -18,7 +18,7 @@ from ranjax.cell import ACTIVATIONS, Params, checked_carry, content, gates_of_in
 from ranjax.fixed_point import FixedPoint, Record, exact
 from ranjax.kernels import Rows, Walk
 from ranjax.masks import Gates, States, Steps, seen
-from ranjax.mesh import before, varying_as
+from ranjax.mesh import before, check_spread, varying_as
 from ranjax.recurrent import Way, recurrent_states, walk
 from ranjax.scan import SOLVERS, linear_recurrence, state_dtype
 
@@ -52,7 +52,7 @@ def solve(
 
     Raises:
       ValueError: for gates that are not those of the parameters, for a solver or an activation that does not fit them,
-        for inputs or a state of another shape.
+        for inputs or a state of another shape, for inputs that `axis_name` does not spread.
 
     Example:
       >>> import jax, jax.numpy as jnp, ranjax
@@ -116,6 +116,7 @@ def states(
     axis_name: str | None = None,
 ) -> tuple[States, Record]:
     """The states c_1 ... c_T from the state `c0`, and what the solver did."""
+    check_spread("The inputs", steps, axis_name)
     if steps.u.size == 0:
         return steps.u.astype(c0.dtype), exact(c0.dtype)
     gates = gates_of(params)

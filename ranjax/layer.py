@@ -51,7 +51,8 @@ class RAN(nn.Module):
 
     Raises:
       TypeError: for a `cell` that is not a `RANCell`.
-      ValueError: for a `solver` that does not fit the gates, or `reverse` with `axis_name`.
+      ValueError: for a `solver` that does not fit the gates, `reverse` with `axis_name`, or inputs that this does not
+        spread.
 
     Example:
       >>> import jax, jax.numpy as jnp, ranjax

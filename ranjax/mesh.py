@@ -30,6 +30,17 @@ def varying_axes(array: Array) -> frozenset[str]:
     return getattr(kind, "vma", None) or getattr(getattr(kind, "manual_axis_type", None), "varying", frozenset())
 
 
+def check_spread(name: str, arrays: Iterable[Array], axis_name: str | None) -> None:
+    """Raises a ValueError where all devices were given the same, if types tell (with `check_vma=False` none does)."""
+    if axis_name is None or axis_name not in varying_axes(lax.axis_index(axis_name)):
+        return
+    if not any(axis_name in varying_axes(array) for array in arrays):
+        raise ValueError(
+            f"{name} must be spread over the mesh axis {axis_name!r} along time; got the same on all its devices. Name "
+            f"the axis in the `in_specs` of `jax.shard_map`, or leave out `axis_name` where time is whole."
+        )
+
+
 def before(states: Array, initial: Array, axis: int, reverse: bool = False, axis_name: str | None = None) -> Array:
     """The state that each step starts from, on the axis of time; in reverse that of the step after.
 

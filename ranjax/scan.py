@@ -17,7 +17,7 @@ from jaxtyping import Float
 
 from ranjax.kernels import Rows, Solver, Step, Walk
 from ranjax.kernels.plain import associative, chunked, sequential
-from ranjax.mesh import at_the_edge, before, carry_in, varying_as, varying_axes
+from ranjax.mesh import at_the_edge, before, carry_in, check_spread, varying_as, varying_axes
 
 Sequence = Float[Array, "*batch time features"]
 State = Float[Array, "*batch features"]
@@ -66,7 +66,7 @@ def linear_recurrence(
       The states h, `(*batch, time, features)`, in float32, or in float64 where one of the arrays is.
 
     Raises:
-      ValueError: for an unknown solver or shapes that do not fit.
+      ValueError: for an unknown solver, shapes that do not fit, or arrays that `axis_name` does not spread.
       TypeError: for an array that is not of a real floating dtype.
 
     Example:
@@ -81,6 +81,7 @@ def linear_recurrence(
     if solver not in SOLVERS:
         raise ValueError(f"`solver` must be one of {', '.join(map(repr, SOLVERS))}; got {solver!r}.")
     decay, inputs, initial = _as_states(decay, inputs, initial)
+    check_spread("`decay` or `inputs`", (decay, inputs), axis_name)
     if inputs.size == 0:
         return inputs
     return _recurrence(decay, inputs, initial, solver, reverse, axis_name)

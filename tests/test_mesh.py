@@ -256,6 +256,17 @@ def test_without_a_name_no_device_waits_for_another(x64):
     assert_close(gradient(over, params, x, c0), gradient(run, params, x, c0), 1e-9)
 
 
+@pytest.mark.parametrize("gates", [None, "recurrent", "diagonal", "input"])
+def test_inputs_that_are_not_spread_are_told(x64, gates):
+    cell, _, x, _ = layer_problem(gates or "input")
+    if gates is None:
+        name, run = "`decay` or `inputs`", lambda x: linear_recurrence(x, x, axis_name="time")
+    else:
+        name, run = "The inputs", lambda x: ranjax.RAN(cell, axis_name="time").init_with_output(jax.random.key(0), x)[0]
+    with pytest.raises(ValueError, match=f"^{name} must be spread over the mesh axis 'time' along time; got the same"):
+        spread(run, mesh(time=2), P(), P(None, "time"))(x)
+
+
 @pytest.mark.parametrize("gates", ["recurrent", "diagonal"])
 def test_a_state_that_is_not_finite_is_told(x64, gates):
     _, params, x, c0 = layer_problem(gates)
