@@ -124,7 +124,7 @@ def test_tuning_takes_the_best_of_the_grid(monkeypatch, tmp_path):
 
     best = parity["settings"](Rows(), "ptb-small-tuned", "LSTM")
     assert (best.cell, best.dropout, best.learning_rate, best.epochs) == ("lstm", 0.25, 2.0, 8)
-    assert tried == [(0.1, 0.5, 4), (0.1, 1.0, 4), (0.1, 2.0, 4), (0.1, 2.0, 8), (0.25, 2.0, 8), (0.4, 2.0, 8)]
+    assert tried == [(0.25, 0.5, 4), (0.25, 1.0, 4), (0.25, 2.0, 4), (0.1, 2.0, 8), (0.25, 2.0, 8), (0.4, 2.0, 8)]
     assert parity["settings"](None, "ptb-large", "RAN, identity").learning_rate == 0.5
     assert parity["settings"](None, "text8", "RAN, identity").learning_rate == 2e-3
 

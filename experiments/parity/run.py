@@ -27,7 +27,8 @@ SEEDS = {"RAN": 3, "RAN, input gates": 3, "LSTM": 3}  # of the others one
 SMALL = replace(PRESETS["ptb-small"], epochs=8)
 STUDIES = {
     "ptb-small": SMALL,
-    "ptb-small-tuned": replace(SMALL, dropout=0.1),
+    "ptb-small-tuned": replace(SMALL, steps=35, dropout=0.25),
+    "ptb-small-20-tuned": replace(SMALL, dropout=0.1),
     "ptb-medium": PRESETS["ptb-medium"],
     "ptb-large": PRESETS["ptb-large"],
     "wikitext-2": Config(dataset="wikitext-2"),
@@ -48,7 +49,7 @@ class Parity(Options):
     """Runs a study, or what is left of it."""
 
     study: str = "ptb-small"
-    """One of ptb-small, ptb-small-tuned, ptb-medium, ptb-large, wikitext-2, text8."""
+    """One of ptb-small, ptb-small-tuned, ptb-small-20-tuned, ptb-medium, ptb-large, wikitext-2, text8."""
     models: tuple[str, ...] = tuple(MODELS)
     """Which models, in which order."""
 
