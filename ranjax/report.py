@@ -152,7 +152,10 @@ def _device() -> str:
     import jax
 
     kind = jax.devices()[0].device_kind
-    return f"{os.cpu_count()} CPU cores" if kind == "cpu" else f"{jax.device_count()} x {kind}"
+    if kind != "cpu":
+        return f"{jax.device_count()} x {kind}"
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()  # those it may use
+    return "1 CPU core" if cores == 1 else f"{cores} CPU cores"
 
 
 def _versions() -> dict[str, str]:

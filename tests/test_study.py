@@ -3,17 +3,20 @@
 import dataclasses
 import json
 import math
+import os
 import re
 import runpy
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 
-from ranjax import study
+from ranjax import report, study
 from ranjax.config import Config
 from ranjax.data import load_corpus
 from ranjax.embedded import markov_entropy
@@ -55,6 +58,13 @@ def test_a_row_is_trained_for_once(config, tmp_path, capsys):
     once_more = study.Table(tmp_path / "results.jsonl", options).row(config, study="pets", model="RAN, input gates")
     assert once_more["test_perplexity"] == row["test_perplexity"]
     assert once_more["seconds"] == row["seconds"]
+
+
+@pytest.mark.skipif(jax.default_backend() != "cpu", reason="of CPUs")
+def test_the_device_is_the_cores_that_a_run_may_use(monkeypatch):
+    for cores, device in (({3}, "1 CPU core"), ({0, 3}, "2 CPU cores")):
+        monkeypatch.setattr(os, "sched_getaffinity", lambda _, cores=cores: cores, raising=False)
+        assert report._device() == device
 
 
 def test_seeds_are_trained_together_and_one_that_fails_by_itself(config, tmp_path, monkeypatch):
@@ -127,6 +137,15 @@ def test_tuning_takes_the_best_of_the_grid(monkeypatch, tmp_path):
     assert tried == [(0.25, 0.5, 4), (0.25, 1.0, 4), (0.25, 2.0, 4), (0.1, 2.0, 8), (0.25, 2.0, 8), (0.4, 2.0, 8)]
     assert parity["settings"](None, "ptb-large", "RAN, identity").learning_rate == 0.5
     assert parity["settings"](None, "text8", "RAN, identity").learning_rate == 2e-3
+
+
+def test_models_of_bytes_stay_within_forty_million_parameters():
+    parity = runpy.run_path(str(EXPERIMENTS / "parity" / "run.py"))
+    for name in parity["MODELS"]:
+        model = build_model(parity["settings"](None, "enwik8", name), 205)
+        init = partial(model.init, deterministic=True)
+        shapes = jax.eval_shape(init, jax.random.key(0), np.zeros((1, 1), np.int32))["params"]
+        assert 8e6 < sum(leaf.size for leaf in jax.tree.leaves(shapes)) <= 40e6
 
 
 def test_the_parity_study_draws_what_there_is(tmp_path):

@@ -31,9 +31,11 @@ STUDIES = {
     "ptb-small-20-tuned": replace(SMALL, dropout=0.1),
     "ptb-medium": PRESETS["ptb-medium"],
     "ptb-large": PRESETS["ptb-large"],
-    "wikitext-2": Config(dataset="wikitext-2"),
+    "wikitext-2": replace(SMALL, dataset="wikitext-2", steps=35, dropout=0.25, epochs=3, decay_after=1),
     "text8": Config(dataset="text8", features=(256,), tie=False, dropout=0.0, epochs=1, steps=50, schedule="cosine"),
-}
+    "enwik8": Config(dataset="enwik8", layers=4, features=(1024,), tie=False, dropout=0.1, epochs=2, batch_size=128,
+                     steps=256, schedule="cosine", learning_rate=1e-3, clip=5.0 * 256 / 35),
+}  # fmt: skip
 SHORT = {"epochs": 4, "decay_after": 2}
 GRID = {"learning_rate": ((0.5, 1.0, 2.0), SHORT), "dropout": ((0.1, 0.25, 0.4), {})}  # one after the other
 IDENTITY_RATES = {"ptb-medium": 0.8, "ptb-large": 0.5}  # the authors' own for that activation
@@ -49,7 +51,7 @@ class Parity(Options):
     """Runs a study, or what is left of it."""
 
     study: str = "ptb-small"
-    """One of ptb-small, ptb-small-tuned, ptb-small-20-tuned, ptb-medium, ptb-large, wikitext-2, text8."""
+    """One of ptb-small, ptb-small-tuned, ptb-small-20-tuned, ptb-medium, ptb-large, wikitext-2, text8, enwik8."""
     models: tuple[str, ...] = tuple(MODELS)
     """Which models, in which order."""
 
