@@ -147,9 +147,7 @@ def parse(argv: list[str] | None = None) -> Config:
 
     config = read(PRESETS.get(preset or "", Config()))
     if config.resume:
-        saved = load_config(config.directory)
-        config = read(saved)
-        _check_same(config, saved)
+        config = read(load_config(config.directory))
     return config
 
 
@@ -162,8 +160,8 @@ def _absolute(config: Config) -> Config:
     return dataclasses.replace(config, dataset=str(path.resolve()) if local else config.dataset, data_dir=data_dir)
 
 
-def _check_same(config: Config, saved: Config) -> None:
-    """A run goes on with the settings it began with."""
+def check_same(config: Config, saved: Config) -> None:
+    """Raises a UserError for a run that would go on with other settings than it began with."""
     now, then = dataclasses.asdict(config), dataclasses.asdict(saved)
     names = [name for name in now if now[name] != then[name] and name not in _FREE]
     changed = [f"--{name.replace('_', '-')} {then[name]} -> {now[name]}" for name in names]

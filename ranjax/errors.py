@@ -9,6 +9,10 @@ class UserError(ValueError):
     """Bad input to a program or to a loader of data; the message says what was expected and how to mend it."""
 
 
+class DivergedError(UserError):
+    """A training whose loss, gradient or validation is no longer finite; the checkpoints before it are intact."""
+
+
 @contextmanager
 def exit_with_message() -> Iterator[None]:
     """Turns a `UserError` into its message on standard error and exit code 1, as it is for a flag that is wrong."""

@@ -6,10 +6,10 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from ranjax.config import Config
-from ranjax.errors import UserError
+from ranjax.errors import DivergedError
 
 if TYPE_CHECKING:
     from ranjax.checkpoint import Checkpoints
@@ -50,7 +50,7 @@ class Run:
         from ranjax.step import BAD_STEPS
 
         if int(state.bad_in_row) >= BAD_STEPS:
-            raise UserError(
+            raise DivergedError(
                 f"the loss or its gradient was not finite {BAD_STEPS} steps in a row, up to step {int(state.step)}; "
                 f"the last good checkpoint in {self.config.directory} is intact. Lower --learning-rate or --clip and "
                 "start again, with another --out."
@@ -59,7 +59,7 @@ class Run:
     def validated(self, state: "TrainState", evaluation: "Evaluation") -> "TrainState":
         """Ends an epoch: keeps the state if it is the best so far, and saves it to go on from."""
         if not math.isfinite(evaluation.nats):
-            raise UserError(
+            raise DivergedError(
                 f"the validation loss is {evaluation.nats}; the checkpoints before it, in {self.config.directory}, are "
                 "intact. Lower --learning-rate or --clip and start again, with another --out."
             )
@@ -113,9 +113,7 @@ class Loop:
                     run.save(part)
                 saved = time.monotonic()
             if stop.signal is not None:
-                for run in self.runs:
-                    run.report.interrupted(at)
-                raise SystemExit(128 + stop.signal)
+                leave(self.runs, stop.signal, at)
         stop.saved = at
         return state
 
@@ -130,6 +128,13 @@ class Loop:
     def counters(self, state: "TrainState") -> list["TrainState"]:
         """The state of each run without what is large."""
         return self.parts(state._replace(params=None, optimizer=None, carry=None))
+
+
+def leave(runs: Sequence[Run], number: int, at: int) -> NoReturn:
+    """Ends the program for a signal, all being saved at step `at`."""
+    for run in runs:
+        run.report.interrupted(at)
+    raise SystemExit(128 + number)
 
 
 def together(states: Sequence["TrainState"]) -> "TrainState":
@@ -147,9 +152,7 @@ def interrupts(runs: Sequence[Run]) -> Iterator[Interrupt]:
 
     def ask(number, _):
         if asked.saved is not None:
-            for run in runs:
-                run.report.interrupted(asked.saved)
-            raise SystemExit(128 + number)
+            leave(runs, number, asked.saved)
         asked.signal = number
         signal.signal(number, previous[number])
 

@@ -109,10 +109,10 @@ class Report:
             "side_by_side": self.side_by_side,
             "skipped_steps": int(state.bad),
             "parameters": learned(state.params, self.config.ablation),
-            "device": _device(),
+            "device": device(),
             "date": date.today().isoformat(),
             "config": asdict(self.config),
-            "versions": _versions(),
+            "versions": versions(),
         }
         (self.directory / "result.json").write_text(json.dumps(result, indent=2) + "\n", "utf-8")
         draw_loss(self._rows, self.windows, self.directory / "loss.png")
@@ -147,8 +147,8 @@ def draw_loss(rows: list[dict[str, float]], windows: int, path: Path) -> None:
     figure.savefig(path, dpi=150)
 
 
-def _device() -> str:
-    """What computed, for whoever compares times."""
+def device() -> str:
+    """What computes, for whoever compares times."""
     import jax
 
     kind = jax.devices()[0].device_kind
@@ -158,7 +158,7 @@ def _device() -> str:
     return "1 CPU core" if cores == 1 else f"{cores} CPU cores"
 
 
-def _versions() -> dict[str, str]:
+def versions() -> dict[str, str]:
     """Python and the packages a result depends on."""
     names = "ranjax", "jax", "flax", "optax", "numpy"
     return {"python": platform.python_version()} | {name: _version(name) for name in names}

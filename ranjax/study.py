@@ -6,16 +6,19 @@ that is not is trained for; so a study that was cut off goes on when it is calle
 
 import dataclasses
 import json
+import math
 import re
 import signal
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import date
 from pathlib import Path
 from typing import Any
 
 from ranjax.config import Config
-from ranjax.errors import UserError
+from ranjax.errors import DivergedError, UserError
+from ranjax.report import device, versions
 from ranjax.train import train_together
 
 
@@ -65,22 +68,44 @@ class Table:
     ) -> list[dict[str, Any]]:
         """The same of several seeds; those that are not in the table are trained side by side.
 
-        Where that fails they are trained one after another: the seeds before the one that fails have their rows.
+        One that diverges has a row too, without perplexities. Side by side it ends them all: they are then trained one
+        after another.
         """
         configs = [dataclasses.replace(config, seed=seed) for seed in seeds]
         missing = [config for config in configs if self._found(config, labels) is None]
         runs = [self._run(config, labels) for config in missing]
         try:
             results = train_together(runs) if runs else []
-        except UserError:
-            if len(runs) == 1:
-                raise
-            return [self.row(config, measure, **labels) for config in configs]
-        for result, run in zip(results, runs, strict=True):
-            self.rows.append(labels | _row(result) | measure(run.directory))
-            with self.path.open("a", encoding="utf-8") as file:
+            rows = [_row(result) | measure(run.directory) for result, run in zip(results, runs, strict=True)]
+        except DivergedError as error:
+            if len(runs) > 1:
+                return [self.row(config, measure, **labels) for config in configs]
+            print(f"diverged: {error}", flush=True)
+            rows = [_row(_without_figures(runs[0]))]
+        with self.path.open("a", encoding="utf-8") as file:
+            for row in rows:
+                self.rows.append(labels | row)
                 file.write(json.dumps(self.rows[-1]) + "\n")
         return [row for config in configs if (row := self._found(config, labels))]
+
+    def best(self, config: Config, name: str, values: Sequence, short: dict[str, Any], **labels: Any) -> Any:
+        """The value of a setting with the lowest validation perplexity.
+
+        Where that is the lowest of several learning rates its half is tried too, and so on.
+
+        Args:
+          config: the other settings.
+          name: of the setting.
+          values: what is tried, the lowest first.
+          short: what a trial has different, such as fewer epochs.
+          labels: of the trials' rows.
+        """
+        tried = [dataclasses.replace(config, **{name: value}, **short) for value in values]
+        losses = [validation(self.row(one, **labels)) for one in tried]
+        best = values[losses.index(min(losses))]
+        if name == "learning_rate" and best == values[0]:
+            return self.best(config, name, (best / 2, *values), short, **labels)
+        return best
 
     def _found(self, config: Config, labels: dict[str, Any]) -> dict[str, Any] | None:
         of = (row for row in self.rows if labels.items() <= row.items())
@@ -96,6 +121,36 @@ class Table:
         return dataclasses.replace(config, **where)
 
 
+def validation(row: dict[str, Any]) -> float:
+    """The validation perplexity of a row, by which settings are chosen: infinite if it diverged."""
+    found = row["valid_perplexity"]
+    return math.inf if found is None else found
+
+
+def chosen(rows: Iterable[dict[str, Any]], **labels: str | int) -> list[dict[str, Any]]:
+    """The rows of these labels, of all seeds, with the settings that came out best with seed 0.
+
+    Example:
+      >>> from ranjax.study import chosen
+      >>> tried = [(0, 0.1, 109.0), (0, 0.4, None), (1, 0.1, 112.0)]  # None: it diverged
+      >>> rows = [{"config": {"features": [8], "seed": s, "dropout": d}, "valid_perplexity": p} for s, d, p in tried]
+      >>> [row["valid_perplexity"] for row in chosen(rows)]
+      [109.0, 112.0]
+    """
+    of = [(_settings(row["config"]), row) for row in rows if labels.items() <= row.items()]
+    first = [(settings, row) for settings, row in of if settings["seed"] == 0]
+    if not first:
+        return []
+    best, _ = min(first, key=lambda pair: validation(pair[1]))
+    return [row for settings, row in of if settings | {"seed": 0} == best]
+
+
+def check_known(flag: str, values: Sequence[str], known: Iterable[str]) -> None:
+    """Raises a UserError for a value of a flag that the study does not know."""
+    if set(values) - set(known):
+        raise UserError(f"{flag} must be of {', '.join(map(repr, known))}; got {', '.join(values)}.")
+
+
 def rounds(seeds: int) -> list[list[int]]:
     """The seeds that are trained side by side: all of them on a GPU or TPU, one after another on a CPU."""
     import jax
@@ -105,19 +160,25 @@ def rounds(seeds: int) -> list[list[int]]:
 
 @contextmanager
 def budget(minutes: float | None) -> Iterator[None]:
-    """Ends what is being trained after so many minutes, saved, as Ctrl-C does."""
+    """Ends the program after so many minutes, what is being trained saved, as Ctrl-C does."""
     if minutes is not None and not minutes > 0:
         raise UserError(f"--minutes must be above 0; got {minutes}.")
     if minutes is None:
         yield
         return
-    previous = signal.signal(signal.SIGALRM, lambda *_: signal.raise_signal(signal.SIGTERM))
+
+    def end(number, _):  # between two trainings; one has its own answer to SIGTERM
+        raise SystemExit(128 + number)
+
+    handlers = {signal.SIGTERM: end, signal.SIGALRM: lambda *_: signal.raise_signal(signal.SIGTERM)}
+    previous = {number: signal.signal(number, handler) for number, handler in handlers.items()}
     signal.setitimer(signal.ITIMER_REAL, 60 * minutes)
     try:
         yield
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, previous)
+        for number, handler in previous.items():
+            signal.signal(number, handler)
 
 
 def _settings(config: Config | dict[str, Any]) -> dict[str, Any]:
@@ -131,6 +192,14 @@ def _settings(config: Config | dict[str, Any]) -> dict[str, Any]:
 def _name(config: Config) -> str:
     """The settings that tell runs of one model apart, in a line."""
     return f"{config.epochs} epochs, dropout {config.dropout:g}, rate {config.learning_rate:g}, seed {config.seed}"
+
+
+def _without_figures(config: Config) -> dict[str, Any]:
+    """The result of a training that diverged."""
+    names = "test_perplexity valid_perplexity test_bits tokens_per_second test_tokens parameters training_seconds"
+    about = {"dataset": config.dataset, "config": dataclasses.asdict(config), "side_by_side": 1}
+    about |= {"device": device(), "date": date.today().isoformat(), "versions": versions()}
+    return dict.fromkeys(names.split()) | about
 
 
 def _row(result: dict[str, Any]) -> dict[str, Any]:

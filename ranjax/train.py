@@ -9,7 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ranjax.config import Config, check, parse, save_config
+from ranjax.config import Config, check, check_same, load_config, parse, save_config
 from ranjax.errors import UserError, exit_with_message
 from ranjax.hugepages import restart_with_huge_pages
 from ranjax.vocabulary import load_vocabulary, save_vocabulary
@@ -56,7 +56,7 @@ def train_together(configs: Sequence[Config]) -> list[dict[str, Any]]:
     from ranjax.checkpoint import Checkpoints
     from ranjax.data import columns, load_corpus, windows_per_epoch
     from ranjax.evaluate import make_evaluator
-    from ranjax.loop import Loop, Run, interrupts, together
+    from ranjax.loop import Loop, Run, interrupts, leave, together
     from ranjax.report import Report
     from ranjax.step import build_model, initial_state, make_optimizer, make_step
 
@@ -90,6 +90,8 @@ def train_together(configs: Sequence[Config]) -> list[dict[str, Any]]:
             state = together([run.validated(part, evaluation) for run, part, evaluation in rows])
         parts = loop.parts(state)
         stop.saved = int(parts[0].step)
+        if stop.signal is not None:  # it came while the last validated state was being saved
+            leave(runs, stop.signal, stop.saved)
         return [_result(run, corpus, part, evaluate) for run, part in zip(runs, parts, strict=True)]
 
 
@@ -100,8 +102,11 @@ def _check_together(configs: Sequence[Config]) -> None:
         raise UserError("runs side by side must have the same settings, but for --seed, --out and --resume.")
     if len({config.directory for config in configs}) < len(configs):
         raise UserError("runs side by side must have an --out each.")
-    for directory in (config.directory for config in configs if not config.resume):
-        if directory.exists():
+    for config in configs:
+        directory = config.directory
+        if config.resume:
+            check_same(config, load_config(directory))
+        elif directory.exists():
             raise UserError(
                 f"--out {directory} exists and is left as it is. Go on with it: --out {directory} --resume; or give "
                 "another --out."

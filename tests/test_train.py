@@ -18,7 +18,7 @@ import pytest
 
 from ranjax import evaluate, generate, loop, step, train
 from ranjax.checkpoint import Checkpoints
-from ranjax.config import PRESETS, Config, load_config, parse
+from ranjax.config import PRESETS, Config, load_config, parse, save_config
 from ranjax.data import load_corpus
 from ranjax.embedded import markov_entropy
 from ranjax.errors import UserError
@@ -75,7 +75,8 @@ def test_a_run_leaves_all_it_promises(run):
     assert result["test_tokens"] == len(load_corpus(result["dataset"]).test) - 1
 
 
-def test_a_signal_while_a_validated_state_is_saved_waits_for_the_save(text, tmp_path, monkeypatch):
+@pytest.mark.parametrize("epochs", [1, 3])  # in the last one too
+def test_a_signal_while_a_validated_state_is_saved_waits_for_the_save(epochs, text, tmp_path, monkeypatch):
     save = Checkpoints.save
 
     def interrupted(self, kind, step, tree):
@@ -85,9 +86,17 @@ def test_a_signal_while_a_validated_state_is_saved_waits_for_the_save(text, tmp_
 
     monkeypatch.setattr(Checkpoints, "save", interrupted)
     with pytest.raises(SystemExit) as ended:
-        train.train(settings(text, tmp_path / "run", epochs=3))
+        train.train(settings(text, tmp_path / "run", epochs=epochs))
     assert ended.value.code == 128 + signal.SIGTERM
     assert load_run(tmp_path / "run").params
+
+
+def test_a_run_goes_on_with_its_own_settings_only(run, tmp_path):
+    shutil.copytree(run[0], tmp_path / "copy")
+    config = dataclasses.replace(load_config(tmp_path / "copy"), out=str(tmp_path / "copy"), resume=True, clip=9.0)
+    with pytest.raises(UserError, match=r"another configuration \(--clip 5.0 -> 9.0\)"):
+        train.train(config)
+    assert load_config(tmp_path / "copy").clip == 5.0
 
 
 def test_a_run_that_could_not_begin_leaves_no_directory(text, tmp_path, monkeypatch):
@@ -482,6 +491,7 @@ def test_a_text_that_does_not_match(run, tmp_path):
     other = tmp_path / "other.txt"
     other.write_text(TEXT * 59)
     config = dataclasses.replace(load_config(tmp_path / "copy"), dataset=str(other), out=str(tmp_path / "copy"))
+    save_config(config, tmp_path / "copy")
     with pytest.raises(UserError, match="the text of the data set is not the one"):
         train.train(dataclasses.replace(config, resume=True))
 

@@ -7,13 +7,14 @@ side by side). Each run goes on where it was cut off, and adds its row to result
 drawn anew.
 """
 
+import math
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from ranjax.config import Config
-from ranjax.errors import UserError, exit_with_message
+from ranjax.errors import exit_with_message
 from ranjax.hugepages import restart_with_huge_pages
-from ranjax.study import Options, Table, budget, rounds
+from ranjax.study import Options, Table, budget, check_known, rounds
 
 HERE = Path(__file__).parent
 BASE = "RAN"
@@ -53,18 +54,18 @@ def draw(rows: list[dict], path: Path) -> None:
 
     names = [name for name in VARIANTS if any(row["variant"] == name for row in rows)]
     figure = Figure(figsize=(8, 0.32 * len(names) + 1.2), layout="constrained")
-    axes, edge = figure.subplots(), 2 * min(row["test_perplexity"] for row in rows)
-    for row in rows:
-        beyond = row["test_perplexity"] > edge
-        axes.plot(min(row["test_perplexity"], edge), names.index(row["variant"]), ">C3" if beyond else "oC0")
-    sizes = {row["variant"]: row["parameters"] for row in rows}
+    values = [row["test_perplexity"] or math.inf for row in rows]  # None: it diverged
+    axes, edge = figure.subplots(), 2 * min(values)
+    for row, value in zip(rows, values, strict=True):
+        axes.plot(min(value, edge), names.index(row["variant"]), ">C3" if value > edge else "oC0")
+    sizes = {row["variant"]: f", {row['parameters'] / 1e6:.2f}M" for row in rows if row["parameters"]}
     whole = [row["test_perplexity"] for row in rows if row["variant"] == BASE]
     if whole:
         axes.axvline(sum(whole) / len(whole), color="0.6", linewidth=1)
     axes.set(
         xlabel="test perplexity (a dot for each seed; red: beyond)",
         yticks=range(len(names)),
-        yticklabels=[f"{name}, {sizes[name] / 1e6:.2f}M" for name in names],
+        yticklabels=[name + sizes.get(name, "") for name in names],
     )
     axes.invert_yaxis()
     axes.grid(alpha=0.3)
@@ -72,9 +73,7 @@ def draw(rows: list[dict], path: Path) -> None:
 
 
 def main(options: Ablation) -> None:
-    if set(options.variants) - set(VARIANTS):
-        known = ", ".join(map(repr, VARIANTS))
-        raise UserError(f"--variants must be of {known}; got {', '.join(options.variants)}.")
+    check_known("--variants", options.variants, VARIANTS)
     table = Table(HERE / "results.jsonl", options)
     base = Config(dataset=options.dataset)
     with budget(options.minutes):

@@ -13,10 +13,10 @@ from pathlib import Path
 from ranjax.config import Config
 from ranjax.data import load_split
 from ranjax.embedded import markov_entropy, task_answers
-from ranjax.errors import UserError, exit_with_message
+from ranjax.errors import exit_with_message
 from ranjax.evaluate import load_run, make_evaluator
 from ranjax.hugepages import restart_with_huge_pages
-from ranjax.study import Options, Table, budget
+from ranjax.study import Options, Table, budget, check_known
 
 HERE = Path(__file__).parent
 UPDATE = 2048  # tokens an update, whatever the truncation length
@@ -60,7 +60,8 @@ def draw(rows: list[dict], y: str, panels: list[str], path: Path) -> None:
     figure = Figure(figsize=(4.2 * len(panels), 3.4), layout="constrained")
     for axes, panel in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
         for number, model in enumerate(MODELS):
-            of = [(row["length"], row[y]) for row in rows if row["model"] == model and row["task"] == panel]
+            of = [(row["length"], row.get(y)) for row in rows if row["model"] == model and row["task"] == panel]
+            of = [(length, value) for length, value in of if value is not None]  # it did not diverge
             if of:
                 axes.plot(*zip(*sorted(of), strict=True), f"oC{number}-", label=model)
         axes.set(title=panel, xlabel="tokens back", ylabel=y.replace("_", " "), xscale="log")
@@ -74,9 +75,8 @@ def draw(rows: list[dict], y: str, panels: list[str], path: Path) -> None:
 
 
 def main(options: LongContext) -> None:
-    for name, value, known in (("study", [options.study], ("truncation", "tasks")), ("models", options.models, MODELS)):
-        if set(value) - set(known):
-            raise UserError(f"--{name} must be of {', '.join(map(repr, known))}; got {', '.join(value)}.")
+    check_known("--study", [options.study], ("truncation", "tasks"))
+    check_known("--models", options.models, MODELS)
     table = Table(HERE / "results.jsonl", options)
     with budget(options.minutes):
         if options.study == "truncation":

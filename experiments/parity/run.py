@@ -5,13 +5,14 @@ run goes on where it was cut off, and adds its row to results.jsonl when it is d
 tuned study first tries each model's settings (`GRID`) with one seed: those of the lowest validation perplexity remain.
 """
 
+import math
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from ranjax.config import PRESETS, Config
-from ranjax.errors import UserError, exit_with_message
+from ranjax.errors import exit_with_message
 from ranjax.hugepages import restart_with_huge_pages
-from ranjax.study import Options, Table, budget, rounds
+from ranjax.study import Options, Table, budget, check_known, chosen, rounds
 
 HERE = Path(__file__).parent
 MODELS = {
@@ -38,7 +39,10 @@ STUDIES = {
 }  # fmt: skip
 SHORT = {"epochs": 4, "decay_after": 2}
 GRID = {"learning_rate": ((0.5, 1.0, 2.0), SHORT), "dropout": ((0.1, 0.25, 0.4), {})}  # one after the other
-IDENTITY_RATES = {"ptb-medium": 0.8, "ptb-large": 0.5}  # the authors' own for that activation
+AUTHORS = {  # their own rates for that activation
+    ("ptb-medium", "RAN, identity"): {"learning_rate": 0.8},
+    ("ptb-large", "RAN, identity"): {"learning_rate": 0.5},
+}
 PUBLISHED = {  # Zaremba et al. 2014 (small); Levy et al. 2018, table 1 (medium, large)
     "ptb-small": {"LSTM": 114.5},
     "ptb-medium": {"LSTM": 83.9, "RAN": 81.6, "S-RNN": 140.9},
@@ -58,22 +62,12 @@ class Parity(Options):
 
 def settings(table: Table, study: str, model: str) -> Config:
     """The study's settings of a model; if tuned, the best of the grid (its short runs are labelled "...-grid")."""
-    config = replace(STUDIES[study], **MODELS[model])
-    if model == "RAN, identity":
-        config = replace(config, learning_rate=IDENTITY_RATES.get(study, config.learning_rate))
+    config = replace(STUDIES[study], **MODELS[model], **AUTHORS.get((study, model), {}))
     for name, (values, length) in GRID.items() if study.endswith("-tuned") else ():
-        tried = [replace(config, **{name: value}) for value in values]
         label = f"{study}-grid" if length else study
-        rows = [table.row(replace(c, **length), study=label, model=model) for c in tried]
-        config = min(zip(rows, tried, strict=True), key=lambda pair: pair[0]["valid_perplexity"])[1]
+        best = table.best(config, name, values, length, study=label, model=model)
+        config = replace(config, **{name: best})
     return config
-
-
-def chosen(rows: list[dict], **labels: str) -> list[dict]:
-    """The rows with the settings that came out best with the first seed."""
-    rows = [row for row in rows if labels.items() <= row.items()]
-    best = min((row for row in rows if row["seed"] == 0), key=lambda row: row["valid_perplexity"], default={})
-    return [row for row in rows if all(row[name] == best[name] for name in GRID)]
 
 
 def draw(rows: list[dict], path: Path) -> None:
@@ -85,7 +79,7 @@ def draw(rows: list[dict], path: Path) -> None:
     for axes, study in zip(figure.subplots(1, len(studies), squeeze=False)[0], studies, strict=True):
         models = [model for model in MODELS if chosen(rows, study=study, model=model)]
         of = enumerate(chosen(rows, study=study, model=model) for model in models)
-        dots = [(row["test_perplexity"], y) for y, seeds in of for row in seeds]
+        dots = [(row["test_perplexity"] or math.nan, y) for y, seeds in of for row in seeds]
         crosses = [(p, models.index(m)) for m, p in PUBLISHED.get(study, {}).items() if m in models]
         axes.plot(*zip(*dots, strict=True), "o", color="C0", label="measured, a dot for each seed")
         axes.plot(*zip(*crosses, strict=True) if crosses else ((), ()), "x", color="C3", label="published")
@@ -97,14 +91,13 @@ def draw(rows: list[dict], path: Path) -> None:
 
 
 def main(options: Parity) -> None:
-    for name, value, known in (("study", [options.study], STUDIES), ("models", options.models, MODELS)):
-        if set(value) - set(known):
-            raise UserError(f"--{name} must be of {', '.join(map(repr, known))}; got {', '.join(value)}.")
+    check_known("--study", [options.study], STUDIES)
+    check_known("--models", options.models, MODELS)
     table = Table(HERE / "results.jsonl", options)
     with budget(options.minutes):
-        configs = {model: settings(table, options.study, model) for model in options.models}
         for seeds in rounds(max(SEEDS.values())):
-            for model, config in configs.items():
+            for model in options.models:
+                config = settings(table, options.study, model)
                 seeds_of_model = [seed for seed in seeds if seed < SEEDS.get(model, 1)]
                 table.rows_of_seeds(config, seeds_of_model, study=options.study, model=model)
                 draw(table.rows, HERE / "perplexity.png")
