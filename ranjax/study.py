@@ -145,12 +145,6 @@ def chosen(rows: Iterable[dict[str, Any]], **labels: str | int) -> list[dict[str
     return [row for settings, row in of if settings | {"seed": 0} == best]
 
 
-def check_known(flag: str, values: Sequence[str], known: Iterable[str]) -> None:
-    """Raises a UserError for a value of a flag that the study does not know."""
-    if set(values) - set(known):
-        raise UserError(f"{flag} must be of {', '.join(map(repr, known))}; got {', '.join(values)}.")
-
-
 def rounds(seeds: int) -> list[list[int]]:
     """The seeds that are trained side by side: all of them on a GPU or TPU, one after another on a CPU."""
     import jax

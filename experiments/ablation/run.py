@@ -10,11 +10,12 @@ drawn anew.
 import math
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Literal
 
 from ranjax.config import Config
 from ranjax.errors import exit_with_message
 from ranjax.hugepages import restart_with_huge_pages
-from ranjax.study import Options, Table, budget, check_known, rounds
+from ranjax.study import Options, Table, budget, rounds
 
 HERE = Path(__file__).parent
 BASE = "RAN"
@@ -42,7 +43,7 @@ class Ablation(Options):
 
     dataset: str = "python-docs"
     """Corpus; all else is at the training program's defaults."""
-    variants: tuple[str, ...] = tuple(VARIANTS)
+    variants: tuple[Literal[tuple(VARIANTS)], ...] = tuple(VARIANTS)
     """Which variants, in which order."""
     seeds: int = 3
     """How many seeds of each."""
@@ -73,7 +74,6 @@ def draw(rows: list[dict], path: Path) -> None:
 
 
 def main(options: Ablation) -> None:
-    check_known("--variants", options.variants, VARIANTS)
     table = Table(HERE / "results.jsonl", options)
     base = Config(dataset=options.dataset)
     with budget(options.minutes):

@@ -9,6 +9,7 @@ Each run goes on where it was cut off, and adds its row to results.jsonl when it
 import math
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Literal
 
 from ranjax.config import Config
 from ranjax.data import load_split
@@ -16,7 +17,7 @@ from ranjax.embedded import markov_entropy, task_answers
 from ranjax.errors import exit_with_message
 from ranjax.evaluate import load_run, make_evaluator
 from ranjax.hugepages import restart_with_huge_pages
-from ranjax.study import Options, Table, budget, check_known
+from ranjax.study import Options, Table, budget
 
 HERE = Path(__file__).parent
 UPDATE = 2048  # tokens an update, whatever the truncation length
@@ -31,10 +32,10 @@ DISTANCES = {"copy": (12, 24, 48, 96), "recall": (8, 16, 32, 64), "markov": (2, 
 class LongContext(Options):
     """Runs a study, or what is left of it."""
 
-    study: str = "truncation"
-    """truncation, or tasks."""
-    models: tuple[str, ...] = ("RAN", "RAN, input gates")
-    """Which models; the LSTM is there too."""
+    study: Literal["truncation", "tasks"] = "truncation"
+    """Which study."""
+    models: tuple[Literal[tuple(MODELS)], ...] = tuple(MODELS)
+    """Which models, in which order."""
 
 
 def windows(config: Config, steps: int) -> Config:
@@ -75,8 +76,6 @@ def draw(rows: list[dict], y: str, panels: list[str], path: Path) -> None:
 
 
 def main(options: LongContext) -> None:
-    check_known("--study", [options.study], ("truncation", "tasks"))
-    check_known("--models", options.models, MODELS)
     table = Table(HERE / "results.jsonl", options)
     with budget(options.minutes):
         if options.study == "truncation":

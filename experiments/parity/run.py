@@ -8,11 +8,12 @@ tuned study first tries each model's settings (`GRID`) with one seed: those of t
 import math
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Literal
 
 from ranjax.config import PRESETS, Config
 from ranjax.errors import exit_with_message
 from ranjax.hugepages import restart_with_huge_pages
-from ranjax.study import Options, Table, budget, check_known, chosen, rounds
+from ranjax.study import Options, Table, budget, chosen, rounds
 
 HERE = Path(__file__).parent
 MODELS = {
@@ -54,9 +55,9 @@ PUBLISHED = {  # Zaremba et al. 2014 (small); Levy et al. 2018, table 1 (medium,
 class Parity(Options):
     """Runs a study, or what is left of it."""
 
-    study: str = "ptb-small"
-    """One of ptb-small, ptb-small-tuned, ptb-small-20-tuned, ptb-medium, ptb-large, wikitext-2, text8, enwik8."""
-    models: tuple[str, ...] = tuple(MODELS)
+    study: Literal[tuple(STUDIES)] = "ptb-small"
+    """Which study."""
+    models: tuple[Literal[tuple(MODELS)], ...] = tuple(MODELS)
     """Which models, in which order."""
 
 
@@ -91,8 +92,6 @@ def draw(rows: list[dict], path: Path) -> None:
 
 
 def main(options: Parity) -> None:
-    check_known("--study", [options.study], STUDIES)
-    check_known("--models", options.models, MODELS)
     table = Table(HERE / "results.jsonl", options)
     with budget(options.minutes):
         for seeds in rounds(max(SEEDS.values())):
