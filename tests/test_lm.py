@@ -64,6 +64,22 @@ def test_tied_output_is_the_embedding():
     np.testing.assert_allclose(logits, hidden @ params["embed"]["embedding"].T + params["bias"], atol=1e-5)
 
 
+@pytest.mark.skipif(jax.default_backend() != "cpu", reason="reads a CPU's program")
+@pytest.mark.parametrize("tie", [False, True])
+def test_the_gradient_of_the_output_layer_makes_no_turned_copy_of_the_logits(tie):
+    """Such a copy, of the largest array of a step, costs up to a sixth of it."""
+    model, variables = model_and_variables(tie=tie)
+
+    @jax.jit
+    @jax.grad
+    def gradient(variables):
+        return jnp.sum(cross_entropy(model.apply(variables, TOKENS, deterministic=True)[0], jnp.asarray(TOKENS)))
+
+    program = gradient.lower(variables).compile().as_text()
+    assert "f32[18,11]" in program  # the logits of 2 x 9 tokens
+    assert "f32[11,18]" not in program
+
+
 def test_dropout_falls_on_embedding_and_layers_only_in_training():
     model, variables = model_and_variables(dropout=0.5, features=200, layers=1)
     hidden, state = model.apply(
