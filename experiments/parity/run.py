@@ -72,19 +72,24 @@ def settings(table: Table, study: str, model: str) -> Config:
 
 
 def draw(rows: list[dict], path: Path) -> None:
-    """Test perplexity of every seed by study and model, beside the published figures."""
+    """The test figure of every seed by study and model, beside the published ones."""
     from matplotlib.figure import Figure
 
     studies = [study for study in STUDIES if any(row["study"] == study for row in rows)]
-    figure = Figure(figsize=(4.5 * len(studies), 3.6), layout="constrained")
-    for axes, study in zip(figure.subplots(1, len(studies), squeeze=False)[0], studies, strict=True):
+    height = math.ceil(len(studies) / 3)
+    figure = Figure(figsize=(4.2 * min(len(studies), 3), 3 * height + 0.4), layout="constrained")
+    small = None  # the studies of one network on one text share their axis
+    for number, study in enumerate(studies, 1):
+        axes = figure.add_subplot(height, min(len(studies), 3), number, sharex=small if "small" in study else None)
+        small = axes if "small" in study else small
         models = [model for model in MODELS if chosen(rows, study=study, model=model)]
         of = enumerate(chosen(rows, study=study, model=model) for model in models)
-        dots = [(row["test_perplexity"] or math.nan, y) for y, seeds in of for row in seeds]
+        figure_of = "test_bits" if STUDIES[study].dataset in ("text8", "enwik8") else "test_perplexity"
+        dots = [(row[figure_of] or math.nan, y) for y, seeds in of for row in seeds]
         crosses = [(p, models.index(m)) for m, p in PUBLISHED.get(study, {}).items() if m in models]
         axes.plot(*zip(*dots, strict=True), "o", color="C0", label="measured, a dot for each seed")
         axes.plot(*zip(*crosses, strict=True) if crosses else ((), ()), "x", color="C3", label="published")
-        axes.set(title=study, xlabel="test perplexity", yticks=range(len(models)), yticklabels=models)
+        axes.set(title=study, xlabel=figure_of.replace("_", " "), yticks=range(len(models)), yticklabels=models)
         axes.invert_yaxis()
         axes.grid(alpha=0.3)
     figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=2, frameon=False)
