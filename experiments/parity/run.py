@@ -27,6 +27,7 @@ MODELS = {
 }
 SEEDS = {"RAN": 3, "RAN, input gates": 3, "LSTM": 3}  # of the others one
 SMALL = replace(PRESETS["ptb-small"], epochs=8)
+TEXT8 = Config(dataset="text8", features=(256,), tie=False, dropout=0.0, epochs=1, steps=50, schedule="cosine")
 STUDIES = {
     "ptb-small": SMALL,
     "ptb-small-tuned": replace(SMALL, steps=35, dropout=0.25),
@@ -34,7 +35,8 @@ STUDIES = {
     "ptb-medium": PRESETS["ptb-medium"],
     "ptb-large": PRESETS["ptb-large"],
     "wikitext-2": replace(SMALL, dataset="wikitext-2", steps=35, dropout=0.25, epochs=3, decay_after=1),
-    "text8": Config(dataset="text8", features=(256,), tie=False, dropout=0.0, epochs=1, steps=50, schedule="cosine"),
+    "text8": TEXT8,
+    "text8-wide": replace(TEXT8, features=(322,)),  # a RAN of as many parameters as the LSTM has in text8
     "enwik8": Config(dataset="enwik8", layers=4, features=(1024,), tie=False, dropout=0.1, epochs=2, batch_size=128,
                      steps=256, schedule="cosine", learning_rate=1e-3, clip=5.0 * 256 / 35),
 }  # fmt: skip
