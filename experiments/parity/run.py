@@ -74,27 +74,29 @@ def settings(table: Table, study: str, model: str) -> Config:
 
 
 def draw(rows: list[dict], path: Path) -> None:
-    """The test figure of every seed by study and model, beside the published ones."""
+    """The test figure of every seed by study and model, beside the published ones; the worst at the edge."""
     from matplotlib.figure import Figure
 
     studies = [study for study in STUDIES if any(row["study"] == study for row in rows)]
     height = math.ceil(len(studies) / 3)
     figure = Figure(figsize=(4.2 * min(len(studies), 3), 3 * height + 0.4), layout="constrained")
-    small = None  # the studies of one network on one text share their axis
+    small = None  # studies of one network share their axis
     for number, study in enumerate(studies, 1):
         axes = figure.add_subplot(height, min(len(studies), 3), number, sharex=small if "small" in study else None)
         small = axes if "small" in study else small
         models = [model for model in MODELS if chosen(rows, study=study, model=model)]
         of = enumerate(chosen(rows, study=study, model=model) for model in models)
         figure_of = "test_bits" if STUDIES[study].dataset in ("text8", "enwik8") else "test_perplexity"
-        dots = [(row[figure_of] or math.nan, y) for y, seeds in of for row in seeds]
+        dots = [(row[figure_of] or math.inf, y) for y, seeds in of for row in seeds]
+        edge = 1.3 * min(dots)[0]
+        near, far = [dot for dot in dots if dot[0] <= edge], [(edge, y) for x, y in dots if x > edge]
         crosses = [(p, models.index(m)) for m, p in PUBLISHED.get(study, {}).items() if m in models]
-        axes.plot(*zip(*dots, strict=True), "o", color="C0", label="measured, a dot for each seed")
-        axes.plot(*zip(*crosses, strict=True) if crosses else ((), ()), "x", color="C3", label="published")
+        for points, style, label in ((near, "oC0", "measured"), (far, ">C0", "beyond"), (crosses, "xC3", "published")):
+            axes.plot(*zip(*points, strict=True) if points else ((), ()), style, label=label)
         axes.set(title=study, xlabel=figure_of.replace("_", " "), yticks=range(len(models)), yticklabels=models)
         axes.invert_yaxis()
         axes.grid(alpha=0.3)
-    figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=2, frameon=False)
+    figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=3, frameon=False)
     figure.savefig(path, dpi=110)
 
 
