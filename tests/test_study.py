@@ -164,6 +164,47 @@ def test_studies_are_short_and_their_rows_whole():
         assert all({*promised.split(), "device", "date", "seconds"} <= row.keys() for row in rows)
 
 
+@pytest.mark.parametrize("name", ["parity", "ablation", "long-context"])
+def test_a_page_states_what_its_rows_say(name):
+    """The figure of every row, to its digits."""
+    page = set(re.findall(r"\d+\.\d+", (EXPERIMENTS / name / "README.md").read_text("utf-8")))
+    for row in map(json.loads, (EXPERIMENTS / name / "results.jsonl").read_text("utf-8").splitlines()):
+        if row["dataset"] == "text8":
+            figure, digits = row["test_bits"], 3
+        elif "recalled" in row:
+            figure, digits = abs(row["recalled"]), 2  # no "-0.00"
+        else:
+            short = row.get("study", "").endswith("-grid")
+            figure, digits = row["valid_perplexity" if short else "test_perplexity"], 3 if "length" in row else 2
+        diverged = figure is None or figure > 1e6
+        assert diverged or f"{figure:.{digits}f}" in page, row
+
+
+def test_means_and_deviations_are_those_of_the_seeds():
+    page = (EXPERIMENTS / "parity" / "README.md").read_text("utf-8")
+    rows = [json.loads(line) for line in (EXPERIMENTS / "parity" / "results.jsonl").read_text("utf-8").splitlines()]
+    several = 0
+    for name, model in {(row["study"], row["model"]) for row in rows}:
+        of = study.chosen(rows, study=name, model=model)
+        if len(of) > 1:
+            several += 1
+            test = [row["test_perplexity"] for row in of]
+            valid = np.mean([row["valid_perplexity"] for row in of])
+            seeds = ", ".join(f"{figure:.2f}" for figure in test)
+            mean = f"**{np.mean(test):.2f}** +- {np.std(test, ddof=1):.2f}"
+            assert f"{valid:.2f} | {seeds} | {mean}" in page
+    assert several >= 7
+
+
+def test_the_overview_claims_what_its_pages_state():
+    overview = (EXPERIMENTS / "README.md").read_text("utf-8")
+    rows = re.findall(r"^\| (.*?) \|.*\]\(([\w-]+)/?[\w.]*\) \|$", overview, re.MULTILINE)
+    assert len(rows) >= 11
+    for claim, folder in rows:
+        page = (EXPERIMENTS / folder / "README.md").read_text("utf-8")
+        assert [figure for figure in re.findall(r"\d+\.\d\d+", claim) if figure not in page] == []
+
+
 def test_tuning_takes_the_best_of_the_grid(monkeypatch, tmp_path):
     parity = runpy.run_path(str(EXPERIMENTS / "parity" / "run.py"))
     tried = []
