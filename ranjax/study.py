@@ -40,11 +40,14 @@ class Table:
     Args:
       path: the file; made with the first row.
       options: where the data and the runs are.
+
+    Raises:
+      UserError: a line of the file is not JSON.
     """
 
     def __init__(self, path: Path, options: Options):
         self.path, self.options = path, options
-        self.rows = [json.loads(line) for line in path.read_text("utf-8").splitlines()] if path.exists() else []
+        self.rows = _read(path) if path.exists() else []
 
     def row(
         self, config: Config, measure: Callable[[Path], dict[str, Any]] = lambda run: {}, **labels: str | int
@@ -173,6 +176,20 @@ def budget(minutes: float | None) -> Iterator[None]:
         signal.setitimer(signal.ITIMER_REAL, 0)
         for number, handler in previous.items():
             signal.signal(number, handler)
+
+
+def _read(path: Path) -> list[dict[str, Any]]:
+    """The rows of a file."""
+    rows = []
+    for number, line in enumerate(path.read_text("utf-8").splitlines(), 1):
+        try:
+            rows.append(json.loads(line))
+        except json.JSONDecodeError as error:
+            raise UserError(
+                f"line {number} of {path} must be the JSON of one row; got {line[:40]!r} ({error}). If it was cut off "
+                "while it was written, delete it: its run is still in the folder of runs, and writes it again."
+            ) from None
+    return rows
 
 
 def _settings(config: Config | dict[str, Any]) -> dict[str, Any]:

@@ -61,6 +61,16 @@ def test_a_row_is_trained_for_once(config, tmp_path, capsys):
     assert once_more["seconds"] == row["seconds"]
 
 
+def test_a_row_that_was_cut_off_is_named(tmp_path):
+    file = tmp_path / "results.jsonl"
+    file.write_text('{"model": "RAN"}\n{"model": "LS')
+    with pytest.raises(
+        UserError, match=re.escape(f'line 2 of {file} must be the JSON of one row; got \'{{"model": "LS\'')
+    ):
+        study.Table(file, study.Options())
+    assert file.read_text() == '{"model": "RAN"}\n{"model": "LS'
+
+
 @pytest.mark.skipif(jax.default_backend() != "cpu", reason="of CPUs")
 def test_the_device_is_the_cores_that_a_run_may_use(monkeypatch):
     for cores, device in (({3}, "1 CPU core"), ({0, 3}, "2 CPU cores")):
