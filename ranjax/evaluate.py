@@ -15,12 +15,13 @@ if TYPE_CHECKING:
     from ranjax.lm import LanguageModel
     from ranjax.vocabulary import Vocabulary
 
+MOST = 1e100  # perplexity: JSON and pictures have no infinity
 WINDOW = 512  # tokens a call; the state goes on from one to the next, so the result does not depend on it
 
 
 def perplexity(nats: float) -> float:
-    """exp(nats), at most 1e100: JSON and pictures have no infinity."""
-    return min(math.exp(min(nats, 700.0)), 1e100)
+    """exp(nats), at most `MOST`."""
+    return min(math.exp(min(nats, 700.0)), MOST)
 
 
 def shown(perplexity: float) -> str:

@@ -101,12 +101,13 @@ class Report:
             "source": corpus.source,
             "test_perplexity": test.perplexity,
             "valid_perplexity": valid.perplexity,
+            "valid_perplexities": [row["valid_perplexity"] for row in self._rows if "valid_perplexity" in row],
             "test_tokens": test.tokens,
             "test_nats": test.nats,
             "test_bits": test.bits,
             "tokens_per_second": timed / float(state.seconds) if int(state.timed) else None,
             "training_seconds": float(state.seconds),
-            "side_by_side": self.side_by_side,
+            "side_by_side": max(row.get("side_by_side", 1) for row in self._rows),
             "skipped_steps": int(state.bad),
             "parameters": learned(state.params, self.config.ablation),
             "device": device(),
@@ -124,6 +125,8 @@ class Report:
         if self.config.solver in ("fixed_point", "newton"):
             row["mean_passes"] = float(state.passes) / ((int(state.step) - 1) % self.windows + 1)
         row |= {"skipped_steps": int(state.bad), "training_seconds": float(state.seconds)}
+        if self.side_by_side > 1:
+            row["side_by_side"] = self.side_by_side
         self._rows.append(row)
         with (self.directory / "metrics.jsonl").open("a", encoding="utf-8") as file:
             file.write(json.dumps(row) + "\n")

@@ -17,7 +17,9 @@ from pathlib import Path
 from typing import Any
 
 from ranjax.config import Config
+from ranjax.data import load_corpus
 from ranjax.errors import DivergedError, UserError
+from ranjax.evaluate import MOST
 from ranjax.report import device, versions
 from ranjax.train import train_together
 
@@ -27,27 +29,33 @@ class Options:
     """What every study takes."""
 
     data_dir: str | None = None
-    """Folder of the data sets; without it they are downloaded."""
+    """Folder of the data sets; without it those that have a public home are downloaded."""
     runs: str = "runs"
     """Folder that keeps the runs while the study lasts."""
     minutes: float | None = None
     """Stop after so many minutes, saved; the same command goes on."""
+    out: str | None = None
+    """Folder of the table and its pictures; without it the study's own, whose rows are not trained for again."""
 
 
 class Table:
-    """The rows of a study, one a training, in a file of JSON lines.
+    """The rows of a study, one a training, in `results.jsonl`.
 
     Args:
-      path: the file; made with the first row.
-      options: where the data and the runs are.
+      folder: where it is, and the study's pictures beside it, unless the options name another.
+      options: where the data, the runs and the results are.
 
     Raises:
       UserError: a line of the file is not JSON.
     """
 
-    def __init__(self, path: Path, options: Options):
-        self.path, self.options = path, options
-        self.rows = _read(path) if path.exists() else []
+    def __init__(self, folder: Path, options: Options):
+        self.options = options
+        self.folder = Path(options.out or folder)
+        self.path = self.folder / "results.jsonl"
+        self.rows = _read(self.path)
+        if self.rows:
+            print(f"{len(self.rows)} rows are in {self.path}: not trained for again (--out DIR: a table of its own)")
 
     def row(
         self, config: Config, measure: Callable[[Path], dict[str, Any]] = lambda run: {}, **labels: str | int
@@ -75,7 +83,10 @@ class Table:
         after another.
         """
         configs = [dataclasses.replace(config, seed=seed) for seed in seeds]
+        self.rows = _read(self.path)  # another program may have added some
         missing = [config for config in configs if self._found(config, labels) is None]
+        if missing:
+            self._check_text(config)
         runs = [self._run(config, labels) for config in missing]
         try:
             results = train_together(runs) if runs else []
@@ -85,6 +96,7 @@ class Table:
                 return [self.row(config, measure, **labels) for config in configs]
             print(f"diverged: {error}", flush=True)
             rows = [_row(_without_figures(runs[0]))]
+        self.folder.mkdir(parents=True, exist_ok=True)
         with self.path.open("a", encoding="utf-8") as file:
             for row in rows:
                 self.rows.append(labels | row)
@@ -94,7 +106,8 @@ class Table:
     def best(self, config: Config, name: str, values: Sequence, short: dict[str, Any], **labels: Any) -> Any:
         """The value of a setting with the lowest validation perplexity.
 
-        Where that is the lowest of several learning rates its half is tried too, and so on.
+        Where that is the lowest or the highest of several learning rates, its half or its double is tried too, and so
+        on for three times at most.
 
         Args:
           config: the other settings.
@@ -103,12 +116,28 @@ class Table:
           short: what a trial has different, such as fewer epochs.
           labels: of the trials' rows.
         """
-        tried = [dataclasses.replace(config, **{name: value}, **short) for value in values]
-        losses = [validation(self.row(one, **labels)) for one in tried]
-        best = values[losses.index(min(losses))]
-        if name == "learning_rate" and best == values[0]:
-            return self.best(config, name, (best / 2, *values), short, **labels)
+        values = list(values)
+        for _ in range(4):
+            tried = [dataclasses.replace(config, **{name: one}, **short) for one in values]
+            losses = [value(self.row(one, **labels), "valid_perplexity") for one in tried]
+            best = values[losses.index(min(losses))]
+            if name != "learning_rate" or best not in (values[0], values[-1]):
+                break
+            values = [best / 2, *values] if best == values[0] else [*values, 2 * best]
         return best
+
+    def _check_text(self, config: Config) -> None:
+        """Raises a UserError where the rows of this data set are of another text."""
+        corpus = load_corpus(config.dataset, self.options.data_dir, config.tokenizer)
+        tokens = len(corpus.test) - 1
+        for row in self.rows:
+            of = row["config"]["dataset"], row["config"]["tokenizer"]
+            if of == (config.dataset, config.tokenizer) and row["tokens"] not in (None, tokens):
+                raise UserError(
+                    f"the rows of {config.dataset} in {self.path} are of another text: {row['tokens']} test tokens, "
+                    f"where {corpus.source} has {tokens} (the embedded corpora change with the version of Python). "
+                    "Give --out DIR for a table of its own."
+                )
 
     def _found(self, config: Config, labels: dict[str, Any]) -> dict[str, Any] | None:
         of = (row for row in self.rows if labels.items() <= row.items())
@@ -124,9 +153,9 @@ class Table:
         return dataclasses.replace(config, **where)
 
 
-def validation(row: dict[str, Any]) -> float:
-    """The validation perplexity of a row, by which settings are chosen: infinite if it diverged."""
-    found = row["valid_perplexity"]
+def value(row: dict[str, Any], name: str) -> float:
+    """A figure of a row, such as `"valid_perplexity"`: infinite if it diverged."""
+    found = row[name]
     return math.inf if found is None else found
 
 
@@ -144,7 +173,7 @@ def chosen(rows: Iterable[dict[str, Any]], **labels: str | int) -> list[dict[str
     first = [(settings, row) for settings, row in of if settings["seed"] == 0]
     if not first:
         return []
-    best, _ = min(first, key=lambda pair: validation(pair[1]))
+    best, _ = min(first, key=lambda pair: value(pair[1], "valid_perplexity"))
     return [row for settings, row in of if settings | {"seed": 0} == best]
 
 
@@ -179,9 +208,9 @@ def budget(minutes: float | None) -> Iterator[None]:
 
 
 def _read(path: Path) -> list[dict[str, Any]]:
-    """The rows of a file."""
+    """The rows of a file, if it is there."""
     rows = []
-    for number, line in enumerate(path.read_text("utf-8").splitlines(), 1):
+    for number, line in enumerate(path.read_text("utf-8").splitlines() if path.exists() else (), 1):
         try:
             rows.append(json.loads(line))
         except json.JSONDecodeError as error:
@@ -207,20 +236,20 @@ def _name(config: Config) -> str:
 
 def _without_figures(config: Config) -> dict[str, Any]:
     """The result of a training that diverged."""
-    names = "test_perplexity valid_perplexity test_bits tokens_per_second test_tokens parameters training_seconds"
+    names = "test_perplexity valid_perplexity valid_perplexities test_bits tokens_per_second test_tokens parameters"
     about = {"dataset": config.dataset, "config": dataclasses.asdict(config), "side_by_side": 1}
     about |= {"device": device(), "date": date.today().isoformat(), "versions": versions()}
-    return dict.fromkeys(names.split()) | about
+    return dict.fromkeys([*names.split(), "training_seconds"]) | about
 
 
 def _row(result: dict[str, Any]) -> dict[str, Any]:
     """What a row says of a training's `result.json`."""
     config = _settings(result["config"])
-    names = "cell", "gates", "activation", "seed", "dropout", "learning_rate"
-    row = {"dataset": result["dataset"], **{name: config[name] for name in names}}
-    row |= {name: result[name] for name in ("test_perplexity", "valid_perplexity", "test_bits", "tokens_per_second")}
+    row = {"dataset": result["dataset"]}
+    row |= {name: config[name] for name in ("cell", "gates", "activation", "seed", "dropout", "learning_rate")}
+    for name in ("test_perplexity", "valid_perplexity"):
+        row[name] = None if result[name] == MOST else result[name]
+    row |= {name: result[name] for name in ("valid_perplexities", "test_bits", "tokens_per_second")}
     row |= {"tokens": result["test_tokens"], "parameters": result["parameters"], "seconds": result["training_seconds"]}
-    row |= {"side_by_side": result["side_by_side"]}
-    return (
-        row | {"device": result["device"], "date": result["date"]} | {"config": config, "versions": result["versions"]}
-    )
+    row |= {name: result[name] for name in ("side_by_side", "device", "date")}
+    return row | {"config": config, "versions": result["versions"]}

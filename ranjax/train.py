@@ -36,8 +36,8 @@ def train(config: Config) -> dict[str, Any]:
 def train_together(configs: Sequence[Config]) -> list[dict[str, Any]]:
     """Trains runs that differ by their seeds side by side: one program makes the steps of all of them.
 
-    Each is a run of its own in its own directory, as `train` would have made it but for rounding; the seconds of each
-    are those of all, and so many times too long for its `tokens_per_second`. One that diverges ends them all.
+    Each is a run of its own in its own directory, as `train` would have made it but for rounding. Its seconds are those
+    of all runs together, so that its `tokens_per_second` is its share. One that diverges ends them all.
 
     Args:
       configs: settings that differ in `seed`, `out` and `resume` alone. Runs that go on from different steps are

@@ -17,7 +17,7 @@ import jax
 import numpy as np
 import pytest
 
-from ranjax import report, study
+from ranjax import evaluate, report, study
 from ranjax.config import Config
 from ranjax.data import load_corpus
 from ranjax.embedded import markov_entropy
@@ -36,7 +36,7 @@ def config(tmp_path):
 
 def test_a_row_is_trained_for_once(config, tmp_path, capsys):
     options = study.Options(runs=str(tmp_path / "runs"))
-    table = study.Table(tmp_path / "results.jsonl", options)
+    table = study.Table(tmp_path, options)
     row = table.row(config, study="pets", model="RAN, input gates")
     promised = (
         "dataset cell gates activation seed dropout test_perplexity valid_perplexity tokens config versions device"
@@ -48,17 +48,49 @@ def test_a_row_is_trained_for_once(config, tmp_path, capsys):
     ]
     assert "== pets, RAN, input gates, 1 epochs" in capsys.readouterr().out
 
-    again = study.Table(tmp_path / "results.jsonl", options)
+    again = study.Table(tmp_path, options)
     assert again.rows == [json.loads(json.dumps(row))]
     assert again.row(config, study="pets", model="RAN, input gates") == again.rows[0]
-    assert capsys.readouterr().out == ""  # no training
+    assert capsys.readouterr().out.startswith(f"1 rows are in {tmp_path / 'results.jsonl'}: not trained for again")
     assert again.row(config, study="pets", model="another")["model"] == "another"
     assert len((tmp_path / "results.jsonl").read_text().splitlines()) == 2
 
     (tmp_path / "results.jsonl").unlink()  # a run that is there goes on: this one is at its end
-    once_more = study.Table(tmp_path / "results.jsonl", options).row(config, study="pets", model="RAN, input gates")
+    assert row["valid_perplexities"] == [row["valid_perplexity"]]  # of the one epoch
+    once_more = study.Table(tmp_path, options).row(config, study="pets", model="RAN, input gates")
     assert once_more["test_perplexity"] == row["test_perplexity"]
     assert once_more["seconds"] == row["seconds"]
+
+
+def test_rows_of_another_text_are_not_joined(config, tmp_path):
+    elsewhere = study.Options(runs=str(tmp_path / "runs"), out=str(tmp_path / "new" / "table"))
+    table = study.Table(tmp_path / "the study", elsewhere)
+    table.row(config)
+    assert [path.name for path in (tmp_path / "new" / "table").iterdir()] == ["results.jsonl"]
+    Path(config.dataset).write_text("the cat sat on the mat\n" * 100)
+    tokens = len(load_corpus(config.dataset).test) - 1
+    with pytest.raises(
+        UserError, match=rf"are of another text: {table.rows[0]['tokens']} test tokens, .* {tokens} .*--out"
+    ):
+        table.row(dataclasses.replace(config, seed=1))
+    assert [row["seed"] for row in study.Table(tmp_path / "the study", elsewhere).rows] == [0]
+
+
+def test_a_table_that_another_program_writes_to_is_read_anew(config, tmp_path, monkeypatch):
+    monkeypatch.setattr(study, "train_together", lambda _: pytest.fail("trained"))
+    table = study.Table(tmp_path, study.Options())
+    row = {"model": "RAN", "config": vars(config), "valid_perplexity": 3.0}
+    (tmp_path / "results.jsonl").write_text(json.dumps(row) + "\n")
+    assert table.row(config, model="RAN")["valid_perplexity"] == 3.0
+
+
+def test_a_perplexity_beyond_all_figures_is_none_in_the_row():
+    names = (
+        "dataset test_bits tokens_per_second parameters training_seconds side_by_side device date versions test_tokens"
+    )
+    result = dict.fromkeys(names.split(), 1) | {"valid_perplexities": [2.0], "config": dataclasses.asdict(Config())}
+    row = study._row(result | {"valid_perplexity": 2.0, "test_perplexity": evaluate.perplexity(800.0)})
+    assert (row["valid_perplexity"], row["test_perplexity"]) == (2.0, None)
 
 
 def test_a_row_that_was_cut_off_is_named(tmp_path):
@@ -67,7 +99,7 @@ def test_a_row_that_was_cut_off_is_named(tmp_path):
     with pytest.raises(
         UserError, match=re.escape(f'line 2 of {file} must be the JSON of one row; got \'{{"model": "LS\'')
     ):
-        study.Table(file, study.Options())
+        study.Table(tmp_path, study.Options())
     assert file.read_text() == '{"model": "RAN"}\n{"model": "LS'
 
 
@@ -85,12 +117,13 @@ def test_seeds_are_trained_together_and_one_that_diverges_has_its_row(config, tm
         calls.append([c.seed for c in configs])
         if 1 in calls[-1]:
             raise DivergedError("not finite")
-        names = ("test_perplexity", "valid_perplexity", "test_bits", "tokens_per_second", "test_tokens", "parameters")
+        names = ("test_perplexity", "valid_perplexity", "test_bits", "tokens_per_second", "parameters")
         rest = {"training_seconds": 1.0, "device": "", "date": "", "versions": {}, "side_by_side": len(configs)}
+        rest |= {"test_tokens": len(load_corpus(config.dataset).test) - 1, "valid_perplexities": []}
         return [dict.fromkeys(names, c.seed) | rest | {"dataset": "", "config": vars(c)} for c in configs]
 
     monkeypatch.setattr(study, "train_together", trained)
-    table = study.Table(tmp_path / "rows.jsonl", study.Options(runs=str(tmp_path)))
+    table = study.Table(tmp_path, study.Options(runs=str(tmp_path)))
     table.row(dataclasses.replace(config, seed=3), model="RAN")
     rows = table.rows_of_seeds(config, [0, 2, 3], model="RAN")
     assert [(row["seed"], row["test_perplexity"], row["side_by_side"]) for row in rows] == [
@@ -103,11 +136,11 @@ def test_seeds_are_trained_together_and_one_that_diverges_has_its_row(config, tm
     assert [(row["seed"], row["test_perplexity"]) for row in rows] == [(1, None), (4, 4)]
     assert rows[0].keys() == rows[1].keys()
     assert "diverged: not finite" in capsys.readouterr().out
-    assert [study.validation(row) for row in rows] == [math.inf, 4]
-    written = [json.loads(line) for line in (tmp_path / "rows.jsonl").read_text().splitlines()]
+    assert [study.value(row, "valid_perplexity") for row in rows] == [math.inf, 4]
+    written = [json.loads(line) for line in (tmp_path / "results.jsonl").read_text().splitlines()]
     assert [row["seed"] for row in written] == [3, 0, 2, 1, 4]
 
-    again = study.Table(tmp_path / "rows.jsonl", study.Options(runs=str(tmp_path)))
+    again = study.Table(tmp_path, study.Options(runs=str(tmp_path)))
     assert again.rows_of_seeds(config, [1, 4], model="RAN") == written[3:]  # it is not tried anew
     assert len(calls) == 5
 
@@ -136,7 +169,7 @@ def test_time_runs_out(config, tmp_path):
         "import sys; from pathlib import Path; from orbax.checkpoint import v1\n"
         "from ranjax import study; from ranjax.config import Config\n"
         "minutes = float(sys.argv[2]) if len(sys.argv) > 2 else None\n"
-        "table = study.Table(Path(sys.argv[1]) / 'rows.jsonl', study.Options(runs=sys.argv[1] + '/runs'))\n"
+        "table = study.Table(Path(sys.argv[1]), study.Options(runs=sys.argv[1] + '/runs'))\n"
         f"config = Config(dataset={config.dataset!r}, features=(8,), layers=1, batch_size=4, steps=7, epochs=400)\n"
         "with study.budget(minutes):\n"
         "    table.row(config, study='pets')\n"
@@ -145,7 +178,7 @@ def test_time_runs_out(config, tmp_path):
     first = subprocess.run([*command, "0.12"], capture_output=True, text=True, check=False, timeout=120)
     assert first.returncode == 143, first.stderr
     assert "saved. Go on with" in first.stdout
-    assert not (tmp_path / "cut" / "rows.jsonl").exists()
+    assert not (tmp_path / "cut" / "results.jsonl").exists()
     assert list((tmp_path / "cut" / "runs").iterdir())
 
 
@@ -186,8 +219,7 @@ def test_a_page_states_what_its_rows_say(name):
         else:
             short = row.get("study", "").endswith("-grid")
             figure, digits = row["valid_perplexity" if short else "test_perplexity"], 3 if "length" in row else 2
-        diverged = figure is None or figure > 1e6
-        assert diverged or f"{figure:.{digits}f}" in page, row
+        assert figure is None or f"{figure:.{digits}f}" in page, row  # None: it diverged
 
 
 def test_means_and_deviations_are_those_of_the_seeds():
@@ -225,21 +257,24 @@ def test_tuning_takes_the_best_of_the_grid(monkeypatch, tmp_path):
         assert labels == {"study": f"ptb-small-tuned{short}", "model": "LSTM"}
         return {"valid_perplexity": abs(config.dropout - 0.25) + abs(config.learning_rate - 2)}
 
-    table = study.Table(tmp_path / "none.jsonl", study.Options())
+    table = study.Table(tmp_path, study.Options())
     monkeypatch.setattr(table, "row", row)
     best = parity["settings"](table, "ptb-small-tuned", "LSTM")
     assert (best.cell, best.dropout, best.learning_rate, best.epochs) == ("lstm", 0.25, 2.0, 8)
-    assert tried == [(0.25, 0.5, 4), (0.25, 1.0, 4), (0.25, 2.0, 4), (0.1, 2.0, 8), (0.25, 2.0, 8), (0.4, 2.0, 8)]
+    short, full = [(0.25, rate, 4) for rate in (0.5, 1.0, 2.0)], [(dropout, 2.0, 8) for dropout in (0.1, 0.25, 0.4)]
+    assert tried == [*short, *short, (0.25, 4.0, 4), *full]  # the highest was the best: a higher one too
 
-    lowest = []
+    at, lowest = 0.25, []
 
     def unstable(config, **labels):
         lowest.append(config.learning_rate)
-        return {"valid_perplexity": None if config.learning_rate > 0.7 else abs(config.learning_rate - 0.25)}
+        return {"valid_perplexity": None if config.learning_rate > at else abs(config.learning_rate - at)}
 
     monkeypatch.setattr(table, "row", unstable)
     assert parity["settings"](table, "ptb-small-tuned", "S-RNN").learning_rate == 0.25
     assert min(lowest) == 0.125  # until the lowest is not the best
+    at = 0.001
+    assert parity["settings"](table, "ptb-small-tuned", "S-RNN").learning_rate == 0.0625  # three times at most
     assert parity["settings"](None, "ptb-large", "RAN, identity").learning_rate == 0.5
     assert parity["settings"](None, "text8", "RAN, identity").learning_rate == 2e-3
 

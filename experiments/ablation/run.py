@@ -7,7 +7,6 @@ side by side). Each run goes on where it was cut off, and adds its row to result
 drawn anew.
 """
 
-import math
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
@@ -15,7 +14,7 @@ from typing import Literal
 from ranjax.config import Config
 from ranjax.errors import exit_with_message
 from ranjax.hugepages import restart_with_huge_pages
-from ranjax.study import Options, Table, budget, rounds
+from ranjax.study import Options, Table, budget, rounds, value
 
 HERE = Path(__file__).parent
 BASE = "RAN"
@@ -55,12 +54,12 @@ def draw(rows: list[dict], path: Path) -> None:
 
     names = [name for name in VARIANTS if any(row["variant"] == name for row in rows)]
     figure = Figure(figsize=(8, 0.32 * len(names) + 1.2), layout="constrained")
-    values = [row["test_perplexity"] or math.inf for row in rows]  # None: it diverged
-    axes, edge = figure.subplots(), 2 * min(values)
-    for row, value in zip(rows, values, strict=True):
-        axes.plot(min(value, edge), names.index(row["variant"]), ">C3" if value > edge else "oC0")
+    dots = [(value(row, "test_perplexity"), row["variant"]) for row in rows]
+    axes, edge = figure.subplots(), 2 * min(dots)[0]
+    for x, name in dots:
+        axes.plot(min(x, edge), names.index(name), ">C3" if x > edge else "oC0")
     sizes = {row["variant"]: f", {row['parameters'] / 1e6:.2f}M" for row in rows if row["parameters"]}
-    whole = [row["test_perplexity"] for row in rows if row["variant"] == BASE]
+    whole = [x for x, name in dots if name == BASE and x <= edge]
     if whole:
         axes.axvline(sum(whole) / len(whole), color="0.6", linewidth=1)
     axes.set(
@@ -74,13 +73,13 @@ def draw(rows: list[dict], path: Path) -> None:
 
 
 def main(options: Ablation) -> None:
-    table = Table(HERE / "results.jsonl", options)
+    table = Table(HERE, options)
     base = Config(dataset=options.dataset)
     with budget(options.minutes):
         for seeds in rounds(options.seeds):
             for name in options.variants:
                 table.rows_of_seeds(replace(base, **VARIANTS[name]), seeds, variant=name)
-                draw([row for row in table.rows if row["dataset"] == options.dataset], HERE / "ablation.png")
+                draw([row for row in table.rows if row["dataset"] == options.dataset], table.folder / "ablation.png")
 
 
 if __name__ == "__main__":

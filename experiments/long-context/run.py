@@ -65,7 +65,9 @@ def draw(rows: list[dict], y: str, panels: list[str], path: Path) -> None:
             of = [(length, value) for length, value in of if value is not None]  # it did not diverge
             if of:
                 axes.plot(*zip(*sorted(of), strict=True), f"oC{number}-", label=model)
-        axes.set(title=panel, xlabel="tokens back", ylabel=y.replace("_", " "), xscale="log")
+        axes.set(
+            title=panel, xlabel="tokens back" if y == "recalled" else "tokens", ylabel=y.replace("_", " "), xscale="log"
+        )
         ticks = sorted({row["length"] for row in rows if row["task"] == panel})
         axes.set_xticks(ticks, ticks)
         axes.minorticks_off()
@@ -76,14 +78,14 @@ def draw(rows: list[dict], y: str, panels: list[str], path: Path) -> None:
 
 
 def main(options: LongContext) -> None:
-    table = Table(HERE / "results.jsonl", options)
+    table = Table(HERE, options)
     with budget(options.minutes):
         if options.study == "truncation":
             for length in LENGTHS:
                 for model in options.models:
                     labels = {"task": "truncation length", "model": model, "length": length}
                     table.row(windows(replace(TEXT, **MODELS[model]), length), **labels)
-                    draw(table.rows, "test_perplexity", ["truncation length"], HERE / "truncation.png")
+                    draw(table.rows, "test_perplexity", ["truncation length"], table.folder / "truncation.png")
             return
         for task, distances in DISTANCES.items():
             for distance in distances:
@@ -91,7 +93,7 @@ def main(options: LongContext) -> None:
                     config = replace(TASK, dataset=f"{task}-{distance}", **MODELS[model])
                     labels = {"task": task, "model": model, "length": distance}
                     table.row(windows(config, max(64, 4 * distance)), recalled, **labels)
-                    draw(table.rows, "recalled", list(DISTANCES), HERE / "tasks.png")
+                    draw(table.rows, "recalled", list(DISTANCES), table.folder / "tasks.png")
 
 
 if __name__ == "__main__":

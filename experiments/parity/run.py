@@ -1,11 +1,10 @@
 """RAN beside LSTM, GRU and a plain RNN, one code and one budget: `python experiments/parity/run.py --study ptb-small`.
 
-Trains the study's models one after another, in the order of worth (on a GPU or TPU the seeds of one side by side). Each
-run goes on where it was cut off, and adds its row to results.jsonl when it is done; perplexity.png is drawn anew. A
-tuned study first tries each model's settings (`GRID`) with one seed: those of the lowest validation perplexity remain.
+Trains the study's models one after another (on a GPU or TPU the seeds of one side by side). Each run goes on where it
+was cut off, and adds its row to results.jsonl when it is done; perplexity.png is drawn anew. A tuned study first tries
+each model's settings (`GRID`) with one seed: those of the lowest validation perplexity remain.
 """
 
-import math
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
@@ -13,7 +12,7 @@ from typing import Literal
 from ranjax.config import PRESETS, Config
 from ranjax.errors import exit_with_message
 from ranjax.hugepages import restart_with_huge_pages
-from ranjax.study import Options, Table, budget, chosen, rounds
+from ranjax.study import Options, Table, budget, chosen, rounds, value
 
 HERE = Path(__file__).parent
 MODELS = {
@@ -42,10 +41,7 @@ STUDIES = {
 }  # fmt: skip
 SHORT = {"epochs": 4, "decay_after": 2}
 GRID = {"learning_rate": ((0.5, 1.0, 2.0), SHORT), "dropout": ((0.1, 0.25, 0.4), {})}  # one after the other
-AUTHORS = {  # their own rates for that activation
-    ("ptb-medium", "RAN, identity"): {"learning_rate": 0.8},
-    ("ptb-large", "RAN, identity"): {"learning_rate": 0.5},
-}
+AUTHORS = {("ptb-medium", "RAN, identity"): 0.8, ("ptb-large", "RAN, identity"): 0.5}  # their rates where not tanh's
 PUBLISHED = {  # Zaremba et al. 2014 (small); Levy et al. 2018, table 1 (medium, large)
     "ptb-small": {"LSTM": 114.5},
     "ptb-medium": {"LSTM": 83.9, "RAN": 81.6, "S-RNN": 140.9},
@@ -65,7 +61,8 @@ class Parity(Options):
 
 def settings(table: Table, study: str, model: str) -> Config:
     """The study's settings of a model; if tuned, the best of the grid (its short runs are labelled "...-grid")."""
-    config = replace(STUDIES[study], **MODELS[model], **AUTHORS.get((study, model), {}))
+    config = replace(STUDIES[study], **MODELS[model])
+    config = replace(config, learning_rate=AUTHORS.get((study, model), config.learning_rate))
     for name, (values, length) in GRID.items() if study.endswith("-tuned") else ():
         label = f"{study}-grid" if length else study
         best = table.best(config, name, values, length, study=label, model=model)
@@ -78,22 +75,25 @@ def draw(rows: list[dict], path: Path) -> None:
     from matplotlib.figure import Figure
 
     studies = [study for study in STUDIES if any(row["study"] == study for row in rows)]
-    height = math.ceil(len(studies) / 3)
-    figure = Figure(figsize=(4.2 * min(len(studies), 3), 3 * height + 0.4), layout="constrained")
-    small = None  # studies of one network share their axis
+    columns, first = min(len(studies), 3), {}  # of the studies of one network, which share an axis
+    height = -(-len(studies) // columns)
+    figure = Figure(figsize=(4.2 * columns, 3 * height + 0.4), layout="constrained")
     for number, study in enumerate(studies, 1):
-        axes = figure.add_subplot(height, min(len(studies), 3), number, sharex=small if "small" in study else None)
-        small = axes if "small" in study else small
-        models = [model for model in MODELS if chosen(rows, study=study, model=model)]
-        of = enumerate(chosen(rows, study=study, model=model) for model in models)
-        figure_of = "test_bits" if STUDIES[study].dataset in ("text8", "enwik8") else "test_perplexity"
-        dots = [(row[figure_of] or math.inf, y) for y, seeds in of for row in seeds]
-        edge = 1.3 * min(dots)[0]
-        near, far = [dot for dot in dots if dot[0] <= edge], [(edge, y) for x, y in dots if x > edge]
-        crosses = [(p, models.index(m)) for m, p in PUBLISHED.get(study, {}).items() if m in models]
-        for points, style, label in ((near, "oC0", "measured"), (far, ">C0", "beyond"), (crosses, "xC3", "published")):
-            axes.plot(*zip(*points, strict=True) if points else ((), ()), style, label=label)
-        axes.set(title=study, xlabel=figure_of.replace("_", " "), yticks=range(len(models)), yticklabels=models)
+        network = study.removesuffix("-tuned").removesuffix("-20").removesuffix("-wide")
+        axes = figure.add_subplot(height, columns, number, sharex=first.get(network))
+        first.setdefault(network, axes)
+        bits = STUDIES[study].dataset in ("text8", "enwik8")
+        of = [(model, row) for model in MODELS for row in chosen(rows, study=study, model=model)]
+        found = [(value(row, "test_bits" if bits else "test_perplexity"), model) for model, row in of]
+        edge = 1.15 * min(found)[0]
+        published = [(x, model) for model, x in PUBLISHED.get(study, {}).items() if any(model == m for _, m in found)]
+        for label, style, dots in (
+            ("measured, a dot a seed", "oC0", [dot for dot in found if dot[0] <= edge]),
+            ("beyond", ">C0", [(edge, model) for x, model in found if x > edge]),
+            ("published", "xC3", published),
+        ):
+            axes.plot([x for x, _ in dots], [model for _, model in dots], style, label=label)
+        axes.set(title=study, xlabel="test, bits per character" if bits else "test perplexity")
         axes.invert_yaxis()
         axes.grid(alpha=0.3)
     figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=3, frameon=False)
@@ -101,14 +101,14 @@ def draw(rows: list[dict], path: Path) -> None:
 
 
 def main(options: Parity) -> None:
-    table = Table(HERE / "results.jsonl", options)
+    table = Table(HERE, options)
     with budget(options.minutes):
         for seeds in rounds(max(SEEDS.values())):
             for model in options.models:
                 config = settings(table, options.study, model)
                 seeds_of_model = [seed for seed in seeds if seed < SEEDS.get(model, 1)]
                 table.rows_of_seeds(config, seeds_of_model, study=options.study, model=model)
-                draw(table.rows, HERE / "perplexity.png")
+                draw(table.rows, table.folder / "perplexity.png")
 
 
 if __name__ == "__main__":
