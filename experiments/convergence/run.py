@@ -1,14 +1,13 @@
 """How many passes a fixed point takes: `python experiments/convergence/run.py --checkpoint RUN --data-dir DIR`.
 
-For each run of ranjax.train with recurrent gates, as trained and as it began, and each of its layers: the residual of
-every pass and its distance from the sequential states, over lengths, over weights on h scaled up, for some iterations.
-float64, batch 1, the run's own validation text. Rows go to results.jsonl, a picture to residuals.png.
-"Passes to a level": those made before the states whose residual is at most that.
+For runs of ranjax.train with recurrent gates, as trained and as they began: the residual of every pass of each layer
+and its distance from the sequential states, over lengths, over weights on h scaled up, for some iterations; float64,
+batch 1, the validation text. "Passes to a level" are those made before the states whose residual is at most that.
 """
 
 import dataclasses
-import datetime
 import json
+from datetime import date
 from pathlib import Path
 
 import jax
@@ -19,7 +18,9 @@ from passes import variants, windows
 import ranjax
 from ranjax.cell import output
 from ranjax.data import load_corpus
+from ranjax.errors import exit_with_message
 from ranjax.evaluate import load_run
+from ranjax.report import device, versions
 
 HERE = Path(__file__).parent
 USUAL = ("diagonal", "frozen", "float32", "not averaged")  # at all lengths
@@ -54,9 +55,8 @@ def study(params: dict, x: jax.Array, activation: str, trained: bool, options: O
     for time, scale in (*((time, 1.0) for time in options.lengths), *((512, scale) for scale in options.scales)):
         scaled = {**params, "gates": {**params["gates"], "recurrent_kernel": scale * kernel}}
         compared = variants(scaled, x[:, :time], activation, options.most, x[:, time : 2 * time])
-        everything = trained and (time, scale) == (512, 1)
         common = {"time": time, "scale": scale, "spectral_norm": round(scale * norm, 2)}
-        names = compared if everything else USUAL if scale == 1 else ("diagonal",)
+        names = compared if trained and (time, scale) == (512, 1) else USUAL if scale == 1 else ("diagonal",)
         rows += [{"iteration": name, **common, **compared[name]()} for name in names]
         for size in WINDOWS.get(time, ()):
             counts = windows(scaled, x[:, :time], activation, size)
@@ -69,15 +69,15 @@ def draw(rows: list[dict], path: Path) -> None:
     from matplotlib.figure import Figure
 
     rows = [row for row in rows if row["epochs"] and row["scale"] == 1 and "residuals" in row]
-    runs, layers = (list(dict.fromkeys(row[key] for row in rows)) for key in ("run", "layer"))
-    figure = Figure(figsize=(3.2 * len(runs) + 2, 3 * len(layers)), layout="constrained")
-    grid = figure.subplots(len(layers), len(runs), squeeze=False, sharey=True)
-    for (run, layer), axes in zip(((run, layer) for layer in layers for run in runs), grid.flat, strict=True):
+    runs, layers, times = (list(dict.fromkeys(row[key] for row in rows)) for key in ("run", "layer", "time"))
+    columns, height = 2 * len(layers), (len(runs) + 1) // 2  # two runs a line
+    figure = Figure(figsize=(3.2 * columns + 2, 3 * height), layout="constrained")
+    for number, (run, layer) in enumerate(((run, layer) for run in runs for layer in layers), 1):
+        axes = figure.add_subplot(height, columns, number, sharey=figure.axes[0] if figure.axes else None)
         for row in rows:
             if (row["run"], row["layer"]) == (run, layer) and row["iteration"] in ("diagonal", "frozen"):
-                color = f"C{sorted({r['time'] for r in rows}).index(row['time'])}"
-                style = "-" if row["iteration"] == "diagonal" else ":"
-                axes.plot(row["residuals"], style, color=color, label=f"{row['iteration']}, T = {row['time']:,}")
+                style = f"C{times.index(row['time'])}" + ("-" if row["iteration"] == "diagonal" else ":")
+                axes.plot(row["residuals"], style, label=f"{row['iteration']}, T = {row['time']:,}")
         axes.set(yscale="log", title=f"{run}, layer {layer}")
     figure.supxlabel("pass")
     figure.legend(*axes.get_legend_handles_labels(), loc="outside right", fontsize="small")
@@ -86,7 +86,7 @@ def draw(rows: list[dict], path: Path) -> None:
 
 
 def main(options: Options) -> None:
-    rows = []
+    rows, process = [], {"date": date.today().isoformat(), "device": device(), "versions": versions()}
     for directory in options.checkpoint:
         run = load_run(directory)
         corpus = load_corpus(run.config.dataset, options.data_dir, run.config.tokenizer)
@@ -100,9 +100,9 @@ def main(options: Options) -> None:
             for layer, size in enumerate(run.model.sizes):
                 cell = params[f"stack_{layer}"]["cell"]
                 for row in study(cell, x, run.config.activation, trained > 0, options):
-                    about = {"run": Path(directory).name, "dataset": Path(run.config.dataset).name}
-                    about |= {"dropout": run.config.dropout, "epochs": trained, "layer": layer + 1, "features": size}
-                    about |= {"activation": run.config.activation, "date": datetime.date.today().isoformat()}
+                    about = {"run": Path(directory).name, "dataset": Path(run.config.dataset).name, "epochs": trained}
+                    about |= {"layer": layer + 1, "features": size, "activation": run.config.activation}
+                    about |= {"dropout": run.config.dropout, **process}
                     rows.append(about | row)
                     print({key: value for key, value in rows[-1].items() if key != "residuals"}, flush=True)
                 states, _ = ranjax.solve(cell, x, gates="recurrent", activation=run.config.activation)
@@ -115,4 +115,5 @@ if __name__ == "__main__":
     import tyro
 
     jax.config.update("jax_enable_x64", True)
-    main(tyro.cli(Options))
+    with exit_with_message():
+        main(tyro.cli(Options))

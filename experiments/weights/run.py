@@ -6,19 +6,19 @@ shares of a logit compare with what becomes of it when a word is changed. Figure
 
 import datetime
 import json
-import os
 from dataclasses import dataclass
 from pathlib import Path
 
-import jax
 import numpy as np
 from measures import against_changes, by_frequency, by_word
 
 from ranjax import views
 from ranjax.data import load_corpus
+from ranjax.errors import exit_with_message
 from ranjax.evaluate import load_run
 from ranjax.explanation import explain
 from ranjax.memory import Memory, memory
+from ranjax.report import device, versions
 
 HERE = Path(__file__).parent
 QUANTILES = (0.5, 0.9, 0.99)
@@ -74,7 +74,8 @@ def main(options: Options) -> None:
     results = {
         "run": {"dataset": run.config.dataset, "features": run.model.sizes, "gates": run.model.gates},
         "date": datetime.date.today().isoformat(),
-        "device": f"{os.cpu_count()} CPU cores" if jax.default_backend() == "cpu" else jax.devices()[0].device_kind,
+        "device": device(),
+        "versions": versions(),
         "passage": passage,
         "half_lives": [
             {
@@ -96,4 +97,5 @@ def main(options: Options) -> None:
 if __name__ == "__main__":
     import tyro
 
-    main(tyro.cli(Options))
+    with exit_with_message():
+        main(tyro.cli(Options))
