@@ -29,7 +29,7 @@ class Options:
     """What every study takes."""
 
     data_dir: str | None = None
-    """Folder of the data sets; without it those that have a public home are downloaded."""
+    """Folder of the data sets; without it WikiText (only) is downloaded."""
     runs: str = "runs"
     """Folder that keeps the runs while the study lasts."""
     minutes: float | None = None
