@@ -83,7 +83,7 @@ class Table:
         after another.
         """
         configs = [dataclasses.replace(config, seed=seed) for seed in seeds]
-        self.rows = _read(self.path)  # another program may have added some
+        self.rows = _read(self.path)
         missing = [config for config in configs if self._found(config, labels) is None]
         if missing:
             self._check_text(config)
@@ -98,9 +98,8 @@ class Table:
             rows = [_row(_without_figures(runs[0]))]
         self.folder.mkdir(parents=True, exist_ok=True)
         with self.path.open("a", encoding="utf-8") as file:
-            for row in rows:
-                self.rows.append(labels | row)
-                file.write(json.dumps(self.rows[-1]) + "\n")
+            file.writelines(json.dumps(labels | row) + "\n" for row in rows)
+        self.rows = _read(self.path)  # another program may have added some
         return [row for config in configs if (row := self._found(config, labels))]
 
     def best(self, config: Config, name: str, values: Sequence, short: dict[str, Any], **labels: Any) -> Any:

@@ -77,11 +77,20 @@ def test_rows_of_another_text_are_not_joined(config, tmp_path):
 
 
 def test_a_table_that_another_program_writes_to_is_read_anew(config, tmp_path, monkeypatch):
-    monkeypatch.setattr(study, "train_together", lambda _: pytest.fail("trained"))
-    table = study.Table(tmp_path, study.Options())
-    row = {"model": "RAN", "config": vars(config), "valid_perplexity": 3.0}
-    (tmp_path / "results.jsonl").write_text(json.dumps(row) + "\n")
+    """Before a training and after it."""
+    table, file = study.Table(tmp_path, study.Options(runs=str(tmp_path))), tmp_path / "results.jsonl"
+    others = {"model": "RAN", "config": vars(config), "valid_perplexity": 3.0, "tokens": None}
+    file.write_text(json.dumps(others) + "\n")
     assert table.row(config, model="RAN")["valid_perplexity"] == 3.0
+
+    def trained(_):
+        with file.open("a") as added:
+            added.write(json.dumps(others | {"model": "GRU"}) + "\n")
+        raise DivergedError("not finite")
+
+    monkeypatch.setattr(study, "train_together", trained)
+    table.row(config, model="LSTM")
+    assert [row["model"] for row in table.rows] == ["RAN", "GRU", "LSTM"]
 
 
 def test_a_perplexity_beyond_all_figures_is_none_in_the_row():
