@@ -86,7 +86,7 @@ def draw(rows: list[dict], path: Path) -> None:
         of = [(model, row) for model in MODELS for row in chosen(rows, study=study, model=model)]
         found = [(value(row, "test_bits" if bits else "test_perplexity"), model) for model, row in of]
         edge = 1.15 * min(found)[0]
-        published = [(x, model) for model, x in PUBLISHED.get(study, {}).items() if any(model == m for _, m in found)]
+        published = [(x, model) for model, x in PUBLISHED.get(study, {}).items() if x <= edge]
         for label, style, dots in (
             ("measured, a dot a seed", "oC0", [dot for dot in found if dot[0] <= edge]),
             ("beyond", ">C0", [(edge, model) for x, model in found if x > edge]),
