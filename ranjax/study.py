@@ -246,9 +246,14 @@ def _row(result: dict[str, Any]) -> dict[str, Any]:
     config = _settings(result["config"])
     row = {"dataset": result["dataset"]}
     row |= {name: config[name] for name in ("cell", "gates", "activation", "seed", "dropout", "learning_rate")}
-    for name in ("test_perplexity", "valid_perplexity"):
-        row[name] = None if result[name] == MOST else result[name]
-    row |= {name: result[name] for name in ("valid_perplexities", "test_bits", "tokens_per_second")}
+    row |= {name: _finite(result[name]) for name in ("test_perplexity", "valid_perplexity")}
+    row["valid_perplexities"] = [_finite(perplexity) for perplexity in result["valid_perplexities"] or ()]
+    row |= {name: result[name] for name in ("test_bits", "tokens_per_second")}
     row |= {"tokens": result["test_tokens"], "parameters": result["parameters"], "seconds": result["training_seconds"]}
     row |= {name: result[name] for name in ("side_by_side", "device", "date")}
     return row | {"config": config, "versions": result["versions"]}
+
+
+def _finite(perplexity: float | None) -> float | None:
+    """None for one beyond all figures."""
+    return None if perplexity == MOST else perplexity

@@ -97,9 +97,12 @@ def test_a_perplexity_beyond_all_figures_is_none_in_the_row():
     names = (
         "dataset test_bits tokens_per_second parameters training_seconds side_by_side device date versions test_tokens"
     )
-    result = dict.fromkeys(names.split(), 1) | {"valid_perplexities": [2.0], "config": dataclasses.asdict(Config())}
+    result = dict.fromkeys(names.split(), 1) | {
+        "valid_perplexities": [2.0, evaluate.MOST],
+        "config": dataclasses.asdict(Config()),
+    }
     row = study._row(result | {"valid_perplexity": 2.0, "test_perplexity": evaluate.perplexity(800.0)})
-    assert (row["valid_perplexity"], row["test_perplexity"]) == (2.0, None)
+    assert (row["valid_perplexity"], row["valid_perplexities"], row["test_perplexity"]) == (2.0, [2.0, None], None)
 
 
 def test_a_row_that_was_cut_off_is_named(tmp_path):
