@@ -163,7 +163,7 @@ def test_runs_side_by_side_are_those_alone(text, tmp_path, monkeypatch):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-4), *states)
 
     further = [dataclasses.replace(config, epochs=2) for config in on]
-    train.train(further[0])  # now they are at different steps
+    assert train.train(further[0])["side_by_side"] == 2  # for an epoch, which is in its seconds; now at different steps
     assert [r["config"]["epochs"] for r in train.train_together(further)] == [2, 2]
     with pytest.raises(UserError, match="the same settings, but for --seed"):
         train.train_together([alone, dataclasses.replace(both[0], dropout=0.1)])
