@@ -147,18 +147,24 @@ def together(states: Sequence["TrainState"]) -> "TrainState":
 
 @contextmanager
 def interrupts(runs: Sequence[Run]) -> Iterator[Interrupt]:
-    """Ctrl-C and SIGTERM ask the loop to stop after its step; a second one is not waited for."""
+    """Ctrl-C and SIGTERM ask the loop to stop after its step; a second one is not waited for.
+
+    With all saved they end the program where it is, and where that is lost, as every exception is in a callback of the
+    garbage collector (JAX has one), at the next step or on leaving.
+    """
     asked = Interrupt()
 
     def ask(number, _):
-        if asked.saved is not None:
-            leave(runs, number, asked.saved)
         asked.signal = number
         signal.signal(number, previous[number])
+        if asked.saved is not None:
+            leave(runs, number, asked.saved)
 
     previous = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield asked
+        if asked.signal is not None and asked.saved is not None:
+            leave(runs, asked.signal, asked.saved)
     finally:
         for number, handler in previous.items():
             signal.signal(number, handler)

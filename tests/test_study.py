@@ -1,6 +1,7 @@
 """Studies: rows that are there are not trained for again, what was cut off goes on, time runs out."""
 
 import dataclasses
+import gc
 import json
 import math
 import os
@@ -207,6 +208,22 @@ def test_a_budget_is_taken_back(config):
 def test_time_that_runs_out_between_two_trainings_ends_the_program_in_order():
     with pytest.raises(SystemExit) as ended, study.budget(0.001):
         time.sleep(5)
+    assert ended.value.code == 128 + signal.SIGTERM
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+def test_time_that_runs_out_in_a_callback_of_the_garbage_collector_ends_the_program_a_second_later():
+    def collect(*_):
+        gc.callbacks.remove(collect)
+        signal.raise_signal(signal.SIGALRM)
+
+    def work():
+        gc.callbacks.append(collect)
+        gc.collect()
+        time.sleep(5)
+
+    with pytest.raises(SystemExit) as ended, study.budget(60):
+        work()
     assert ended.value.code == 128 + signal.SIGTERM
 
 

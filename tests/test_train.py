@@ -1,6 +1,7 @@
 """Training, resumption, evaluation, generation: as a user runs them."""
 
 import dataclasses
+import gc
 import json
 import math
 import os
@@ -200,6 +201,38 @@ def test_a_signal_during_validation_ends_at_once_and_loses_nothing(text, tmp_pat
         patch.setattr("ranjax.evaluate.make_evaluator", lambda _: interrupt)
         with pytest.raises(SystemExit, match="143"):
             train.train(broken)
+    train.train(dataclasses.replace(broken, resume=True))
+    assert_same(final_state(broken, text), final_state(straight, text))
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+@pytest.mark.parametrize("lost", [1, 4])  # in the first validation; in the test, after which no step comes
+def test_a_signal_lost_in_a_callback_ends_the_program_all_the_same(lost, text, tmp_path, monkeypatch):
+    """What is raised in one of the garbage collector's is only printed."""
+    straight, broken = (settings(text, tmp_path / name, epochs=2) for name in ("straight", "broken"))
+    train.train(straight)
+    calls = []
+
+    def collect(*_):
+        gc.callbacks.remove(collect)
+        signal.raise_signal(signal.SIGTERM)
+
+    def interrupted(model):
+        def evaluate(*args):
+            calls.append(args)
+            if len(calls) == lost:
+                gc.callbacks.append(collect)
+                gc.collect()
+            return evaluator(*args)
+
+        evaluator = make_evaluator(model)
+        return evaluate
+
+    with monkeypatch.context() as patch:
+        patch.setattr("ranjax.evaluate.make_evaluator", interrupted)
+        with pytest.raises(SystemExit, match="143"):
+            train.train(broken)
+    assert len(calls) == lost
     train.train(dataclasses.replace(broken, resume=True))
     assert_same(final_state(broken, text), final_state(straight, text))
 
