@@ -88,6 +88,22 @@ class Loop:
     text: Any
     windows: int
 
+    def epochs(
+        self, state: "TrainState", number: int, validate: "Callable[[Any], Evaluation]", stop: Interrupt
+    ) -> list["TrainState"]:
+        """Trains up to so many epochs, each validated and saved; returns the state of each run."""
+        for _ in range(int(self.counters(state)[0].epoch), number):
+            state = self.epoch(state, stop)
+            evaluations = [validate(part.params) for part in self.parts(state)]
+            stop.saved = None  # a save that is cut short would leave threads that wait for its end
+            rows = zip(self.runs, self.parts(state), evaluations, strict=True)
+            state = together([run.validated(part, evaluation) for run, part, evaluation in rows])
+        parts = self.parts(state)
+        stop.saved = int(parts[0].step)
+        if stop.signal is not None:  # it came while the last validated state was being saved
+            leave(self.runs, stop.signal, stop.saved)
+        return parts
+
     def epoch(self, state: "TrainState", stop: Interrupt) -> "TrainState":
         """Trains to the end of the state's epoch and saves; an interrupt saves too and leaves the program."""
         stop.saved = None

@@ -56,7 +56,7 @@ def train_together(configs: Sequence[Config]) -> list[dict[str, Any]]:
     from ranjax.checkpoint import Checkpoints
     from ranjax.data import columns, load_corpus, windows_per_epoch
     from ranjax.evaluate import make_evaluator
-    from ranjax.loop import Loop, Run, interrupts, leave, together
+    from ranjax.loop import Loop, Run, interrupts, together
     from ranjax.report import Report
     from ranjax.step import build_model, initial_state, make_optimizer, make_step
 
@@ -77,21 +77,11 @@ def train_together(configs: Sequence[Config]) -> list[dict[str, Any]]:
     reports = [Report(c.directory, c, windows, at, side_by_side=number, quiet=c is not first) for c in configs]
     runs = [Run(c, Checkpoints(c.directory), report) for c, report in zip(configs, reports, strict=True)]
     step = make_step(model, optimizer, first, windows, [config.seed for config in configs])
-    loop = Loop(runs, step, jax.device_put(text), windows)
-    epoch, evaluate = int(states[0].epoch), make_evaluator(model)
+    loop, evaluate = Loop(runs, step, jax.device_put(text), windows), make_evaluator(model)
     state = together(states)
     del states  # the loop holds all that training needs, once
     with runs[0].report, interrupts(runs) as stop:
-        for _ in range(epoch, first.epochs):
-            state = loop.epoch(state, stop)
-            evaluations = [evaluate(part.params, corpus.valid) for part in loop.parts(state)]
-            stop.saved = None  # a save that is cut short would leave threads that wait for its end
-            rows = zip(runs, loop.parts(state), evaluations, strict=True)
-            state = together([run.validated(part, evaluation) for run, part, evaluation in rows])
-        parts = loop.parts(state)
-        stop.saved = int(parts[0].step)
-        if stop.signal is not None:  # it came while the last validated state was being saved
-            leave(runs, stop.signal, stop.saved)
+        parts = loop.epochs(state, first.epochs, lambda params: evaluate(params, corpus.valid), stop)
         return [_result(run, corpus, part, evaluate) for run, part in zip(runs, parts, strict=True)]
 
 
