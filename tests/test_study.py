@@ -308,6 +308,15 @@ def test_tuning_takes_the_best_of_the_grid(monkeypatch, tmp_path):
     assert parity["settings"](None, "text8", "RAN, identity").learning_rate == 2e-3
 
 
+def test_wikitext_is_trained_at_what_came_out_best_on_penn_treebank():
+    parity = runpy.run_path(str(EXPERIMENTS / "parity" / "run.py"))
+    rows = [json.loads(line) for line in (EXPERIMENTS / "parity" / "results.jsonl").read_text("utf-8").splitlines()]
+    for model in parity["MODELS"]:
+        best = study.chosen(rows, study="ptb-small-tuned", model=model)[0]
+        config = parity["settings"](None, "wikitext-2", model)
+        assert (config.learning_rate, config.dropout) == (best["learning_rate"], best["dropout"])
+
+
 def test_models_of_bytes_stay_within_forty_million_parameters():
     parity = runpy.run_path(str(EXPERIMENTS / "parity" / "run.py"))
     for name in parity["MODELS"]:
