@@ -37,7 +37,7 @@ class Config:
     gates: Literal["recurrent", "diagonal", "input"] = "recurrent"
     """What a RAN's gates see: the whole last output, their own feature of it, or the input only."""
     activation: Literal["tanh", "identity"] = "tanh"
-    """A RAN's output h = g(c). With recurrent gates the identity diverges at the default settings."""
+    """A RAN's output h = g(c). With recurrent gates the identity diverges with some seeds at the default settings."""
     ablation: Literal["input-gate", "forget-gate", "gates", "complement", "content"] | None = None
     """What a RAN does without: a gate, or both, that answers to nothing (a learned constant), an input gate of its own
     (i = 1 - f), or the content layer (u = x)."""

@@ -318,6 +318,21 @@ def test_wikitext_is_trained_at_what_came_out_best_on_penn_treebank():
         assert (config.learning_rate, config.dropout) == (best["learning_rate"], best["dropout"])
 
 
+def test_three_models_have_several_seeds(tmp_path):
+    main, trained = runpy.run_path(str(EXPERIMENTS / "parity" / "run.py"))["main"], []
+
+    class Rows(study.Table):
+        def rows_of_seeds(self, config, seeds, measure=None, **labels):
+            trained.extend((labels["model"], seed) for seed in seeds)
+
+    main.__globals__.update(Table=Rows, draw=lambda *_: None)
+    models = ("RAN", "GRU", "LSTM")
+    for seeds, more in ((1, []), (2, [("RAN", 1), ("LSTM", 1)])):
+        trained.clear()
+        main(main.__globals__["Parity"](study="wikitext-2", models=models, seeds=seeds, out=str(tmp_path)))
+        assert trained == [*((model, 0) for model in models), *more]
+
+
 def test_models_of_bytes_stay_within_forty_million_parameters():
     parity = runpy.run_path(str(EXPERIMENTS / "parity" / "run.py"))
     for name in parity["MODELS"]:
