@@ -178,6 +178,8 @@ def chosen(rows: Iterable[dict[str, Any]], **labels: str | int) -> list[dict[str
 
 def rounds(seeds: int) -> list[list[int]]:
     """The seeds that are trained side by side: all of them on a GPU or TPU, one after another on a CPU."""
+    if seeds < 1:
+        raise UserError(f"--seeds must be at least 1; got {seeds}.")
     import jax
 
     return [[seed] for seed in range(seeds)] if jax.default_backend() == "cpu" else [list(range(seeds))]

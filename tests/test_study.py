@@ -162,6 +162,8 @@ def test_seeds_go_one_after_another_on_a_cpu_and_together_elsewhere(monkeypatch)
     for backend, expected in (("cpu", [[0], [1], [2]]), ("gpu", [[0, 1, 2]])):
         monkeypatch.setattr(jax, "default_backend", lambda backend=backend: backend)
         assert study.rounds(3) == expected
+    with pytest.raises(UserError, match="--seeds must be at least 1; got 0"):
+        study.rounds(0)
 
 
 def test_the_settings_that_came_out_best_are_those_of_the_first_seed(config):
