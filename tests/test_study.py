@@ -309,6 +309,8 @@ def test_tuning_takes_the_best_of_the_grid(monkeypatch, tmp_path):
     assert parity["settings"](table, "ptb-small-tuned", "S-RNN").learning_rate == 0.0625  # three times at most
     assert parity["settings"](None, "ptb-large", "RAN, identity").learning_rate == 0.5
     assert parity["settings"](None, "text8", "RAN, identity").learning_rate == 2e-3
+    assert parity["settings"](None, "ptb-medium", "S-RNN").learning_rate == 0.25
+    assert parity["settings"](None, "ptb-medium", "LSTM").learning_rate == 1.0
 
 
 def test_wikitext_is_trained_at_what_came_out_best_on_penn_treebank():

@@ -42,8 +42,8 @@ STUDIES = {
 SHORT = {"epochs": 4, "decay_after": 2}
 GRID = {"learning_rate": ((0.5, 1.0, 2.0), SHORT), "dropout": ((0.1, 0.25, 0.4), {})}  # one after the other
 # Where a model's settings are not its study's: the authors' rates; what came out best in ptb-small-tuned.
-OWN = {("ptb-medium", "RAN, identity"): {"learning_rate": 0.8}, ("ptb-large", "RAN, identity"): {"learning_rate": 0.5},
-       ("wikitext-2", "S-RNN"): {"learning_rate": 0.25, "dropout": 0.1}}  # fmt: skip
+OWN = {"S-RNN": {"ptb-medium": {"learning_rate": 0.25}, "wikitext-2": {"learning_rate": 0.25, "dropout": 0.1}},
+       "RAN, identity": {"ptb-medium": {"learning_rate": 0.8}, "ptb-large": {"learning_rate": 0.5}}}  # fmt: skip
 PUBLISHED = {  # Zaremba et al. 2014 (small); Levy et al. 2018, table 1 (medium, large)
     "ptb-small": {"LSTM": 114.5},
     "ptb-medium": {"LSTM": 83.9, "RAN": 81.6, "S-RNN": 140.9},
@@ -65,7 +65,7 @@ class Parity(Options):
 
 def settings(table: Table, study: str, model: str) -> Config:
     """The study's settings of a model; if tuned, the best of the grid (its short runs are labelled "...-grid")."""
-    config = replace(STUDIES[study], **MODELS[model], **OWN.get((study, model), {}))
+    config = replace(STUDIES[study], **MODELS[model], **OWN.get(model, {}).get(study, {}))
     for name, (values, length) in GRID.items() if study.endswith("-tuned") else ():
         label = f"{study}-grid" if length else study
         config = replace(config, **{name: table.best(config, name, values, length, study=label, model=model)})
