@@ -5,6 +5,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -27,7 +28,8 @@ def train(config: Config) -> dict[str, Any]:
       What `result.json` holds.
 
     Raises:
-      UserError: for bad input, a directory that exists, five steps in a row that were not finite.
+      UserError: for bad input, a directory that exists, a run that another program trains, five steps in a row that
+        were not finite.
       SystemExit: after an interrupt, once the state is saved.
     """
     return train_together([config])[0]
@@ -69,20 +71,22 @@ def train_together(configs: Sequence[Config]) -> list[dict[str, Any]]:
     windows = windows_per_epoch(text.shape[1], first.steps)
     model = build_model(first, len(corpus.vocabulary))
     optimizer = make_optimizer(first, windows)
-    states = [_begin(config, corpus, initial_state(model, optimizer, config)) for config in configs]
-    if len({(int(state.step), int(state.epoch)) for state in states}) > 1:
-        return [train(replace(config, resume=True)) for config in configs]
+    with ExitStack() as held:
+        states = [_begin(config, corpus, initial_state(model, optimizer, config), held) for config in configs]
+        if len({(int(state.step), int(state.epoch)) for state in states}) > 1:
+            held.close()
+            return [train(replace(config, resume=True)) for config in configs]
 
-    at, number = int(states[0].step), len(configs)
-    reports = [Report(c.directory, c, windows, at, side_by_side=number, quiet=c is not first) for c in configs]
-    runs = [Run(c, Checkpoints(c.directory), report) for c, report in zip(configs, reports, strict=True)]
-    step = make_step(model, optimizer, first, windows, [config.seed for config in configs])
-    loop, evaluate = Loop(runs, step, jax.device_put(text), windows), make_evaluator(model)
-    state = together(states)
-    del states  # the loop holds all that training needs, once
-    with runs[0].report, interrupts(runs) as stop:
-        parts = loop.epochs(state, first.epochs, lambda params: evaluate(params, corpus.valid), stop)
-        return [_result(run, corpus, part, evaluate) for run, part in zip(runs, parts, strict=True)]
+        at, number = int(states[0].step), len(configs)
+        reports = [Report(c.directory, c, windows, at, side_by_side=number, quiet=c is not first) for c in configs]
+        runs = [Run(c, Checkpoints(c.directory), report) for c, report in zip(configs, reports, strict=True)]
+        step = make_step(model, optimizer, first, windows, [config.seed for config in configs])
+        loop, evaluate = Loop(runs, step, jax.device_put(text), windows), make_evaluator(model)
+        state = together(states)
+        del states  # the loop holds all that training needs, once
+        with runs[0].report, interrupts(runs) as stop:
+            parts = loop.epochs(state, first.epochs, lambda params: evaluate(params, corpus.valid), stop)
+            return [_result(run, corpus, part, evaluate) for run, part in zip(runs, parts, strict=True)]
 
 
 def _check_together(configs: Sequence[Config]) -> None:
@@ -108,12 +112,16 @@ def _result(run: "Run", corpus: "Corpus", state: "TrainState", evaluate: Callabl
     return run.report.result(corpus, state, evaluate(best, corpus.valid), evaluate(best, corpus.test))
 
 
-def _begin(config: Config, corpus: "Corpus", state: "TrainState") -> "TrainState":
-    """Makes the run's directory with `state` in it, or takes the state of the run that is there to go on from."""
+def _begin(config: Config, corpus: "Corpus", state: "TrainState", held: ExitStack) -> "TrainState":
+    """Makes the run's directory with `state` in it, or takes the state of the run that is there to go on from.
+
+    The run is then this program's alone until `held` is closed.
+    """
     from ranjax.checkpoint import Checkpoints
 
     directory = config.directory
     if config.resume:
+        _lock(directory, held)
         _check_text(directory, corpus)
         state = Checkpoints(directory).load("latest", state)
         save_config(config, directory)
@@ -128,7 +136,20 @@ def _begin(config: Config, corpus: "Corpus", state: "TrainState") -> "TrainState
     except BaseException:
         shutil.rmtree(unfinished)
         raise
+    _lock(directory, held)
     return state
+
+
+def _lock(directory: Path, held: ExitStack) -> None:
+    """Keeps others from the run; the system opens the lock of a program that was killed."""
+    from filelock import FileLock, Timeout
+
+    try:
+        held.enter_context(FileLock(directory / ".lock", blocking=False))
+    except Timeout:
+        raise UserError(
+            f"the run in {directory} is being trained by another program. Wait for its end, or stop it, and --resume."
+        ) from None
 
 
 def _save_text(directory: Path, corpus: "Corpus") -> None:

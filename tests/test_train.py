@@ -63,7 +63,7 @@ def assert_same(a, b):
 def test_a_run_leaves_all_it_promises(run):
     out, result = run
     names = {"config.json", "vocabulary.json", "text.json", "metrics.jsonl", "result.json", "loss.png", "checkpoints"}
-    assert {path.name for path in out.iterdir()} == names
+    assert {path.name for path in out.iterdir()} - {".lock"} == names
     assert json.loads((out / "result.json").read_text()) == json.loads(json.dumps(result))
     promised = {"dataset", "test_perplexity", "valid_perplexity", "test_tokens", "tokens_per_second", "parameters"}
     assert promised | {"config", "versions"} <= set(result)
@@ -244,6 +244,20 @@ def test_a_run_killed_before_its_first_step_can_be_resumed(text, tmp_path, monke
         with pytest.raises(ZeroDivisionError):
             train.train(config)
     assert train.train(dataclasses.replace(config, resume=True))["test_tokens"] > 0
+
+
+def test_a_run_is_trained_by_one_program_at_a_time(text, tmp_path, monkeypatch):
+    config = settings(text, tmp_path / "run", epochs=1)
+    again, make_step = dataclasses.replace(config, resume=True), step.make_step
+
+    def meanwhile(*args):
+        monkeypatch.undo()
+        with pytest.raises(UserError, match="is being trained by another program. Wait for its end"):
+            train.train(again)
+        return make_step(*args)
+
+    monkeypatch.setattr(step, "make_step", meanwhile)
+    assert train.train(config)["test_perplexity"] == train.train(again)["test_perplexity"]  # free again
 
 
 def _one_step_at_a_time(patch, *configs):
