@@ -28,34 +28,16 @@ def variants(
 ) -> dict[str, Callable[[], dict]]:
     """What can be compared, by name: how its passes go."""
     solve = partial(ranjax.solve, gates="recurrent", activation=activation, solver="sequential")
-    c0, (expected, _) = jnp.zeros((1, params["content"]["kernel"].shape[1])), solve(params, x)
-    kernel = params["gates"]["recurrent_kernel"]
-
-    def made(params, x, splitting):
-        steps = Steps(content(params, x), gates_of_input(params, x))
-        return jax.jit(make_pass(params, steps, c0.astype(x.dtype), activation, FixedPoint(splitting)))
-
-    diagonal, frozen = (made(params, x, splitting) for splitting in get_args(Splitting))
-
-    def narrow():
-        single = made(*jax.tree.map(lambda a: a.astype(jnp.float32), (params, x)), "diagonal")
-        return passes([single] * most, expected.astype(jnp.float32))
-
-    def rough():
-        with mock.patch("ranjax.recurrent._recurrent", rounded):
-            return passes([made(params, x, "diagonal")] * most, expected)
+    expected = solve(params, x)[0]
+    diagonal, frozen = (make_solved(params, x, activation, splitting) for splitting in get_args(Splitting))
 
     def guessed(params, x):
         return passes([diagonal] * most, expected, first=solve(params, x)[0])
 
-    def near(kernel):
-        return passes([make_walked(params, x, c0, activation, kernel)] * most, expected)
-
     return {
         "diagonal": lambda: passes([diagonal] * most, expected),
         "frozen": lambda: passes([frozen] * most, expected),
-        "float32": narrow,
-        "bfloat16 products": rough,
+        **of_few_digits(params, x, activation, most, expected),
         "gates with h = 0 first": lambda: passes([frozen] + [diagonal] * (most - 1), expected),
         "frozen three times first": lambda: passes([frozen] * 3 + [diagonal] * (most - 3), expected),
         "from the states of other text": lambda: guessed(params, other_text),
@@ -64,6 +46,32 @@ def variants(
         "frozen, not averaged": lambda: passes([frozen] * most, expected, mix=alone),
         "Anderson, depth 1": lambda: passes([diagonal] * most, expected, mix=partial(anderson, depth=1)),
         "Anderson, depth 2": lambda: passes([diagonal] * most, expected, mix=partial(anderson, depth=2)),
+        **of_larger_jacobians(params, x, activation, most, expected),
+    }
+
+
+def of_few_digits(params: Params, x: jax.Array, activation: str, most: int, expected: jax.Array) -> dict:
+    """Variants whose arithmetic is rounded more."""
+
+    def narrow():
+        single = make_solved(*jax.tree.map(lambda a: a.astype(jnp.float32), (params, x)), activation, "diagonal")
+        return passes([single] * most, expected.astype(jnp.float32))
+
+    def rough():
+        with mock.patch("ranjax.recurrent._recurrent", rounded):
+            return passes([make_solved(params, x, activation, "diagonal")] * most, expected)
+
+    return {"float32": narrow, "bfloat16 products": rough}
+
+
+def of_larger_jacobians(params: Params, x: jax.Array, activation: str, most: int, expected: jax.Array) -> dict:
+    """Variants whose passes see more of the gates' Jacobian than its diagonal."""
+    kernel = params["gates"]["recurrent_kernel"]
+
+    def near(kernel):
+        return passes([make_walked(params, x, activation, kernel)] * most, expected)
+
+    return {
         "blocks of 10": lambda: near(block(kernel, 10)),
         "blocks of 50": lambda: near(block(kernel, 50)),
         "rank 10": lambda: near(low_rank(kernel, 10)),
@@ -116,10 +124,16 @@ def passes(
     return row | {"residuals": [float(f"{r:.2e}") for r in residuals]}
 
 
-def make_walked(params: Params, x: jax.Array, c0: jax.Array, activation: str, kernel: jax.Array) -> Pass:
+def make_solved(params: Params, x: jax.Array, activation: str, splitting: Splitting) -> Pass:
+    """A pass of the solver."""
+    steps = Steps(content(params, x), gates_of_input(params, x))
+    return jax.jit(make_pass(params, steps, zeros(params, x), activation, FixedPoint(splitting)))
+
+
+def make_walked(params: Params, x: jax.Array, activation: str, kernel: jax.Array) -> Pass:
     """A pass with the Jacobian that the gates would have with this `kernel` on h; with their own: Newton's method."""
     near = {"gates": {"recurrent_kernel": kernel}}
-    steps = Steps(content(params, x), gates_of_input(params, x))
+    steps, c0 = Steps(content(params, x), gates_of_input(params, x)), zeros(params, x)
 
     def apply(steps, c0, c):
         earlier = jnp.concatenate([c0[:, None], c[:, :-1]], axis=1)
@@ -136,6 +150,11 @@ def make_walked(params: Params, x: jax.Array, c0: jax.Array, activation: str, ke
         return jnp.moveaxis(c_next, 0, 1), relative(after - c, (after, earlier))
 
     return partial(jax.jit(apply), steps, c0)
+
+
+def zeros(params: Params, x: jax.Array) -> jax.Array:
+    """The state before the first step."""
+    return jnp.zeros((1, params["content"]["kernel"].shape[1]), x.dtype)
 
 
 def block(kernel: jax.Array, size: int) -> jax.Array:
@@ -169,7 +188,7 @@ def windows(params: dict, x: jax.Array, activation: str, size: int) -> dict:
     """Passes of windows that are solved one after another, each from the last state of the one before."""
     solver = FixedPoint(rtol=1e-4, window=None)
     solve = jax.jit(partial(ranjax.solve, gates="recurrent", activation=activation, solver=solver))
-    c0, counts = jnp.zeros((1, params["content"]["kernel"].shape[1])), []
+    c0, counts = zeros(params, x), []
     for start in range(0, x.shape[1], size):
         states, record = solve(params, x[:, start : start + size], c0)
         c0 = states[:, -1]
