@@ -1,5 +1,6 @@
 """What a user can mend: raised with a message that says how, shown by the programs without a traceback."""
 
+import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,11 +16,18 @@ class DivergedError(UserError):
 
 @contextmanager
 def exit_with_message() -> Iterator[None]:
-    """Turns a `UserError` into its message on standard error and exit code 1, as it is for a flag that is wrong."""
+    """Turns a `UserError` into its message on standard error and exit code 1, as it is for a flag that is wrong.
+
+    Where the output is read no further, as by `| head`, the program ends without a word.
+    """
     try:
         yield
+        sys.stdout.flush()
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
+        raise SystemExit(1) from None
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # takes what Python writes at its end
         raise SystemExit(1) from None
     except SystemExit as error:  # tyro has said what is wrong with a flag
         raise SystemExit(1 if error.code == 2 else error.code) from None

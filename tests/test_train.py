@@ -472,6 +472,21 @@ def test_a_program_ends_with_one_message_and_exit_code_1(tmp_path):
     assert not (tmp_path / "x").exists()
 
 
+@pytest.mark.parametrize("lines", ["itertools.count()", "range(5)"])  # while it writes, and at its end
+def test_a_program_whose_output_is_read_no_further_ends_without_a_word(lines):
+    code = (
+        "import itertools, sys\nfrom ranjax.errors import exit_with_message\nwith exit_with_message():\n"
+        f"    print('first', flush=True)\n    sys.stdin.read()\n    for line in {lines}: print(line)\n"
+    )
+    pipes = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE)
+    with subprocess.Popen([sys.executable, "-c", code], **pipes) as process:
+        assert process.stdout.readline() == b"first\n"
+        process.stdout.close()
+        process.stdin.close()
+        assert process.stderr.read() == b""
+        assert process.wait() == 1
+
+
 def test_a_model_that_has_diverged_is_written_in_short():
     result = evaluate.Evaluation(451_570.0, 10)
     assert json.loads(json.dumps(result.perplexity, allow_nan=False)) == 1e100
