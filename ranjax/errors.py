@@ -18,7 +18,8 @@ class DivergedError(UserError):
 def exit_with_message() -> Iterator[None]:
     """Turns a `UserError` into its message on standard error and exit code 1, as it is for a flag that is wrong.
 
-    Where the output is read no further, as by `| head`, the program ends without a word.
+    Ctrl-C, where a program does nothing else with it, and an output that is read no further, as by `| head`, end it
+    without a word.
     """
     try:
         yield
@@ -29,5 +30,7 @@ def exit_with_message() -> Iterator[None]:
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # takes what Python writes at its end
         raise SystemExit(1) from None
+    except KeyboardInterrupt:
+        raise SystemExit(130) from None  # as shells have it: 128 and the signal's number
     except SystemExit as error:  # tyro has said what is wrong with a flag
         raise SystemExit(1 if error.code == 2 else error.code) from None

@@ -487,6 +487,19 @@ def test_a_program_whose_output_is_read_no_further_ends_without_a_word(lines):
         assert process.wait() == 1
 
 
+def test_ctrl_c_ends_a_program_without_a_word():
+    code = (
+        "import sys\nfrom ranjax.errors import exit_with_message\nwith exit_with_message():\n"
+        "    print('first', flush=True)\n    sys.stdin.read()\n"
+    )
+    pipes = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE)
+    with subprocess.Popen([sys.executable, "-c", code], **pipes) as process:
+        assert process.stdout.readline() == b"first\n"
+        process.send_signal(signal.SIGINT)
+        assert process.stderr.read() == b""
+        assert process.wait() == 130
+
+
 def test_a_model_that_has_diverged_is_written_in_short():
     result = evaluate.Evaluation(451_570.0, 10)
     assert json.loads(json.dumps(result.perplexity, allow_nan=False)) == 1e100
