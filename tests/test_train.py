@@ -252,7 +252,7 @@ def test_a_run_is_trained_by_one_program_at_a_time(text, tmp_path, monkeypatch):
 
     def meanwhile(*args):
         monkeypatch.undo()
-        with pytest.raises(UserError, match="is being trained by another program"):
+        with pytest.raises(UserError, match=r"is being trained by another program\. Wait for its end"):
             train.train(again)
         return make_step(*args)
 
