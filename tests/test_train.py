@@ -1,5 +1,6 @@
 """Training, resumption, evaluation, generation: as a user runs them."""
 
+import contextlib
 import dataclasses
 import gc
 import json
@@ -472,15 +473,22 @@ def test_a_program_ends_with_one_message_and_exit_code_1(tmp_path):
     assert not (tmp_path / "x").exists()
 
 
-@pytest.mark.parametrize("lines", ["itertools.count()", "range(5)"])  # while it writes, and at its end
-def test_a_program_whose_output_is_read_no_further_ends_without_a_word(lines):
+@contextlib.contextmanager
+def waiting(body="pass"):
+    """A program that has written a line and waits on its input; then it goes on with `body`."""
     code = (
         "import itertools, sys\nfrom ranjax.errors import exit_with_message\nwith exit_with_message():\n"
-        f"    print('first', flush=True)\n    sys.stdin.read()\n    for line in {lines}: print(line)\n"
+        f"    print('first', flush=True)\n    sys.stdin.read()\n    {body}\n"
     )
     pipes = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE)
     with subprocess.Popen([sys.executable, "-c", code], **pipes) as process:
         assert process.stdout.readline() == b"first\n"
+        yield process
+
+
+@pytest.mark.parametrize("lines", ["itertools.count()", "range(5)"])  # while it writes, and at its end
+def test_a_program_whose_output_is_read_no_further_ends_without_a_word(lines):
+    with waiting(f"for line in {lines}: print(line)") as process:
         process.stdout.close()
         process.stdin.close()
         assert process.stderr.read() == b""
@@ -488,13 +496,7 @@ def test_a_program_whose_output_is_read_no_further_ends_without_a_word(lines):
 
 
 def test_ctrl_c_ends_a_program_without_a_word():
-    code = (
-        "import sys\nfrom ranjax.errors import exit_with_message\nwith exit_with_message():\n"
-        "    print('first', flush=True)\n    sys.stdin.read()\n"
-    )
-    pipes = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE)
-    with subprocess.Popen([sys.executable, "-c", code], **pipes) as process:
-        assert process.stdout.readline() == b"first\n"
+    with waiting() as process:
         process.send_signal(signal.SIGINT)
         assert process.stderr.read() == b""
         assert process.wait() == 130
