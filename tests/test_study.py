@@ -313,6 +313,14 @@ def test_tuning_takes_the_best_of_the_grid(monkeypatch, tmp_path):
     assert parity["settings"](None, "ptb-medium", "LSTM").learning_rate == 1.0
 
 
+def test_the_first_epochs_of_the_medium_study_are_those_of_the_whole():
+    parity = runpy.run_path(str(EXPERIMENTS / "parity" / "run.py"))
+    for model in parity["MODELS"]:
+        whole, first = (parity["settings"](None, study, model) for study in ("ptb-medium", "ptb-medium-15-epochs"))
+        assert dataclasses.replace(whole, epochs=15) == first
+        assert whole.schedule == "decay"  # it does not ask how many epochs there are
+
+
 def test_wikitext_is_trained_at_what_came_out_best_on_penn_treebank():
     parity = runpy.run_path(str(EXPERIMENTS / "parity" / "run.py"))
     rows = [json.loads(line) for line in (EXPERIMENTS / "parity" / "results.jsonl").read_text("utf-8").splitlines()]

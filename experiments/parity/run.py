@@ -32,6 +32,7 @@ STUDIES = {
     "ptb-small-tuned": replace(SMALL, steps=35, dropout=0.25),
     "ptb-small-20-tuned": replace(SMALL, dropout=0.1),
     "ptb-medium": PRESETS["ptb-medium"],
+    "ptb-medium-15-epochs": replace(PRESETS["ptb-medium"], epochs=15),  # the first 15 of its 39
     "ptb-large": PRESETS["ptb-large"],
     "wikitext-2": replace(SMALL, dataset="wikitext-2", steps=35, dropout=0.25, epochs=3, decay_after=1),
     "text8": TEXT8,
@@ -65,7 +66,7 @@ class Parity(Options):
 
 def settings(table: Table, study: str, model: str) -> Config:
     """The study's settings of a model; if tuned, the best of the grid (its short runs are labelled "...-grid")."""
-    config = replace(STUDIES[study], **MODELS[model], **OWN.get(model, {}).get(study, {}))
+    config = replace(STUDIES[study], **MODELS[model], **OWN.get(model, {}).get(study.removesuffix("-15-epochs"), {}))
     for name, (values, length) in GRID.items() if study.endswith("-tuned") else ():
         label = f"{study}-grid" if length else study
         config = replace(config, **{name: table.best(config, name, values, length, study=label, model=model)})
@@ -81,12 +82,11 @@ def draw(rows: list[dict], path: Path) -> None:
     height = -(-len(studies) // columns)
     figure = Figure(figsize=(4.2 * columns, 3 * height + 0.4), layout="constrained")
     for number, study in enumerate(studies, 1):
-        network = study.removesuffix("-tuned").removesuffix("-20").removesuffix("-wide")
+        network = study.removesuffix("-tuned").removesuffix("-20").removesuffix("-wide").removesuffix("-15-epochs")
         axes = figure.add_subplot(height, columns, number, sharex=first.get(network))
         first.setdefault(network, axes)
-        bits = STUDIES[study].dataset in ("text8", "enwik8")
-        of = [(model, row) for model in MODELS for row in chosen(rows, study=study, model=model)]
-        found = [(value(row, "test_bits" if bits else "test_perplexity"), model) for model, row in of]
+        key = "test_bits" if STUDIES[study].dataset in ("text8", "enwik8") else "test_perplexity"
+        found = [(value(row, key), model) for model in MODELS for row in chosen(rows, study=study, model=model)]
         most, data, edge = 1.15 * min(found)[0], axes.transData, axes.get_yaxis_transform()
         for label, style, where, dots in (
             ("measured, a dot a seed", "oC0", data, [dot for dot in found if dot[0] <= most]),
@@ -94,7 +94,7 @@ def draw(rows: list[dict], path: Path) -> None:
             ("published", "xC3", data, [(x, model) for model, x in PUBLISHED.get(study, {}).items() if x <= most]),
         ):
             axes.plot([x for x, _ in dots], [model for _, model in dots], style, label=label, transform=where)
-        axes.set(title=study, xlabel="test, bits per character" if bits else "test perplexity")
+        axes.set(title=study, xlabel=key.replace("_", " ").replace("bits", "bits per character"))
         axes.invert_yaxis()
         axes.grid(alpha=0.3)
     figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=3, frameon=False)
