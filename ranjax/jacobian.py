@@ -12,7 +12,7 @@ from ranjax.cell import ACTIVATIONS, Params, gates_of_state
 from ranjax.fixed_point import FixedPoint, iterate, or_walked, relative
 from ranjax.masks import Steps, seen
 from ranjax.mesh import before, varying_as
-from ranjax.scan import linear_recurrence
+from ranjax.scan import linear_recurrence, unroll
 
 FADED = 1e-3  # share of a sequence's largest cotangent, below which cotangents are to be right to that share only
 
@@ -136,7 +136,7 @@ def _walk(params: Params, first: Array, rows: tuple[Jacobians, Array], reverse: 
         v = v + step[1]
         return _transposed_product(turned, step[0], v), v
 
-    return lax.scan(back if reverse else there, first, rows, reverse=reverse)
+    return lax.scan(back if reverse else there, first, rows, reverse=reverse, unroll=unroll())
 
 
 def _iterated(

@@ -30,7 +30,7 @@ from ranjax.jacobian import (
 )
 from ranjax.masks import Steps, filled, seen
 from ranjax.mesh import at_the_edge, before, varying_as
-from ranjax.scan import linear_recurrence
+from ranjax.scan import linear_recurrence, unroll
 
 KEPT = "ranjax.states"  # of a window of time, for the way back
 COARSE = 1e-2  # residual below which products must be exact
@@ -129,7 +129,7 @@ def walk(params: Params, steps: Steps, c0: Array, activation: str) -> tuple[Arra
         after = update(earlier, step.u, gates)
         return after, (after, gates)
 
-    return lax.scan(advance, varying_as(c0, steps), steps)
+    return lax.scan(advance, varying_as(c0, steps), steps, unroll=unroll())
 
 
 def make_pass(

@@ -213,16 +213,26 @@ class Choice(NamedTuple):
 
 
 # Milliseconds of a gradient, from benchmarks/results/. Other shapes are there for the CPU: chunked wins at one of them,
-# 4 x 16,384 x 64. A kernel that has not run on its device is not a default: the GPU's ran as of e6eaacf and has been
-# rearranged since. How it fills a chip by shape is in kernels/gpu.py, chosen on the same H100 on the same day. Gates
-# that read all of h_{t-1} are walked through everywhere: 249 against 825 ms on that CPU, 2 x 8192 x 200; on a GPU that
-# has not been measured.
+# 4 x 16,384 x 64. A kernel that has not run on its device is not a default: the GPU's was timed as of e6eaacf, and has
+# passed its tests there since it was rearranged. How it fills a chip by shape is in kernels/gpu.py, chosen on the same
+# H100 on the same day. Gates that read all of h_{t-1} are walked through everywhere: 249 against 825 ms on that CPU,
+# 2 x 8192 x 200; on a GPU that has not been measured.
 CHOICES = (
     Choice("cpu", "sequential", "AMD EPYC, 2 cores, 2026-11-23, 8 x 1024 x 512: 14.1; chunked 18.2, associative 48.6"),
     Choice("cuda", "pallas", "H100, 2026-11-23, 32 x 1024 x 512: 0.255; associative 0.798"),
     Choice("tpu", "sequential", "not measured; associative_scan is slower there, De et al. 2024 (Griffin)"),
     Choice("default", "associative", "not measured: log2(T) sweeps instead of T turns of a loop"),
 )
+
+
+# On a GPU a turn of a loop has costs of its own, beside those of its steps: with 8 steps a turn a training step takes
+# 2.0 ms instead of 3.2 at 2 x 650 (H100, 2026-11-27, benchmarks/README.md). On a CPU nothing is gained.
+UNROLL = 8
+
+
+def unroll() -> int:
+    """How many steps a turn makes of a loop with products of matrices."""
+    return UNROLL if jax.default_backend() == "gpu" else 1
 
 
 def _as_states(decay: ArrayLike, inputs: ArrayLike, initial: ArrayLike | None) -> tuple[Array, Array, Array]:

@@ -1,5 +1,8 @@
 """The language model."""
 
+import re
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -78,6 +81,21 @@ def test_the_gradient_of_the_output_layer_makes_no_turned_copy_of_the_logits(tie
     program = gradient.lower(variables).compile().as_text()
     assert "f32[18,11]" in program  # the logits of 2 x 9 tokens
     assert "f32[11,18]" not in program
+
+
+@pytest.mark.parametrize("cell", CELLS)
+def test_loops_on_a_gpu_make_several_steps_a_turn(cell, monkeypatch):
+    model, variables = model_and_variables(cell=cell)
+    tokens = np.tile(TOKENS, 2)  # 18 steps: two turns, and two steps more
+
+    def differentiated():
+        return jax.value_and_grad(lambda v: jnp.sum(model.apply(v, tokens, deterministic=True)[0] ** 2))
+
+    expected = differentiated()(variables)
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    loops = re.findall(r"unroll=(\d+)", str(jax.make_jaxpr(differentiated())(variables)))
+    assert set(loops) == {"8"}
+    jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-4), differentiated()(variables), expected)
 
 
 def test_dropout_falls_on_embedding_and_layers_only_in_training():
