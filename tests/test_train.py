@@ -477,7 +477,9 @@ def test_a_program_ends_with_one_message_and_exit_code_1(tmp_path):
 def waiting(body="pass"):
     """A program that has written a line and waits on its input; then it goes on with `body`."""
     code = (
-        "import itertools, sys\nfrom ranjax.errors import exit_with_message\nwith exit_with_message():\n"
+        "import itertools, signal, sys\nfrom ranjax.errors import exit_with_message\n"
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # a job in the background has it ignored
+        "with exit_with_message():\n"
         f"    print('first', flush=True)\n    sys.stdin.read()\n    {body}\n"
     )
     pipes = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE)
