@@ -243,7 +243,7 @@ def test_a_page_states_what_its_rows_say(name):
     """The figure of every row, to its digits."""
     page = set(re.findall(r"\d+\.\d+", (EXPERIMENTS / name / "README.md").read_text("utf-8")))
     for row in map(json.loads, (EXPERIMENTS / name / "results.jsonl").read_text("utf-8").splitlines()):
-        if row["dataset"] == "text8":
+        if row["dataset"] in ("text8", "enwik8"):
             figure, digits = row["test_bits"], 3
         elif "recalled" in row:
             figure, digits = abs(row["recalled"]), 2  # no "-0.00"
