@@ -313,12 +313,12 @@ def test_tuning_takes_the_best_of_the_grid(monkeypatch, tmp_path):
     assert parity["settings"](None, "ptb-medium", "LSTM").learning_rate == 1.0
 
 
-def test_the_first_epochs_of_the_medium_study_are_those_of_the_whole():
+def test_more_columns_change_the_reach_alone():
     parity = runpy.run_path(str(EXPERIMENTS / "parity" / "run.py"))
-    for model in parity["MODELS"]:
-        whole, first = (parity["settings"](None, study, model) for study in ("ptb-medium", "ptb-medium-15-epochs"))
-        assert dataclasses.replace(whole, epochs=15) == first
-        assert whole.schedule == "decay"  # it does not ask how many epochs there are
+    reach, length = parity["STUDIES"]["ptb-small-35-columns"], parity["STUDIES"]["ptb-small-tuned"]
+    assert reach.batch_size * reach.steps == length.batch_size * length.steps
+    assert dataclasses.replace(reach, batch_size=20, steps=35) == length
+    assert reach.steps == parity["STUDIES"]["ptb-small-20-tuned"].steps
 
 
 def test_wikitext_is_trained_at_what_came_out_best_on_penn_treebank():
@@ -365,8 +365,13 @@ def test_the_parity_study_draws_what_there_is(tmp_path):
             ("LSTM", 0, 0.4, 104.0, 100.0),
         )
     ]  # fmt: skip
-    parity["draw"](rows, tmp_path / "some.png")
-    assert (tmp_path / "some.png").read_bytes().startswith(b"\x89PNG")
+    for study_ in ("text8", "enwik8-small"):
+        tested = {"test_bits": 2.0, "valid_perplexity": 4.0}
+        rows.append({"study": study_, "model": "RAN", "config": vars(parity["STUDIES"][study_])} | tested)
+    parity["draw"](rows, tmp_path / "some.svg")
+    drawn = (tmp_path / "some.svg").read_text("utf-8")  # its texts are in comments, as they are in its paths
+    for axis in ("test perplexity", "test bits per character", "test bits per byte"):
+        assert drawn.count(f"<!-- {axis} -->") == 1
 
 
 @pytest.mark.parametrize(

@@ -1,8 +1,7 @@
 """RAN beside LSTM, GRU and a plain RNN, one code and one budget: `python experiments/parity/run.py --study ptb-small`.
 
-Trains the study's models one after another (on a GPU or TPU the seeds of one side by side). Each run goes on where it
-was cut off, and adds its row to results.jsonl when it is done; perplexity.png is drawn anew. A tuned study first tries
-each model's settings (`GRID`, one after the other) with one seed: those of the lowest validation perplexity remain.
+Each run goes on where it was cut off and adds its row to results.jsonl; perplexity.png is drawn anew. A tuned study
+first tries each model's settings (`GRID`) with one seed: those of the lowest validation perplexity remain.
 """
 
 from dataclasses import dataclass, replace
@@ -31,8 +30,8 @@ STUDIES = {
     "ptb-small": SMALL,
     "ptb-small-tuned": replace(SMALL, steps=35, dropout=0.25),
     "ptb-small-20-tuned": replace(SMALL, dropout=0.1),
+    "ptb-small-35-columns": replace(SMALL, batch_size=35, dropout=0.25),  # the reach of 20 steps, the batch of 20 x 35
     "ptb-medium": PRESETS["ptb-medium"],
-    "ptb-medium-15-epochs": replace(PRESETS["ptb-medium"], epochs=15),  # the first 15 of its 39
     "ptb-large": PRESETS["ptb-large"],
     "wikitext-2": replace(SMALL, dataset="wikitext-2", steps=35, dropout=0.25, epochs=3, decay_after=1),
     "text8": TEXT8,
@@ -66,7 +65,7 @@ class Parity(Options):
 
 def settings(table: Table, study: str, model: str) -> Config:
     """The study's settings of a model; if tuned, the best of the grid (its short runs are labelled "...-grid")."""
-    config = replace(STUDIES[study], **MODELS[model], **OWN.get(model, {}).get(study.removesuffix("-15-epochs"), {}))
+    config = replace(STUDIES[study], **MODELS[model], **OWN.get(model, {}).get(study, {}))
     for name, (values, length) in GRID.items() if study.endswith("-tuned") else ():
         label = f"{study}-grid" if length else study
         config = replace(config, **{name: table.best(config, name, values, length, study=label, model=model)})
@@ -82,10 +81,11 @@ def draw(rows: list[dict], path: Path) -> None:
     height = -(-len(studies) // columns)
     figure = Figure(figsize=(4.2 * columns, 3 * height + 0.4), layout="constrained")
     for number, study in enumerate(studies, 1):
-        network = study.removesuffix("-tuned").removesuffix("-20").removesuffix("-wide").removesuffix("-15-epochs")
+        network = study.removesuffix("-tuned").removesuffix("-20").removesuffix("-35-columns").removesuffix("-wide")
         axes = figure.add_subplot(height, columns, number, sharex=first.get(network))
         first.setdefault(network, axes)
-        key = "test_bits" if STUDIES[study].dataset in ("text8", "enwik8") else "test_perplexity"
+        unit = {"text8": "bits per character", "enwik8": "bits per byte"}.get(STUDIES[study].dataset, "perplexity")
+        key = "test_perplexity" if unit == "perplexity" else "test_bits"
         found = [(value(row, key), model) for model in MODELS for row in chosen(rows, study=study, model=model)]
         most, data, edge = 1.15 * min(found)[0], axes.transData, axes.get_yaxis_transform()
         for label, style, where, dots in (
@@ -94,7 +94,7 @@ def draw(rows: list[dict], path: Path) -> None:
             ("published", "xC3", data, [(x, model) for model, x in PUBLISHED.get(study, {}).items() if x <= most]),
         ):
             axes.plot([x for x, _ in dots], [model for _, model in dots], style, label=label, transform=where)
-        axes.set(title=study, xlabel=key.replace("_", " ").replace("bits", "bits per character"))
+        axes.set(title=study, xlabel=f"test {unit}")
         axes.invert_yaxis()
         axes.grid(alpha=0.3)
     figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=3, frameon=False)
