@@ -144,9 +144,9 @@ class Table:
 
     def _run(self, config: Config, labels: dict[str, Any]) -> Config:
         """The settings of the run that is to be, or to go on."""
-        name = [*map(str, labels.values()), _name(config)]
-        print(f"== {', '.join(name)}", flush=True)
-        name = "-".join(re.sub(r"[^\w.]+", "-", part) for part in name)
+        parts = [*map(str, labels.values()), _name(config)]
+        print(f"== {', '.join(parts)}", flush=True)
+        name = "-".join(re.sub(r"[^\w.]+", "-", part) for part in parts)
         out = Path(self.options.runs).resolve() / name
         where = {"out": str(out), "resume": out.exists(), "data_dir": self.options.data_dir}
         return dataclasses.replace(config, **where)

@@ -310,6 +310,7 @@ def test_tuning_takes_the_best_of_the_grid(monkeypatch, tmp_path):
     assert parity["settings"](None, "ptb-large", "RAN, identity").learning_rate == 0.5
     assert parity["settings"](None, "text8", "RAN, identity").learning_rate == 2e-3
     assert parity["settings"](None, "ptb-medium", "S-RNN").learning_rate == 0.25
+    assert parity["settings"](None, "ptb-large", "S-RNN").learning_rate == 0.25
     assert parity["settings"](None, "ptb-medium", "LSTM").learning_rate == 1.0
 
 

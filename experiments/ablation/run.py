@@ -18,6 +18,7 @@ from ranjax.study import Options, Table, budget, rounds, value
 
 HERE = Path(__file__).parent
 BASE = "RAN"
+CONFIG = Config(dataset="python-docs")  # all else is at the training program's defaults
 VARIANTS = {
     BASE: {},
     "gates: own feature of h": {"gates": "diagonal"},
@@ -40,8 +41,6 @@ VARIANTS = {
 class Ablation(Options):
     """Runs the study, or what is left of it."""
 
-    dataset: str = "python-docs"
-    """Corpus; all else is at the training program's defaults."""
     variants: tuple[Literal[tuple(VARIANTS)], ...] = tuple(VARIANTS)
     """Which variants, in which order."""
     seeds: int = 3
@@ -74,12 +73,11 @@ def draw(rows: list[dict], path: Path) -> None:
 
 def main(options: Ablation) -> None:
     table = Table(HERE, options)
-    base = Config(dataset=options.dataset)
     with budget(options.minutes):
         for seeds in rounds(options.seeds):
             for name in options.variants:
-                table.rows_of_seeds(replace(base, **VARIANTS[name]), seeds, variant=name)
-                draw([row for row in table.rows if row["dataset"] == options.dataset], table.folder / "ablation.png")
+                table.rows_of_seeds(replace(CONFIG, **VARIANTS[name]), seeds, variant=name)
+                draw(table.rows, table.folder / "ablation.png")
 
 
 if __name__ == "__main__":

@@ -42,13 +42,12 @@ STUDIES = {
 }  # fmt: skip
 GRID = {"learning_rate": ((0.5, 1.0, 2.0), {"epochs": 4, "decay_after": 2}), "dropout": ((0.1, 0.25, 0.4), {})}
 # Where a model's settings are not its study's: the authors' rates; what came out best in ptb-small-tuned.
-OWN = {"S-RNN": {"ptb-medium": {"learning_rate": 0.25}, "wikitext-2": {"learning_rate": 0.25, "dropout": 0.1}},
+OWN = {"S-RNN": {"ptb-medium": {"learning_rate": 0.25}, "ptb-large": {"learning_rate": 0.25},
+                 "wikitext-2": {"learning_rate": 0.25, "dropout": 0.1}},
        "RAN, identity": {"ptb-medium": {"learning_rate": 0.8}, "ptb-large": {"learning_rate": 0.5}}}  # fmt: skip
-PUBLISHED = {  # Zaremba et al. 2014 (small); Levy et al. 2018, table 1 (medium, large)
-    "ptb-small": {"LSTM": 114.5},
-    "ptb-medium": {"LSTM": 83.9, "RAN": 81.6, "S-RNN": 140.9},
-    "ptb-large": {"LSTM": 78.8, "RAN": 78.5, "S-RNN": 126.1},
-}
+# Test perplexities: Zaremba et al. 2014 (small); Levy et al. 2018, table 1 (medium, large).
+PUBLISHED = {"ptb-small": {"LSTM": 114.5}, "ptb-medium": {"LSTM": 83.9, "RAN": 81.6, "S-RNN": 140.9},
+             "ptb-large": {"LSTM": 78.8, "RAN": 78.5, "S-RNN": 126.1}}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -66,9 +65,9 @@ class Parity(Options):
 def settings(table: Table, study: str, model: str) -> Config:
     """The study's settings of a model; if tuned, the best of the grid (its short runs are labelled "...-grid")."""
     config = replace(STUDIES[study], **MODELS[model], **OWN.get(model, {}).get(study, {}))
-    for name, (values, length) in GRID.items() if study.endswith("-tuned") else ():
-        label = f"{study}-grid" if length else study
-        config = replace(config, **{name: table.best(config, name, values, length, study=label, model=model)})
+    for name, (values, short) in GRID.items() if study.endswith("-tuned") else ():
+        label = f"{study}-grid" if short else study
+        config = replace(config, **{name: table.best(config, name, values, short, study=label, model=model)})
     return config
 
 
@@ -77,27 +76,28 @@ def draw(rows: list[dict], path: Path) -> None:
     from matplotlib.figure import Figure
 
     studies = [study for study in STUDIES if any(row["study"] == study for row in rows)]
-    columns, first = min(len(studies), 3), {}  # of the studies of one network, which share an axis
+    columns, shared = min(len(studies), 3), {}
     height = -(-len(studies) // columns)
     figure = Figure(figsize=(4.2 * columns, 3 * height + 0.4), layout="constrained")
     for number, study in enumerate(studies, 1):
-        network = study.removesuffix("-tuned").removesuffix("-20").removesuffix("-35-columns").removesuffix("-wide")
-        axes = figure.add_subplot(height, columns, number, sharex=first.get(network))
-        first.setdefault(network, axes)
+        kind = STUDIES[study].dataset, STUDIES[study].preset  # its studies share an axis
+        axes = shared[kind] = figure.add_subplot(height, columns, number, sharex=shared.get(kind))
         unit = {"text8": "bits per character", "enwik8": "bits per byte"}.get(STUDIES[study].dataset, "perplexity")
         key = "test_perplexity" if unit == "perplexity" else "test_bits"
         found = [(value(row, key), model) for model in MODELS for row in chosen(rows, study=study, model=model)]
+        published = [(x, model) for model, x in PUBLISHED.get(study, {}).items()]
         most, data, edge = 1.15 * min(found)[0], axes.transData, axes.get_yaxis_transform()
         for label, style, where, dots in (
             ("measured, a dot a seed", "oC0", data, [dot for dot in found if dot[0] <= most]),
-            ("beyond", ">C0", edge, [(0.97, model) for x, model in found if x > most]),
-            ("published", "xC3", data, [(x, model) for model, x in PUBLISHED.get(study, {}).items() if x <= most]),
+            ("beyond the axis", ">C0", edge, [(0.97, model) for x, model in found if x > most]),
+            ("published", "xC3", data, [dot for dot in published if dot[0] <= most]),
+            ("published, beyond the axis", ">C3", edge, [(0.92, model) for x, model in published if x > most]),
         ):
             axes.plot([x for x, _ in dots], [model for _, model in dots], style, label=label, transform=where)
         axes.set(title=study, xlabel=f"test {unit}")
         axes.invert_yaxis()
         axes.grid(alpha=0.3)
-    figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=3, frameon=False)
+    figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=4, frameon=False)
     figure.savefig(path, dpi=110)
 
 
