@@ -314,12 +314,17 @@ def test_tuning_takes_the_best_of_the_grid(monkeypatch, tmp_path):
     assert parity["settings"](None, "ptb-medium", "LSTM").learning_rate == 1.0
 
 
-def test_more_columns_change_the_reach_alone():
-    parity = runpy.run_path(str(EXPERIMENTS / "parity" / "run.py"))
-    reach, length = parity["STUDIES"]["ptb-small-35-columns"], parity["STUDIES"]["ptb-small-tuned"]
-    assert reach.batch_size * reach.steps == length.batch_size * length.steps
-    assert dataclasses.replace(reach, batch_size=20, steps=35) == length
-    assert reach.steps == parity["STUDIES"]["ptb-small-20-tuned"].steps
+def test_the_study_of_reach_changes_the_reach_alone():
+    studies = runpy.run_path(str(EXPERIMENTS / "parity" / "run.py"))["STUDIES"]
+    reach, whole = studies["ptb-small-reach"], studies["ptb-small-tuned"]
+    assert reach.steps == studies["ptb-small-20-tuned"].steps
+    assert reach.batch_size * reach.steps == whole.batch_size * whole.steps
+    sums = whole.steps / reach.steps  # the gradient is a sum over time: so much shorter where there are fewer steps
+    assert reach.learning_rate == sums * whole.learning_rate
+    assert reach.clip * sums == whole.clip
+    same = {"batch_size": 35, "steps": 20, "learning_rate": 1.75, "clip": 5 / 1.75}
+    assert dataclasses.replace(whole, **same) == reach
+    assert dataclasses.replace(reach, learning_rate=1.0, clip=5.0) == studies["ptb-small-35-columns"]
 
 
 def test_wikitext_is_trained_at_what_came_out_best_on_penn_treebank():

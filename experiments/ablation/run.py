@@ -16,7 +16,6 @@ from ranjax.errors import exit_with_message
 from ranjax.hugepages import restart_with_huge_pages
 from ranjax.study import Options, Table, budget, rounds, value
 
-HERE = Path(__file__).parent
 BASE = "RAN"
 CONFIG = Config(dataset="python-docs")  # all else is at the training program's defaults
 VARIANTS = {
@@ -72,7 +71,7 @@ def draw(rows: list[dict], path: Path) -> None:
 
 
 def main(options: Ablation) -> None:
-    table = Table(HERE, options)
+    table = Table(Path(__file__).parent, options)
     with budget(options.minutes):
         for seeds in rounds(options.seeds):
             for name in options.variants:

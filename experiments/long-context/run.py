@@ -19,7 +19,6 @@ from ranjax.evaluate import load_run, make_evaluator
 from ranjax.hugepages import restart_with_huge_pages
 from ranjax.study import Options, Table, budget
 
-HERE = Path(__file__).parent
 UPDATE = 2048  # tokens an update, whatever the truncation length
 LENGTHS = (35, 128, 512, 2048, 64, 256, 1024)
 MODELS = {"RAN": {}, "RAN, input gates": {"gates": "input"}, "LSTM": {"cell": "lstm"}}
@@ -78,7 +77,7 @@ def draw(rows: list[dict], y: str, panels: list[str], path: Path) -> None:
 
 
 def main(options: LongContext) -> None:
-    table = Table(HERE, options)
+    table = Table(Path(__file__).parent, options)
     with budget(options.minutes):
         if options.study == "truncation":
             for length in LENGTHS:

@@ -13,7 +13,6 @@ from ranjax.errors import exit_with_message
 from ranjax.hugepages import restart_with_huge_pages
 from ranjax.study import Options, Table, budget, chosen, rounds, value
 
-HERE = Path(__file__).parent
 MODELS = {
     "RAN": {},
     "RAN, input gates": {"gates": "input"},
@@ -30,7 +29,8 @@ STUDIES = {
     "ptb-small": SMALL,
     "ptb-small-tuned": replace(SMALL, steps=35, dropout=0.25),
     "ptb-small-20-tuned": replace(SMALL, dropout=0.1),
-    "ptb-small-35-columns": replace(SMALL, batch_size=35, dropout=0.25),  # the reach of 20 steps, the batch of 20 x 35
+    "ptb-small-35-columns": replace(SMALL, batch_size=35, dropout=0.25),
+    "ptb-small-reach": replace(SMALL, batch_size=35, dropout=0.25, learning_rate=1.75, clip=5 / 1.75),
     "ptb-medium": PRESETS["ptb-medium"],
     "ptb-large": PRESETS["ptb-large"],
     "wikitext-2": replace(SMALL, dataset="wikitext-2", steps=35, dropout=0.25, epochs=3, decay_after=1),
@@ -102,7 +102,7 @@ def draw(rows: list[dict], path: Path) -> None:
 
 
 def main(options: Parity) -> None:
-    table = Table(HERE, options)
+    table = Table(Path(__file__).parent, options)
     with budget(options.minutes):
         for seeds in rounds(options.seeds):
             for model in options.models:
