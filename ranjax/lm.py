@@ -14,8 +14,7 @@ from jaxtyping import Float, Int
 
 from ranjax.cell import RANCell, uniform
 from ranjax.fixed_point import FixedPoint
-from ranjax.layer import RAN
-from ranjax.scan import unroll
+from ranjax.layer import RAN, Stepwise
 
 Tokens = Int[Array | np.ndarray, "batch time"]
 State = tuple  # one carry per layer
@@ -140,7 +139,7 @@ class LanguageModel(nn.Module):
             cell = RANCell(features, self.gates, self.activation, self.projection, **options)
             return RAN(cell, self.solver, self._time_major, return_carry=True, axis_name=self.axis_name)
         cells: dict[str, Callable] = {"lstm": nn.OptimizedLSTMCell, "gru": nn.GRUCell, "rnn": nn.SimpleCell}
-        return nn.RNN(cells[self.cell](features, **options), time_major=True, return_carry=True, unroll=unroll())
+        return Stepwise(cells[self.cell](features, **options))
 
     def hidden(self, tokens: Tokens, state: State | None = None, *, deterministic: bool) -> tuple[Array, State]:
         """The last layer's outputs, `(batch, time, out)`, and the state; see `__call__`."""

@@ -1,6 +1,7 @@
 """The layer: equal to `nn.RNN(cell)` and to the equations, with padding, segments and every option."""
 
 import re
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -16,6 +17,7 @@ from test_cell import VARIANTS, inputs, randomised, variants
 from ranjax import RAN, FixedPoint, RANCell, gated
 from ranjax.cell import GATES
 from ranjax.gated import FUSED
+from ranjax.layer import Stepwise
 from ranjax.scan import SOLVERS
 
 ELEMENTWISE = ("diagonal", "input")  # gates that a walk of their own serves
@@ -257,6 +259,40 @@ def test_products_with_x_are_outside_the_loop():
     text = str(jax.make_jaxpr(lambda x: layer.apply(variables, x))(inputs(2, 9, 3)))
     shapes = re.findall(r"f32\[([\d,]+)\] = dot_general", text)
     assert sorted(shapes) == ["2,2,4", "2,9,2,4", "2,9,4"]  # in the loop only the gates' product with h
+
+
+any_other_cell = pytest.mark.parametrize("cell", [nn.OptimizedLSTMCell, nn.GRUCell, nn.SimpleCell])
+
+
+@any_other_cell
+@pytest.mark.parametrize("given", [True, False])
+def test_stepwise_equals_rnn(cell, given, x64):
+    cell = cell(4, param_dtype=jnp.float64)
+    ours, theirs = Stepwise(cell), nn.RNN(cell, time_major=True, return_carry=True)
+    x = inputs(9, 2, 3, dtype=np.float64)
+    variables = theirs.init(jax.random.key(3), x)
+    jax.tree.map(np.testing.assert_array_equal, ours.init(jax.random.key(3), x), variables)
+    variables, carry = randomised(variables), cell.initialize_carry(jax.random.key(0), x.shape[1:])
+    arguments = variables, x, randomised(carry, seed=5)
+
+    def loss(layer, variables, x, carry):
+        last, h = layer.apply(variables, x, initial_carry=carry if given else None)
+        return sum(jnp.sum(jnp.sin(a + k)) for k, a in enumerate(jax.tree.leaves((last, h)))), (last, h)
+
+    got, expected = (jax.value_and_grad(partial(loss, a), (0, 1, 2), has_aux=True)(*arguments) for a in (ours, theirs))
+    jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-10, atol=1e-12), got, expected)
+
+
+@any_other_cell
+def test_stepwise_adds_to_no_weight_in_a_loop(cell):
+    def weights_carried(layer):
+        x = inputs(9, 2, 3)
+        variables = layer.init(jax.random.key(0), x)
+        text = str(jax.make_jaxpr(jax.grad(lambda v: jnp.sum(layer.apply(v, x)[1])))(variables))
+        return len(re.findall(r"f32\[[34],4\] = add_any", text))
+
+    assert weights_carried(Stepwise(cell(4))) == 0
+    assert weights_carried(nn.RNN(cell(4), time_major=True, return_carry=True)) > 0
 
 
 @pytest.mark.parametrize(
