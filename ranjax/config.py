@@ -80,6 +80,9 @@ class Config:
     """All weights uniform in +- this; the cells' own initialisers if not given."""
     solver: Literal["auto", "sequential", "associative", "chunked", "pallas", "fixed_point", "newton"] = "auto"
     """How a RAN layer solves its recurrence."""
+    streams: int = 1
+    """Validation and test text are read as so many streams side by side, in less time where the text is long; each but
+    the first begins 512 tokens before those that it counts."""
     seed: int = 0
     """Seed of the weights and of dropout."""
 
@@ -93,7 +96,7 @@ class Config:
 def check(config: Config) -> None:
     """Raises a UserError for a setting out of its range."""
     for names, holds, expected in (
-        ("layers epochs batch_size steps embedding projection", lambda v: v is None or v >= 1, "at least 1"),
+        ("layers epochs batch_size steps embedding projection streams", lambda v: v is None or v >= 1, "at least 1"),
         ("features", lambda v: v and min(v) >= 1, "one or more sizes of at least 1"),
         ("learning_rate clip decay init_scale", lambda v: v is None or v > 0, "above 0"),
         ("weight_decay warmup decay_after", lambda v: v >= 0, "at least 0"),

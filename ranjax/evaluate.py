@@ -84,10 +84,12 @@ def load_run(directory: str | Path) -> Run:
     return Run(config, vocabulary, model, Checkpoints(directory).load("best", like))
 
 
-def make_evaluator(model: "LanguageModel") -> Callable[..., Evaluation]:
+def make_evaluator(model: "LanguageModel", streams: int = 1) -> Callable[..., Evaluation]:
     """`evaluate(params, ids, counted=None) -> Evaluation`: the whole text as one stream.
 
-    Every prediction counts, or those of the tokens that `counted`, bool of the shape of `ids`, marks.
+    Every prediction counts, once, or those of the tokens that `counted`, bool of the shape of `ids`, marks. Of several
+    `streams` each but the first begins `WINDOW` tokens before those that it counts: side by side they are read sooner,
+    and the state at a stream's first prediction remembers no further back.
 
     Raises:
       UserError: from the function, for a text without a prediction.
@@ -115,13 +117,16 @@ def make_evaluator(model: "LanguageModel") -> Callable[..., Evaluation]:
                 f"{counted.dtype} of the shape {counted.shape}, {int(counted[1:].sum())} marked."
             )
         counts = counted[1:]
-        padded = -(-predictions // WINDOW) * WINDOW
-        tokens = np.zeros((padded // WINDOW, 1, WINDOW), np.int32)
-        targets = np.full_like(tokens, -1)
-        tokens.flat[:predictions], targets.flat[:predictions] = ids[:-1], np.where(counts, ids[1:], -1)
-        state, losses = zero_state(model, params, batch_size=1), []
-        for inputs, outputs in zip(tokens, targets, strict=True):
-            state, loss = window(params, state, inputs, outputs)
+        own = -(-max(predictions - WINDOW, 0) // (streams * WINDOW)) * WINDOW  # that a stream after the first counts
+        padding = (0, streams * own + WINDOW - predictions)
+        at = np.arange(streams)[:, None] * own + np.arange(own + WINDOW)
+        tokens = np.pad(ids[:-1], padding)[at]
+        targets = np.pad(np.where(counts, ids[1:], -1), padding, constant_values=-1)[at]
+        targets[1:, :WINDOW] = -1
+        state, losses = zero_state(model, params, batch_size=streams), []
+        for first in range(0, own + WINDOW, WINDOW):
+            part = slice(None), slice(first, first + WINDOW)
+            state, loss = window(params, state, tokens[part].astype(np.int32), targets[part].astype(np.int32))
             losses.append(loss)
         total, number = np.sum(jax.device_get(losses), dtype=np.float64), int(counts.sum())
         return Evaluation(float(total) / number, number)
@@ -131,7 +136,8 @@ def make_evaluator(model: "LanguageModel") -> Callable[..., Evaluation]:
 
 @dataclass(frozen=True)
 class Options:
-    """Evaluates the best state of a run on a whole split: one stream of text, every prediction counted."""
+    """Evaluates the best state of a run on a whole split, every prediction counted: one stream of text, or as many as
+    the run's --streams."""
 
     checkpoint: str
     """The --out directory of a run."""
@@ -150,7 +156,7 @@ def evaluate_split(options: Options) -> tuple[Evaluation, Run]:
     run = load_run(options.checkpoint)
     data_dir = options.data_dir or (run.config.data_dir if options.dataset is None else None)
     ids = load_split(options.dataset or run.config.dataset, options.split, run.vocabulary, data_dir)
-    return make_evaluator(run.model)(run.params, ids), run
+    return make_evaluator(run.model, run.config.streams)(run.params, ids), run
 
 
 def report(evaluation: Evaluation, unit: str | None) -> str:

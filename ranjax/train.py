@@ -81,7 +81,7 @@ def train_together(configs: Sequence[Config]) -> list[dict[str, Any]]:
         reports = [Report(c.directory, c, windows, at, side_by_side=number, quiet=c is not first) for c in configs]
         runs = [Run(c, Checkpoints(c.directory), report) for c, report in zip(configs, reports, strict=True)]
         step = make_step(model, optimizer, first, windows, [config.seed for config in configs])
-        loop, evaluate = Loop(runs, step, jax.device_put(text), windows), make_evaluator(model)
+        loop, evaluate = Loop(runs, step, jax.device_put(text), windows), make_evaluator(model, first.streams)
         state = together(states)
         del states  # the loop holds all that training needs, once
         with runs[0].report, interrupts(runs) as stop:

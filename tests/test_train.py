@@ -199,7 +199,7 @@ def test_a_signal_during_validation_ends_at_once_and_loses_nothing(text, tmp_pat
         raise AssertionError("the validation went on")
 
     with monkeypatch.context() as patch:
-        patch.setattr("ranjax.evaluate.make_evaluator", lambda _: interrupt)
+        patch.setattr("ranjax.evaluate.make_evaluator", lambda *_: interrupt)
         with pytest.raises(SystemExit, match="143"):
             train.train(broken)
     train.train(dataclasses.replace(broken, resume=True))
@@ -218,7 +218,7 @@ def test_a_signal_lost_in_a_callback_ends_the_program_all_the_same(lost, text, t
         gc.callbacks.remove(collect)
         signal.raise_signal(signal.SIGTERM)
 
-    def interrupted(model):
+    def interrupted(model, streams):
         def evaluate(*args):
             calls.append(args)
             if len(calls) == lost:
@@ -226,7 +226,7 @@ def test_a_signal_lost_in_a_callback_ends_the_program_all_the_same(lost, text, t
                 gc.collect()
             return evaluator(*args)
 
-        evaluator = make_evaluator(model)
+        evaluator = make_evaluator(model, streams)
         return evaluate
 
     with monkeypatch.context() as patch:
@@ -392,6 +392,38 @@ def test_evaluation_counts_every_prediction_whatever_the_window(run, monkeypatch
     for wrong in (np.arange(len(ids)) == 0, counted[:-1], counted[:2], counted.astype(int)):
         with pytest.raises(ValueError, match=r"`counted` must be bool, of the shape .* and mark a token"):
             make_evaluator(loaded.model)(loaded.params, ids, wrong)
+
+
+@pytest.mark.parametrize("streams", [2, 5])
+def test_a_stream_reads_a_window_before_what_it_counts(streams, run, monkeypatch):
+    monkeypatch.setattr(evaluate, "WINDOW", 16)
+    loaded = load_run(run[0])
+    ids = load_corpus(loaded.config.dataset).test
+    own = -(-(len(ids) - 17) // (16 * streams)) * 16
+    picked = []
+    for first in range(0, streams * own, own):
+        part = ids[first : first + own + 17]
+        logits, _ = loaded.model.apply({"params": loaded.params}, part[None, :-1], deterministic=True)
+        of_part = jnp.take_along_axis(jax.nn.log_softmax(logits[0]), part[1:, None], axis=-1)
+        picked.extend(of_part[16 if first else 0 :])
+    assert len(picked) == len(ids) - 1
+    result = make_evaluator(loaded.model, streams)(loaded.params, ids)
+    assert result.tokens == len(ids) - 1
+    assert result.nats == pytest.approx(-float(np.mean(picked)), rel=1e-5)
+    assert result.nats != make_evaluator(loaded.model)(loaded.params, ids).nats
+
+    counted = np.arange(len(ids)) % 5 == 0
+    result = make_evaluator(loaded.model, streams)(loaded.params, ids, counted)
+    assert result.tokens == counted[1:].sum()
+    assert result.nats == pytest.approx(-float(np.array(picked)[counted[1:]].mean()), rel=1e-5)
+
+
+def test_a_run_of_several_streams_is_evaluated_so(text, tmp_path, capsys):
+    result = train.train(settings(text, tmp_path / "run", epochs=1, streams=3))
+    ids, loaded = load_corpus(text).test, load_run(tmp_path / "run")
+    assert result["test_nats"] == make_evaluator(loaded.model, 3)(loaded.params, ids).nats
+    evaluate.main(["--checkpoint", str(tmp_path / "run")])
+    assert f"{result['test_nats']:.4f} nats" in capsys.readouterr().out
 
 
 @pytest.mark.quick
