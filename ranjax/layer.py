@@ -1,7 +1,5 @@
-"""RAN: a cell over a whole sequence, in place of `flax.linen.RNN`. Stepwise: other cells, with faster gradients."""
+"""RAN: a cell over a whole sequence, in place of `flax.linen.RNN`."""
 
-from collections.abc import Callable
-from functools import partial
 from typing import Any
 
 import jax
@@ -9,15 +7,15 @@ import jax.numpy as jnp
 from flax import linen as nn
 from flax.linen.recurrent import flip_sequences
 from flax.typing import Dtype
-from jax import Array, lax
+from jax import Array
 from jax.typing import ArrayLike
 
-from ranjax.cell import Params, RANCell, checked_carry, content, gates_of_input, output
+from ranjax.cell import RANCell, checked_carry, content, gates_of_input, output
 from ranjax.fixed_point import FixedPoint
 from ranjax.gated import check_solver, states
 from ranjax.masks import Steps, checked, masked, padding_after
 from ranjax.mesh import last_state, steps_before
-from ranjax.scan import state_dtype, unroll
+from ranjax.scan import state_dtype
 
 
 class RAN(nn.Module):
@@ -171,65 +169,3 @@ def _starts_in_reverse(flipped: Array, time: int) -> Array:
     first = jnp.arange(flipped.shape[time]) == 0
     first = first.reshape(first.shape + (1,) * (flipped.ndim - 1 - time))
     return jnp.roll(flipped, 1, axis=time) & ~first
-
-
-class Stepwise(nn.Module):
-    r"""`nn.RNN(cell, time_major=True, return_carry=True)`, the gradient of every weight made at once for all steps.
-
-    .. math::
-        s_t, h_t = \text{cell}_\theta(s_{t-1}, x_t), \qquad
-        \bar\theta = \sum_t (\partial_\theta \text{cell}_\theta(s_{t-1}, x_t))^\top (\bar s_t, \bar h_t)
-
-    Only the adjoints of the carries are walked through; the sum is one product over all steps, where autodiff of
-    `nn.RNN` adds to every weight at every step. Parameters, outputs and gradients are those of `nn.RNN`.
-
-    Attributes:
-      cell: of flax, with parameters and nothing else, that takes any number of axes in front, as `nn.LSTMCell` does.
-    """
-
-    cell: nn.RNNCellBase
-
-    def __call__(self, inputs: ArrayLike, *, initial_carry: Any = None) -> tuple[Any, Array]:
-        """The carry after the last step of `inputs`, `(time, *batch, in)`, and the outputs, `(time, *batch, out)`."""
-        x, carry = jnp.asarray(inputs), initial_carry
-        if carry is None:
-            carry = self.cell.initialize_carry(jax.random.key(0), x.shape[1:])
-        if self.is_initializing():
-            self.cell(carry, x[0])
-        cell, variables = self.cell.unbind()
-
-        def step(params, carry, x):
-            return cell.apply({"params": params}, carry, x)
-
-        return _walk(step, variables["params"], carry, x)
-
-
-@partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _walk(step: Callable, params: Params, carry: Any, x: Array) -> tuple[Any, Array]:
-    """`step(params, carry, x_t) -> (carry, h_t)`, one step after another: the last carry and the outputs."""
-    return lax.scan(partial(step, params), carry, x, unroll=unroll())
-
-
-def _walk_there(step, params, carry, x):
-    def advance(before, row):
-        x, added = row
-        after, h = step(params, before, x)
-        return jax.tree.map(jnp.add, after, added), (before, h)
-
-    def walk(carry, added):
-        return lax.scan(advance, carry, (x, added), unroll=unroll())
-
-    nothing = jax.tree.map(lambda c: jnp.zeros((len(x), *c.shape), c.dtype), carry)
-    (last, (before, h)), back = jax.vjp(walk, carry, nothing)  # the gradient of `nothing` is the adjoint of the carries
-    return (last, h), (params, before, x, back)
-
-
-def _walk_back(step, kept, cotangents):
-    (params, before, x, back), (d_last, d_h) = kept, cotangents
-    d_carry, d_after = back((d_last, (jax.tree.map(jnp.zeros_like, before), d_h)))
-    _, back_at_once = jax.vjp(lambda params, x: step(params, before, x), params, x)
-    d_params, d_x = back_at_once((d_after, d_h))
-    return d_params, d_carry, d_x
-
-
-_walk.defvjp(_walk_there, _walk_back)

@@ -14,7 +14,8 @@ from jaxtyping import Float, Int
 
 from ranjax.cell import RANCell, uniform
 from ranjax.fixed_point import FixedPoint
-from ranjax.layer import RAN, Stepwise
+from ranjax.layer import RAN
+from ranjax.stepwise import Stepwise
 
 Tokens = Int[Array | np.ndarray, "batch time"]
 State = tuple  # one carry per layer

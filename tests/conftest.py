@@ -15,7 +15,8 @@ if "JAX_COMPILATION_CACHE_DIR" not in os.environ:  # a program that several test
 from jaxtyping import install_import_hook
 
 install_import_hook(
-    [f"ranjax.{name}" for name in ("cell", "gated", "layer", "lm", "masks", "mesh", "scan")], "beartype.beartype"
+    [f"ranjax.{name}" for name in ("cell", "gated", "layer", "lm", "masks", "mesh", "scan", "stepwise")],
+    "beartype.beartype",
 )
 
 from pathlib import Path  # noqa: E402

@@ -17,8 +17,8 @@ from test_cell import VARIANTS, inputs, randomised, variants
 from ranjax import RAN, FixedPoint, RANCell, gated
 from ranjax.cell import GATES
 from ranjax.gated import FUSED
-from ranjax.layer import Stepwise
 from ranjax.scan import SOLVERS
+from ranjax.stepwise import Stepwise
 
 ELEMENTWISE = ("diagonal", "input")  # gates that a walk of their own serves
 WAYS = [(options, "auto") for options in VARIANTS]
@@ -289,10 +289,21 @@ def test_stepwise_adds_to_no_weight_in_a_loop(cell):
         x = inputs(9, 2, 3)
         variables = layer.init(jax.random.key(0), x)
         text = str(jax.make_jaxpr(jax.grad(lambda v: jnp.sum(layer.apply(v, x)[1])))(variables))
-        return len(re.findall(r"f32\[[34],4\] = add_any", text))
+        return len(re.findall(r"f32\[[34],(?:4|12|16)\] = add_any", text))
 
     assert weights_carried(Stepwise(cell(4))) == 0
     assert weights_carried(nn.RNN(cell(4), time_major=True, return_carry=True)) > 0
+
+
+@any_other_cell
+def test_stepwise_with_bfloat16_products(cell):
+    x = inputs(9, 2, 3)
+    layer = Stepwise(cell(4, dtype=jnp.bfloat16))
+    variables = randomised(layer.init(jax.random.key(0), x))
+    carry, h = layer.apply(variables, x)
+    assert {a.dtype for a in jax.tree.leaves((carry, h))} == {jnp.dtype(jnp.float32)}
+    _, expected = Stepwise(cell(4)).apply(variables, x)
+    assert 0 < np.abs(h - expected).max() < 0.1
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,120 @@
+"""The cells that a RAN is compared with, over a whole sequence: the LSTM, the GRU and the plain RNN of flax.
+
+Autodiff of `nn.RNN` makes the product of each step with x inside the loop, and adds to every weight at every step. Here
+the products with x are made for all steps at once, only the adjoints of the carries are walked through on the way back,
+and the gradient of a weight is one product over all steps, as it is for the RAN.
+"""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+from jax import Array, lax
+from jax.nn import sigmoid
+from jax.typing import ArrayLike
+
+from ranjax.cell import Params
+from ranjax.scan import unroll
+
+
+class Stepwise(nn.Module):
+    """`nn.RNN(cell, time_major=True, return_carry=True)`: the same parameters, outputs and gradients, sooner.
+
+    Attributes:
+      cell: an `nn.OptimizedLSTMCell`, `nn.GRUCell` or `nn.SimpleCell`, with flax's own activations.
+    """
+
+    cell: nn.RNNCellBase
+
+    def __call__(self, inputs: ArrayLike, *, initial_carry: Any = None) -> tuple[Any, Array]:
+        """The carry after the last step of `inputs`, `(time, *batch, in)`, and the outputs, `(time, *batch, out)`."""
+        x, carry = jnp.asarray(inputs), initial_carry
+        if carry is None:
+            carry = self.cell.initialize_carry(jax.random.key(0), x.shape[1:])
+        if self.is_initializing():
+            self.cell(carry, x[0])
+        params = self.cell.variables["params"]
+        dtype = self.cell.dtype or jnp.result_type(x, *jax.tree.leaves(params))
+        params, x = jax.tree.map(lambda a: a.astype(dtype), (params, x))
+        weights_and_rows, step = CELLS[type(self.cell)]
+        weights, rows = weights_and_rows(params, x.reshape(-1, x.shape[-1]))
+        return _walk(step, weights, carry, rows.reshape(*x.shape[:-1], -1))
+
+
+def _joined(params: Params, layers: str, leaf: str) -> Array:
+    return jnp.concatenate([params[layer][leaf] for layer in layers.split()], axis=-1)
+
+
+def _lstm(params: Params, x: Array) -> tuple[Array, Array]:
+    rows = x @ _joined(params, "ii if ig io", "kernel") + _joined(params, "hi hf hg ho", "bias")
+    return _joined(params, "hi hf hg ho", "kernel"), rows
+
+
+def _lstm_step(kernel, carry, row):
+    c, h = carry
+    i, f, g, o = jnp.split(row + h.astype(row.dtype) @ kernel, 4, axis=-1)
+    c = sigmoid(f) * c + sigmoid(i) * jnp.tanh(g)
+    h = sigmoid(o) * jnp.tanh(c)
+    return (c, h), h
+
+
+def _gru(params: Params, x: Array) -> tuple[tuple[Array, Array], Array]:
+    rows = x @ _joined(params, "ir iz in", "kernel") + _joined(params, "ir iz in", "bias")
+    return (_joined(params, "hr hz hn", "kernel"), params["hn"]["bias"]), rows
+
+
+def _gru_step(weights, h, row):
+    kernel, bias = weights
+    of_x, of_h = jnp.split(row, 3, axis=-1), jnp.split(h.astype(row.dtype) @ kernel, 3, axis=-1)
+    r, z = (sigmoid(a + b) for a, b in zip(of_x[:2], of_h[:2], strict=True))
+    n = jnp.tanh(of_x[2] + r * (of_h[2] + bias))
+    h = (1 - z) * n + z * h
+    return h, h
+
+
+def _rnn(params: Params, x: Array) -> tuple[Array, Array]:
+    return params["h"]["kernel"], x @ params["i"]["kernel"] + params["i"]["bias"]
+
+
+def _rnn_step(kernel, h, row):
+    h = jnp.tanh(row + h.astype(row.dtype) @ kernel).astype(h.dtype)
+    return h, h
+
+
+# What x contributes to all steps, with the weights that h meets; a step from these, `(weights, carry, row)`.
+CELLS = {nn.OptimizedLSTMCell: (_lstm, _lstm_step), nn.GRUCell: (_gru, _gru_step), nn.SimpleCell: (_rnn, _rnn_step)}
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _walk(step: Callable, weights: Any, carry: Any, rows: Array) -> tuple[Any, Array]:
+    """`step(weights, carry, row) -> (carry, h)`, one row after another: the last carry and the outputs."""
+    return lax.scan(partial(step, weights), carry, rows, unroll=unroll())
+
+
+def _walk_there(step, weights, carry, rows):
+    def advance(before, row_and_added):
+        row, added = row_and_added
+        after, h = step(weights, before, row)
+        return jax.tree.map(jnp.add, after, added), (before, h)
+
+    def walk(carry, added):
+        return lax.scan(advance, carry, (rows, added), unroll=unroll())
+
+    nothing = jax.tree.map(lambda c: jnp.zeros((len(rows), *c.shape), c.dtype), carry)
+    (last, (before, h)), back = jax.vjp(walk, carry, nothing)  # the gradient of `nothing`: the adjoint of each carry
+    return (last, h), (weights, before, rows, back)
+
+
+def _walk_back(step, kept, cotangents):
+    (weights, before, rows, back), (d_last, d_h) = kept, cotangents
+    d_carry, d_after = back((d_last, (jax.tree.map(jnp.zeros_like, before), d_h)))
+    flat = partial(jax.tree.map, lambda a: a.reshape(-1, a.shape[-1]))
+    _, back_at_once = jax.vjp(lambda weights, rows: step(weights, flat(before), flat(rows)), weights, rows)
+    d_weights, d_rows = back_at_once(flat((d_after, d_h)))
+    return d_weights, d_carry, d_rows
+
+
+_walk.defvjp(_walk_there, _walk_back)
