@@ -1,4 +1,4 @@
-"""Whole training steps, a RAN's against those of PyTorch's nn.LSTM and nn.GRU: `python benchmarks/train_step.py`.
+"""Whole training steps, a RAN's against those of an LSTM, PyTorch's and its GRU's: `python benchmarks/train_step.py`.
 
 Language models of the same sizes, on the same batch, without dropout, with clipping by global norm, plain SGD and a
 carried state: what differs is the cell and the library. Steps alternate in blocks, so that whatever else the machine
@@ -6,8 +6,10 @@ does falls on all of them.
 """
 
 import dataclasses
+from functools import partial
 from pathlib import Path
 from typing import Literal
+from unittest import mock
 
 import timing
 
@@ -121,13 +123,20 @@ def torch_steps(features: int, batch: int, steps: int, cell):
 
 
 def measure(features: int, batch: int, steps: int, seconds: float) -> list[dict]:
+    from flax import linen as nn
+
+    from ranjax.scan import unroll
+
     ours = {
         f"RAN, {gates} gates": ranjax_steps(features, batch, steps, gates=gates)
         for gates in ("recurrent", "diagonal", "input")
     }
     if steps > 1000:
         ours["RAN, recurrent gates, fixed point"] = ranjax_steps(features, batch, steps, solver="fixed_point")
-    ours["flax OptimizedLSTMCell"] = ranjax_steps(features, batch, steps, cell="lstm")
+    ours["LSTM"] = ranjax_steps(features, batch, steps, cell="lstm")
+    with mock.patch("ranjax.lm.Stepwise", partial(nn.RNN, time_major=True, return_carry=True, unroll=unroll())):
+        ours["flax nn.RNN(OptimizedLSTMCell)"] = ranjax_steps(features, batch, steps, cell="lstm")
+        ours["flax nn.RNN(OptimizedLSTMCell)"][0]()  # traced in here
     calls = {name: run for name, (run, _) in ours.items()}
     calls |= {name: torch_steps(features, batch, steps, cell) for name, cell in torch_cells(steps).items()}
     times = timing.alternate(calls, seconds=seconds)
@@ -162,7 +171,7 @@ def main(options: Options) -> None:
         print(f"2 x {features}, batch {batch}, {steps} steps, vocabulary {VOCABULARY:,}")
         for row in found:
             print(
-                "  {name:33} {step_ms:8.2f} ms a step (least {step_least_ms:.2f}), {tokens_per_second:9,} tokens/s, "
+                "  {name:34} {step_ms:8.2f} ms a step (least {step_least_ms:.2f}), {tokens_per_second:9,} tokens/s, "
                 "{over_torch_lstm:.2f} times PyTorch's LSTM, {mean_passes:.1f} passes".format(**row),
                 flush=True,
             )

@@ -96,12 +96,14 @@ class Report:
         from ranjax.evaluate import report
 
         timed = int(state.timed) * self.config.batch_size * self.config.steps
+        epochs = [row for row in self._rows if "valid_perplexity" in row]
         result = {
             "dataset": corpus.name,
             "source": corpus.source,
             "test_perplexity": test.perplexity,
             "valid_perplexity": valid.perplexity,
-            "valid_perplexities": [row["valid_perplexity"] for row in self._rows if "valid_perplexity" in row],
+            "valid_perplexities": [row["valid_perplexity"] for row in epochs],
+            "train_perplexities": [row["train_perplexity"] for row in epochs],
             "test_tokens": test.tokens,
             "test_nats": test.nats,
             "test_bits": test.bits,

@@ -23,6 +23,8 @@ from ranjax.evaluate import MOST
 from ranjax.report import device, versions
 from ranjax.train import train_together
 
+EVERY_EPOCH = ("valid_perplexities", "train_perplexities")
+
 
 @dataclass(frozen=True)
 class Options:
@@ -238,10 +240,10 @@ def _name(config: Config) -> str:
 
 def _without_figures(config: Config) -> dict[str, Any]:
     """The result of a training that diverged."""
-    names = "test_perplexity valid_perplexity valid_perplexities test_bits tokens_per_second test_tokens parameters"
+    names = "test_perplexity valid_perplexity test_bits tokens_per_second test_tokens parameters training_seconds"
     about = {"dataset": config.dataset, "config": dataclasses.asdict(config), "side_by_side": 1}
     about |= {"device": device(), "date": date.today().isoformat(), "versions": versions()}
-    return dict.fromkeys([*names.split(), "training_seconds"]) | about
+    return dict.fromkeys([*names.split(), *EVERY_EPOCH]) | about
 
 
 def _row(result: dict[str, Any]) -> dict[str, Any]:
@@ -250,7 +252,7 @@ def _row(result: dict[str, Any]) -> dict[str, Any]:
     row = {"dataset": result["dataset"]}
     row |= {name: config[name] for name in ("cell", "gates", "activation", "seed", "dropout", "learning_rate")}
     row |= {name: _finite(result[name]) for name in ("test_perplexity", "valid_perplexity")}
-    row["valid_perplexities"] = [_finite(perplexity) for perplexity in result["valid_perplexities"] or ()]
+    row |= {name: [_finite(perplexity) for perplexity in result[name] or ()] for name in EVERY_EPOCH}
     row |= {name: result[name] for name in ("test_bits", "tokens_per_second")}
     row |= {"tokens": result["test_tokens"], "parameters": result["parameters"], "seconds": result["training_seconds"]}
     row |= {name: result[name] for name in ("side_by_side", "device", "date")}

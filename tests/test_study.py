@@ -100,10 +100,12 @@ def test_a_perplexity_beyond_all_figures_is_none_in_the_row():
     )
     result = dict.fromkeys(names.split(), 1) | {
         "valid_perplexities": [2.0, evaluate.MOST],
+        "train_perplexities": [evaluate.MOST, 3.0],
         "config": dataclasses.asdict(Config()),
     }
     row = study._row(result | {"valid_perplexity": 2.0, "test_perplexity": evaluate.perplexity(800.0)})
     assert (row["valid_perplexity"], row["valid_perplexities"], row["test_perplexity"]) == (2.0, [2.0, None], None)
+    assert row["train_perplexities"] == [None, 3.0]
 
 
 def test_a_row_that_was_cut_off_is_named(tmp_path):
@@ -132,7 +134,11 @@ def test_seeds_are_trained_together_and_one_that_diverges_has_its_row(config, tm
             raise DivergedError("not finite")
         names = ("test_perplexity", "valid_perplexity", "test_bits", "tokens_per_second", "parameters")
         rest = {"training_seconds": 1.0, "device": "", "date": "", "versions": {}, "side_by_side": len(configs)}
-        rest |= {"test_tokens": len(load_corpus(config.dataset).test) - 1, "valid_perplexities": []}
+        rest |= {
+            "test_tokens": len(load_corpus(config.dataset).test) - 1,
+            "valid_perplexities": [],
+            "train_perplexities": [],
+        }
         return [dict.fromkeys(names, c.seed) | rest | {"dataset": "", "config": vars(c)} for c in configs]
 
     monkeypatch.setattr(study, "train_together", trained)

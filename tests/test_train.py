@@ -69,8 +69,11 @@ def test_a_run_leaves_all_it_promises(run):
     promised = {"dataset", "test_perplexity", "valid_perplexity", "test_tokens", "tokens_per_second", "parameters"}
     assert promised | {"config", "versions"} <= set(result)
     rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-    valid = [row["valid_perplexity"] for row in rows if "valid_perplexity" in row]
+    ended = [row for row in rows if "valid_perplexity" in row]
+    valid = [row["valid_perplexity"] for row in ended]
     assert len(valid) == 3
+    assert result["valid_perplexities"] == valid
+    assert result["train_perplexities"] == [row["train_perplexity"] for row in ended]
     assert result["valid_perplexity"] == pytest.approx(min(valid), rel=1e-6)
     assert result["test_perplexity"] < 8  # of 19 characters
     assert (out / "loss.png").read_bytes().startswith(b"\x89PNG")
