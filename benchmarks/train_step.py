@@ -1,4 +1,4 @@
-"""Whole training steps, a RAN's against those of an LSTM, PyTorch's and its GRU's: `python benchmarks/train_step.py`.
+"""Training steps of a RAN, an LSTM, flax's `nn.RNN` and PyTorch's LSTM and GRU: `python benchmarks/train_step.py`.
 
 Language models of the same sizes, on the same batch, without dropout, with clipping by global norm, plain SGD and a
 carried state: what differs is the cell and the library. Steps alternate in blocks, so that whatever else the machine

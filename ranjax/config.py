@@ -81,8 +81,8 @@ class Config:
     solver: Literal["auto", "sequential", "associative", "chunked", "pallas", "fixed_point", "newton"] = "auto"
     """How a RAN layer solves its recurrence."""
     streams: int = 1
-    """Validation and test text are read as so many streams side by side, in less time where the text is long; each but
-    the first begins 512 tokens before those that it counts."""
+    """Validation and test text are read as so many streams side by side, in less time where the text is long and in as
+    many times the memory; each but the first begins 512 tokens before those that it counts."""
     seed: int = 0
     """Seed of the weights and of dropout."""
 

@@ -16,7 +16,9 @@ if TYPE_CHECKING:
     from ranjax.vocabulary import Vocabulary
 
 MOST = 1e100  # perplexity: JSON and pictures have no infinity
-WINDOW = 512  # tokens a call; the state goes on from one to the next, so the result does not depend on it
+# Tokens a call. The state goes on from one to the next, so the result does not depend on it; of several streams,
+# though, each but the first reads as many before it counts.
+WINDOW = 512
 
 
 def perplexity(nats: float) -> float:
@@ -119,14 +121,15 @@ def make_evaluator(model: "LanguageModel", streams: int = 1) -> Callable[..., Ev
         counts = counted[1:]
         own = -(-max(predictions - WINDOW, 0) // (streams * WINDOW)) * WINDOW  # that a stream after the first counts
         padding = (0, streams * own + WINDOW - predictions)
-        at = np.arange(streams)[:, None] * own + np.arange(own + WINDOW)
-        tokens = np.pad(ids[:-1], padding)[at]
-        targets = np.pad(np.where(counts, ids[1:], -1), padding, constant_values=-1)[at]
-        targets[1:, :WINDOW] = -1
+        tokens = np.pad(ids[:-1], padding).astype(np.int32)
+        targets = np.pad(np.where(counts, ids[1:], -1), padding, constant_values=-1).astype(np.int32)
         state, losses = zero_state(model, params, batch_size=streams), []
         for first in range(0, own + WINDOW, WINDOW):
-            part = slice(None), slice(first, first + WINDOW)
-            state, loss = window(params, state, tokens[part].astype(np.int32), targets[part].astype(np.int32))
+            at = first + np.arange(streams)[:, None] * own + np.arange(WINDOW)
+            outputs = targets[at]
+            if first == 0:
+                outputs[1:] = -1
+            state, loss = window(params, state, tokens[at], outputs)
             losses.append(loss)
         total, number = np.sum(jax.device_get(losses), dtype=np.float64), int(counts.sum())
         return Evaluation(float(total) / number, number)

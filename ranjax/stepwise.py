@@ -1,10 +1,11 @@
 """The cells that a RAN is compared with, over a whole sequence: the LSTM, the GRU and the plain RNN of flax.
 
-Autodiff of `nn.RNN` makes the product of each step with x inside the loop, and adds to every weight at every step. Here
-the products with x are made for all steps at once, only the adjoints of the carries are walked through on the way back,
-and the gradient of a weight is one product over all steps, as it is for the RAN.
+`nn.RNN` makes the product of each step with x inside the loop, and its autodiff adds to every weight at every step.
+Here the products with x are made for all steps at once, only the adjoints of the carries are walked through on the way
+back, and the gradient of a weight is one product over all steps, as it is for the RAN.
 """
 
+import math
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -17,17 +18,27 @@ from jax.nn import sigmoid
 from jax.typing import ArrayLike
 
 from ranjax.cell import Params
+from ranjax.mesh import varying_as
 from ranjax.scan import unroll
 
 
 class Stepwise(nn.Module):
-    """`nn.RNN(cell, time_major=True, return_carry=True)`: the same parameters, outputs and gradients, sooner.
+    """`nn.RNN(cell, time_major=True, return_carry=True)`: the same parameters, outputs and, in reverse mode, gradients.
 
     Attributes:
       cell: an `nn.OptimizedLSTMCell`, `nn.GRUCell` or `nn.SimpleCell`, with flax's own activations.
+
+    Raises:
+      TypeError: for another cell.
     """
 
     cell: nn.RNNCellBase
+
+    def __post_init__(self):
+        if type(self.cell) not in CELLS:
+            names = ", ".join(f"nn.{cell.__name__}" for cell in CELLS)
+            raise TypeError(f"`cell` must be one of {names}; got a {type(self.cell).__name__}. Use nn.RNN for it.")
+        super().__post_init__()
 
     def __call__(self, inputs: ArrayLike, *, initial_carry: Any = None) -> tuple[Any, Array]:
         """The carry after the last step of `inputs`, `(time, *batch, in)`, and the outputs, `(time, *batch, out)`."""
@@ -40,8 +51,10 @@ class Stepwise(nn.Module):
         dtype = self.cell.dtype or jnp.result_type(x, *jax.tree.leaves(params))
         params, x = jax.tree.map(lambda a: a.astype(dtype), (params, x))
         weights_and_rows, step = CELLS[type(self.cell)]
-        weights, rows = weights_and_rows(params, x.reshape(-1, x.shape[-1]))
-        return _walk(step, weights, carry, rows.reshape(*x.shape[:-1], -1))
+        weights, rows = weights_and_rows(params, x.reshape(math.prod(x.shape[:-1]), x.shape[-1]))
+        rows = rows.reshape(*x.shape[:-1], rows.shape[-1])
+        weights, carry = jax.tree.map(lambda a: varying_as(a, (rows,)), (weights, carry))
+        return _walk(step, weights, carry, rows)
 
 
 def _joined(params: Params, layers: str, leaf: str) -> Array:
@@ -103,7 +116,7 @@ def _walk_there(step, weights, carry, rows):
     def walk(carry, added):
         return lax.scan(advance, carry, (rows, added), unroll=unroll())
 
-    nothing = jax.tree.map(lambda c: jnp.zeros((len(rows), *c.shape), c.dtype), carry)
+    nothing = jax.tree.map(lambda c: varying_as(jnp.zeros((len(rows), *c.shape), c.dtype), (c,)), carry)
     (last, (before, h)), back = jax.vjp(walk, carry, nothing)  # the gradient of `nothing`: the adjoint of each carry
     return (last, h), (weights, before, rows, back)
 
@@ -111,7 +124,7 @@ def _walk_there(step, weights, carry, rows):
 def _walk_back(step, kept, cotangents):
     (weights, before, rows, back), (d_last, d_h) = kept, cotangents
     d_carry, d_after = back((d_last, (jax.tree.map(jnp.zeros_like, before), d_h)))
-    flat = partial(jax.tree.map, lambda a: a.reshape(-1, a.shape[-1]))
+    flat = partial(jax.tree.map, lambda a: a.reshape(math.prod(a.shape[:-1]), a.shape[-1]))
     _, back_at_once = jax.vjp(lambda weights, rows: step(weights, flat(before), flat(rows)), weights, rows)
     d_weights, d_rows = back_at_once(flat((d_after, d_h)))
     return d_weights, d_carry, d_rows

@@ -265,11 +265,11 @@ any_other_cell = pytest.mark.parametrize("cell", [nn.OptimizedLSTMCell, nn.GRUCe
 
 
 @any_other_cell
-@pytest.mark.parametrize("given", [True, False])
-def test_stepwise_equals_rnn(cell, given, x64):
+@pytest.mark.parametrize(("time", "given"), [(9, True), (9, False), (1, True), (17, False)])
+def test_stepwise_equals_rnn(cell, time, given, x64):
     cell = cell(4, param_dtype=jnp.float64)
     ours, theirs = Stepwise(cell), nn.RNN(cell, time_major=True, return_carry=True)
-    x = inputs(9, 2, 3, dtype=np.float64)
+    x = inputs(time, 2, 3, dtype=np.float64)
     variables = theirs.init(jax.random.key(3), x)
     jax.tree.map(np.testing.assert_array_equal, ours.init(jax.random.key(3), x), variables)
     variables, carry = randomised(variables), cell.initialize_carry(jax.random.key(0), x.shape[1:])
@@ -281,6 +281,25 @@ def test_stepwise_equals_rnn(cell, given, x64):
 
     got, expected = (jax.value_and_grad(partial(loss, a), (0, 1, 2), has_aux=True)(*arguments) for a in (ours, theirs))
     jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-10, atol=1e-12), got, expected)
+
+
+@any_other_cell
+@pytest.mark.parametrize("shape", [(0, 2, 3), (9, 0, 3)])
+def test_stepwise_without_steps_or_batch(cell, shape):
+    layer = Stepwise(cell(4))
+    variables, x = layer.init(jax.random.key(0), inputs(9, 2, 3)), inputs(*shape)
+    found, (carry, h) = (
+        jax.value_and_grad(lambda v: jnp.sum(layer.apply(v, x)[1]))(variables),
+        layer.apply(variables, x),
+    )
+    assert h.shape == (*shape[:2], 4)
+    assert {c.shape for c in jax.tree.leaves(carry)} == {(shape[1], 4)}
+    assert not any(leaf.any() for leaf in jax.tree.leaves(found))
+
+
+def test_stepwise_refuses_other_cells():
+    with pytest.raises(TypeError, match=r"`cell` must be one of nn.OptimizedLSTMCell, .*; got a RANCell"):
+        Stepwise(RANCell(4))
 
 
 @any_other_cell
@@ -298,12 +317,26 @@ def test_stepwise_adds_to_no_weight_in_a_loop(cell):
 @any_other_cell
 def test_stepwise_with_bfloat16_products(cell):
     x = inputs(9, 2, 3)
-    layer = Stepwise(cell(4, dtype=jnp.bfloat16))
-    variables = randomised(layer.init(jax.random.key(0), x))
-    carry, h = layer.apply(variables, x)
-    assert {a.dtype for a in jax.tree.leaves((carry, h))} == {jnp.dtype(jnp.float32)}
-    _, expected = Stepwise(cell(4)).apply(variables, x)
-    assert 0 < np.abs(h - expected).max() < 0.1
+    exact, layer = Stepwise(cell(4)), Stepwise(cell(4, dtype=jnp.bfloat16))
+    variables = randomised(layer.init(jax.random.key(0), x), scale=0.5)
+
+    def outputs(layer):
+        return jax.value_and_grad(lambda v: (lambda out: (jnp.sum(out[1]), out))(layer.apply(v, x)), has_aux=True)
+
+    ((_, out), gradient), ((_, expected), exact) = outputs(layer)(variables), outputs(exact)(variables)
+    assert {a.dtype for a in jax.tree.leaves((out, gradient))} == {jnp.dtype(jnp.float32)}
+    for a, b in zip(jax.tree.leaves((out, gradient)), jax.tree.leaves((expected, exact)), strict=True):
+        assert 0 < np.abs(a - b).max() < 0.03 * max(1, np.abs(b).max())
+
+
+@any_other_cell
+def test_stepwise_has_the_products_with_x_outside_the_loop(cell):
+    layer = Stepwise(cell(4))
+    x = inputs(9, 2, 3)
+    variables = layer.init(jax.random.key(0), x)
+    text = str(jax.make_jaxpr(lambda x: layer.apply(variables, x))(x))
+    rows = re.findall(r"f32\[(\d+),\d+\] = dot_general", text)
+    assert sorted(rows) == ["18", "2"]  # in the loop only the product with h
 
 
 @pytest.mark.parametrize(

@@ -52,6 +52,19 @@ def assert_close(a, b, tolerance=1e-11):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=tolerance), a, b)
 
 
+@pytest.mark.parametrize("cell", ["lstm", "gru", "rnn"])
+def test_a_batch_of_another_cell_over_devices(x64, cell):
+    model = ranjax.LanguageModel(11, cell=cell, features=FEATURES)
+    tokens = np.random.default_rng(0).integers(0, 11, (BATCH, 7))
+    params = model.init(jax.random.key(0), tokens, deterministic=True)["params"]
+
+    def loss(params, tokens):
+        return jnp.mean(jnp.sin(model.apply({"params": params}, tokens, deterministic=True)[0]))
+
+    over = spread(lambda p, t: jax.lax.pmean(loss(p, t), "batch"), mesh(batch=2), (P(), P("batch")), P())
+    assert_close(jax.grad(over)(params, tokens), jax.grad(loss)(params, tokens), 1e-6)
+
+
 @pytest.mark.quick
 @pytest.mark.parametrize("solver", ["sequential", "associative", "chunked", "auto"])
 @pytest.mark.parametrize("reverse", [False, True])
