@@ -264,6 +264,7 @@ def test_products_with_x_are_outside_the_loop():
 any_other_cell = pytest.mark.parametrize("cell", [nn.OptimizedLSTMCell, nn.GRUCell, nn.SimpleCell])
 
 
+@pytest.mark.quick
 @any_other_cell
 @pytest.mark.parametrize(("time", "given"), [(9, True), (9, False), (1, True), (17, False)])
 def test_stepwise_equals_rnn(cell, time, given, x64):

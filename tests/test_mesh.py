@@ -52,6 +52,7 @@ def assert_close(a, b, tolerance=1e-11):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=tolerance), a, b)
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize("cell", ["lstm", "gru", "rnn"])
 def test_a_batch_of_another_cell_over_devices(x64, cell):
     model = ranjax.LanguageModel(11, cell=cell, features=FEATURES)
