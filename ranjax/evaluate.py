@@ -1,7 +1,7 @@
 """Exact evaluation of a language model: `python -m ranjax.evaluate --checkpoint DIR`."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -11,6 +11,8 @@ from ranjax.errors import UserError, exit_with_message
 from ranjax.hugepages import restart_with_huge_pages
 
 if TYPE_CHECKING:
+    import numpy as np
+
     from ranjax.config import Config
     from ranjax.lm import LanguageModel
     from ranjax.vocabulary import Vocabulary
@@ -119,22 +121,30 @@ def make_evaluator(model: "LanguageModel", streams: int = 1) -> Callable[..., Ev
                 f"{counted.dtype} of the shape {counted.shape}, {int(counted[1:].sum())} marked."
             )
         counts = counted[1:]
-        own = -(-max(predictions - WINDOW, 0) // (streams * WINDOW)) * WINDOW  # that a stream after the first counts
-        padding = (0, streams * own + WINDOW - predictions)
-        tokens = np.pad(ids[:-1], padding).astype(np.int32)
-        targets = np.pad(np.where(counts, ids[1:], -1), padding, constant_values=-1).astype(np.int32)
         state, losses = zero_state(model, params, batch_size=streams), []
-        for first in range(0, own + WINDOW, WINDOW):
-            at = first + np.arange(streams)[:, None] * own + np.arange(WINDOW)
-            outputs = targets[at]
-            if first == 0:
-                outputs[1:] = -1
-            state, loss = window(params, state, tokens[at], outputs)
+        for inputs, outputs in _windows(ids[:-1], np.where(counts, ids[1:], -1), streams):
+            state, loss = window(params, state, inputs, outputs)
             losses.append(loss)
         total, number = np.sum(jax.device_get(losses), dtype=np.float64), int(counts.sum())
         return Evaluation(float(total) / number, number)
 
     return evaluate
+
+
+def _windows(tokens: "np.ndarray", targets: "np.ndarray", streams: int) -> Iterator[tuple["np.ndarray", "np.ndarray"]]:
+    """Both, a window of every stream at a time, `(streams, WINDOW)`; a target is -1 where it does not count."""
+    import numpy as np
+
+    own = -(-max(len(tokens) - WINDOW, 0) // (streams * WINDOW)) * WINDOW  # what a stream after the first counts
+    padding = (0, streams * own + WINDOW - len(tokens))
+    tokens = np.pad(tokens, padding).astype(np.int32)
+    targets = np.pad(targets, padding, constant_values=-1).astype(np.int32)
+    for first in range(0, own + WINDOW, WINDOW):
+        at = first + np.arange(streams)[:, None] * own + np.arange(WINDOW)
+        outputs = targets[at]
+        if first == 0:
+            outputs[1:] = -1
+        yield tokens[at], outputs
 
 
 @dataclass(frozen=True)
