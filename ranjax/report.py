@@ -17,6 +17,8 @@ from ranjax.config import Config
 from ranjax.evaluate import perplexity, shown
 
 if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
     from ranjax.data import Corpus
     from ranjax.evaluate import Evaluation
     from ranjax.step import TrainState
@@ -136,9 +138,7 @@ class Report:
 
 def draw_loss(rows: list[dict[str, float]], windows: int, path: Path) -> None:
     """Perplexity against epochs: of the epoch so far in training, and of each validation."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(6.4, 4.0), layout="constrained")
+    figure = blank_figure(6.4, 4.0)
     axes = figure.subplots()
     train = [(row["epoch"], row["train_perplexity"]) for row in rows]
     valid = [(row["epoch"], row["valid_perplexity"]) for row in rows if "valid_perplexity" in row]
@@ -150,6 +150,13 @@ def draw_loss(rows: list[dict[str, float]], windows: int, path: Path) -> None:
     axes.grid(alpha=0.3, which="both")
     axes.legend(frameon=False)
     figure.savefig(path, dpi=150)
+
+
+def blank_figure(width: float, height: float) -> "Figure":
+    """A figure of so many inches, to be saved as a picture; no window shows it."""
+    from matplotlib.figure import Figure
+
+    return Figure(figsize=(width, height), layout="constrained")
 
 
 def device() -> str:

@@ -11,6 +11,8 @@ from rich.cells import cell_len, set_cell_size
 from rich.console import Console
 from rich.text import Text
 
+from ranjax.report import blank_figure
+
 if TYPE_CHECKING:
     from ranjax.explanation import Explanation, Layer, Prediction
 
@@ -62,12 +64,11 @@ def _prediction(prediction: "Prediction", words: list[str]) -> Text:
 def draw_pairs(explanation: "Explanation", number: int, path: Path) -> None:
     """A heat map: columns are the words as they are read, rows the words remembered, dark what is strong."""
     from matplotlib.colors import PowerNorm
-    from matplotlib.figure import Figure
 
     layer, words = explanation.layers[number - 1], explanation.words
     few = len(words) <= LABELLED
     side = max(0.2 * len(words), 3) + 1.5 if few else 8
-    figure = Figure(figsize=(side, side), layout="constrained")
+    figure = blank_figure(side, side)
     axes = figure.subplots()
     scale = PowerNorm(0.5, vmin=0)  # the diagonal outshines the rest otherwise
     assert layer.pairs is not None

@@ -53,6 +53,15 @@ def x64():
     jax.config.update("jax_enable_x64", False)
 
 
+@pytest.fixture
+def pets(tmp_path):
+    """The settings of a run of seconds, on a text of its own."""
+    from ranjax.config import Config
+
+    (tmp_path / "pets.txt").write_text("the cat sat on the mat\nthe dog sat on the log\n" * 80)
+    return Config(dataset=str(tmp_path / "pets.txt"), features=(8,), layers=1, batch_size=4, steps=7, epochs=1)
+
+
 def data_dir() -> Path | None:
     """The real data sets: the folder RANJAX_DATA names, or shared/data beside the project."""
     places = [os.environ.get("RANJAX_DATA"), Path(__file__).resolve().parents[2] / "shared" / "data"]

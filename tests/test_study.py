@@ -1,4 +1,4 @@
-"""Studies: rows that are there are not trained for again, what was cut off goes on, time runs out."""
+"""Studies: what was cut off goes on, time runs out; their rows, pages and pictures."""
 
 import dataclasses
 import gc
@@ -18,104 +18,16 @@ import jax
 import numpy as np
 import pytest
 
-from ranjax import evaluate, report, study
+from ranjax import report, study
 from ranjax.config import Config
 from ranjax.data import load_corpus
 from ranjax.embedded import markov_entropy
-from ranjax.errors import DivergedError, UserError
+from ranjax.errors import UserError
 from ranjax.evaluate import Evaluation, Run
 from ranjax.step import build_model
+from ranjax.table import Table, chosen
 
 EXPERIMENTS = Path(__file__).resolve().parents[1] / "experiments"
-
-
-@pytest.fixture
-def config(tmp_path):
-    (tmp_path / "pets.txt").write_text("the cat sat on the mat\nthe dog sat on the log\n" * 80)
-    return Config(dataset=str(tmp_path / "pets.txt"), features=(8,), layers=1, batch_size=4, steps=7, epochs=1)
-
-
-def test_a_row_is_trained_for_once(config, tmp_path, capsys):
-    options = study.Options(runs=str(tmp_path / "runs"))
-    table = study.Table(tmp_path, options)
-    row = table.row(config, study="pets", model="RAN, input gates")
-    promised = (
-        "dataset cell gates activation seed dropout test_perplexity valid_perplexity tokens config versions device"
-    )
-    assert set(promised.split()) | {"date", "seconds", "study", "model"} <= set(row)
-    assert row["test_perplexity"] > 1
-    assert [path.name for path in (tmp_path / "runs").iterdir()] == [
-        "pets-RAN-input-gates-1-epochs-dropout-0.2-rate-0.002-seed-0"
-    ]
-    assert "== pets, RAN, input gates, 1 epochs" in capsys.readouterr().out
-
-    again = study.Table(tmp_path, options)
-    assert again.rows == [json.loads(json.dumps(row))]
-    assert again.row(config, study="pets", model="RAN, input gates") == again.rows[0]
-    assert capsys.readouterr().out.startswith(f"1 rows are in {tmp_path / 'results.jsonl'}: not trained for again")
-    assert again.row(config, study="pets", model="another")["model"] == "another"
-    assert len((tmp_path / "results.jsonl").read_text().splitlines()) == 2
-
-    (tmp_path / "results.jsonl").unlink()  # a run that is there goes on: this one is at its end
-    assert row["valid_perplexities"] == [row["valid_perplexity"]]  # of the one epoch
-    once_more = study.Table(tmp_path, options).row(config, study="pets", model="RAN, input gates")
-    assert once_more["test_perplexity"] == row["test_perplexity"]
-    assert once_more["seconds"] == row["seconds"]
-
-
-def test_rows_of_another_text_are_not_joined(config, tmp_path):
-    elsewhere = study.Options(runs=str(tmp_path / "runs"), out=str(tmp_path / "new" / "table"))
-    table = study.Table(tmp_path / "the study", elsewhere)
-    table.row(config)
-    assert [path.name for path in (tmp_path / "new" / "table").iterdir()] == ["results.jsonl"]
-    Path(config.dataset).write_text("the cat sat on the mat\n" * 100)
-    tokens = len(load_corpus(config.dataset).test) - 1
-    with pytest.raises(
-        UserError, match=rf"are of another text: {table.rows[0]['tokens']} test tokens, .* {tokens} .*--out"
-    ):
-        table.row(dataclasses.replace(config, seed=1))
-    assert [row["seed"] for row in study.Table(tmp_path / "the study", elsewhere).rows] == [0]
-
-
-def test_a_table_that_another_program_writes_to_is_read_anew(config, tmp_path, monkeypatch):
-    """Before a training and after it."""
-    table, file = study.Table(tmp_path, study.Options(runs=str(tmp_path))), tmp_path / "results.jsonl"
-    others = {"model": "RAN", "config": vars(config), "valid_perplexity": 3.0, "tokens": None}
-    file.write_text(json.dumps(others) + "\n")
-    assert table.row(config, model="RAN")["valid_perplexity"] == 3.0
-
-    def trained(_):
-        with file.open("a") as added:
-            added.write(json.dumps(others | {"model": "GRU"}) + "\n")
-        raise DivergedError("not finite")
-
-    monkeypatch.setattr(study, "train_together", trained)
-    table.row(config, model="LSTM")
-    assert [row["model"] for row in table.rows] == ["RAN", "GRU", "LSTM"]
-
-
-def test_a_perplexity_beyond_all_figures_is_none_in_the_row():
-    names = (
-        "dataset test_bits tokens_per_second parameters training_seconds side_by_side device date versions test_tokens"
-    )
-    result = dict.fromkeys(names.split(), 1) | {
-        "valid_perplexities": [2.0, evaluate.MOST],
-        "train_perplexities": [evaluate.MOST, 3.0],
-        "config": dataclasses.asdict(Config()),
-    }
-    row = study._row(result | {"valid_perplexity": 2.0, "test_perplexity": evaluate.perplexity(800.0)})
-    assert (row["valid_perplexity"], row["valid_perplexities"], row["test_perplexity"]) == (2.0, [2.0, None], None)
-    assert row["train_perplexities"] == [None, 3.0]
-
-
-def test_a_row_that_was_cut_off_is_named(tmp_path):
-    file = tmp_path / "results.jsonl"
-    file.write_text('{"model": "RAN"}\n{"model": "LS')
-    with pytest.raises(
-        UserError, match=re.escape(f'line 2 of {file} must be the JSON of one row; got \'{{"model": "LS\'')
-    ):
-        study.Table(tmp_path, study.Options())
-    assert file.read_text() == '{"model": "RAN"}\n{"model": "LS'
 
 
 @pytest.mark.skipif(jax.default_backend() != "cpu", reason="of CPUs")
@@ -123,45 +35,6 @@ def test_the_device_is_the_cores_that_a_run_may_use(monkeypatch):
     for cores, device in (({3}, "1 CPU core"), ({0, 3}, "2 CPU cores")):
         monkeypatch.setattr(os, "sched_getaffinity", lambda _, cores=cores: cores, raising=False)
         assert report.device() == device
-
-
-def test_seeds_are_trained_together_and_one_that_diverges_has_its_row(config, tmp_path, monkeypatch, capsys):
-    calls = []
-
-    def trained(configs):
-        calls.append([c.seed for c in configs])
-        if 1 in calls[-1]:
-            raise DivergedError("not finite")
-        names = ("test_perplexity", "valid_perplexity", "test_bits", "tokens_per_second", "parameters")
-        rest = {"training_seconds": 1.0, "device": "", "date": "", "versions": {}, "side_by_side": len(configs)}
-        rest |= {
-            "test_tokens": len(load_corpus(config.dataset).test) - 1,
-            "valid_perplexities": [],
-            "train_perplexities": [],
-        }
-        return [dict.fromkeys(names, c.seed) | rest | {"dataset": "", "config": vars(c)} for c in configs]
-
-    monkeypatch.setattr(study, "train_together", trained)
-    table = study.Table(tmp_path, study.Options(runs=str(tmp_path)))
-    table.row(dataclasses.replace(config, seed=3), model="RAN")
-    rows = table.rows_of_seeds(config, [0, 2, 3], model="RAN")
-    assert [(row["seed"], row["test_perplexity"], row["side_by_side"]) for row in rows] == [
-        (0, 0, 2),
-        (2, 2, 2),
-        (3, 3, 1),
-    ]
-    rows = table.rows_of_seeds(config, [1, 4], model="RAN")
-    assert calls == [[3], [0, 2], [1, 4], [1], [4]]
-    assert [(row["seed"], row["test_perplexity"]) for row in rows] == [(1, None), (4, 4)]
-    assert rows[0].keys() == rows[1].keys()
-    assert "diverged: not finite" in capsys.readouterr().out
-    assert [study.value(row, "valid_perplexity") for row in rows] == [math.inf, 4]
-    written = [json.loads(line) for line in (tmp_path / "results.jsonl").read_text().splitlines()]
-    assert [row["seed"] for row in written] == [3, 0, 2, 1, 4]
-
-    again = study.Table(tmp_path, study.Options(runs=str(tmp_path)))
-    assert again.rows_of_seeds(config, [1, 4], model="RAN") == written[3:]  # it is not tried anew
-    assert len(calls) == 5
 
 
 def test_seeds_go_one_after_another_on_a_cpu_and_together_elsewhere(monkeypatch):
@@ -172,38 +45,26 @@ def test_seeds_go_one_after_another_on_a_cpu_and_together_elsewhere(monkeypatch)
         study.rounds(0)
 
 
-def test_the_settings_that_came_out_best_are_those_of_the_first_seed(config):
-    tried = [(0, 0.1, 109.0), (0, 0.4, 111.0), (0, 0.2, None), (1, 0.1, 112.0), (1, 0.4, 90.0), (2, 0.1, None)]
-    rows = [
-        {"model": "RAN", "config": vars(dataclasses.replace(config, seed=seed, dropout=rate)), "valid_perplexity": p}
-        for seed, rate, p in tried
-    ]
-    other_steps = {"model": "RAN", "config": vars(dataclasses.replace(config, seed=1, dropout=0.1, steps=3))}
-    assert study.chosen([*rows, other_steps], model="RAN") == [rows[0], rows[3], rows[5]]
-    assert study.chosen(rows, model="LSTM") == []
-    assert study.chosen(rows[3:]) == []  # none of the first seed yet
-
-
-def test_time_runs_out(config, tmp_path):
-    """Cut off by its budget, saved as by Ctrl-C, without a row."""
+def test_time_runs_out(pets, tmp_path):
+    """Cut off by its budget, saved as by Ctrl-C, without a row; table and runs are where the flags say."""
     program = (
-        "import sys; from pathlib import Path; from orbax.checkpoint import v1\n"
+        "import pathlib, sys; from orbax.checkpoint import v1\n"
         "from ranjax import study; from ranjax.config import Config\n"
-        "minutes = float(sys.argv[2]) if len(sys.argv) > 2 else None\n"
-        "table = study.Table(Path(sys.argv[1]), study.Options(runs=sys.argv[1] + '/runs'))\n"
-        f"config = Config(dataset={config.dataset!r}, features=(8,), layers=1, batch_size=4, steps=7, epochs=400)\n"
-        "with study.budget(minutes):\n"
-        "    table.row(config, study='pets')\n"
+        f"config = Config(dataset={pets.dataset!r}, features=(8,), layers=1, batch_size=4, steps=7, epochs=400)\n"
+        "main = lambda options, table: print(table.folder) or table.row(config, study='pets')\n"
+        "study.run(main, study.Options, pathlib.Path('the study'))\n"
     )
-    command = [sys.executable, "-c", program, str(tmp_path / "cut")]
-    first = subprocess.run([*command, "0.12"], capture_output=True, text=True, check=False, timeout=120)
+    (tmp_path / "study.py").write_text(program)
+    command = [sys.executable, "study.py", "--minutes", "0.12", "--runs", "kept", "--out", "cut"]
+    first = subprocess.run(command, capture_output=True, text=True, check=False, timeout=120, cwd=tmp_path)
     assert first.returncode == 143, first.stderr
+    assert first.stdout.startswith("cut\n")
     assert "saved. Go on with" in first.stdout
-    assert not (tmp_path / "cut" / "results.jsonl").exists()
-    assert list((tmp_path / "cut" / "runs").iterdir())
+    assert not (tmp_path / "cut").exists()
+    assert [path.name[:4] for path in (tmp_path / "kept").iterdir()] == ["pets"]
 
 
-def test_a_budget_is_taken_back(config):
+def test_a_budget_is_taken_back():
     before = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGALRM)]
     with study.budget(0.001):
         pass
@@ -238,7 +99,10 @@ def test_time_that_runs_out_in_a_callback_of_the_garbage_collector_ends_the_prog
 def test_studies_are_short_and_their_rows_whole():
     promised = "dataset cell gates activation seed dropout test_perplexity valid_perplexity tokens config versions"
     for name in ("parity", "ablation", "long-context"):
-        assert len((EXPERIMENTS / name / "run.py").read_text().splitlines()) < 120
+        program = (EXPERIMENTS / name / "run.py").read_text("utf-8")
+        assert len(program.splitlines()) < 120
+        imported = re.findall(r"^ *(?:import|from) (\w+)", program, re.MULTILINE)
+        assert set(imported) - sys.stdlib_module_names == {"ranjax"}
         rows = [json.loads(line) for line in (EXPERIMENTS / name / "results.jsonl").read_text().splitlines()]
         assert rows
         assert all({*promised.split(), "device", "date", "seconds"} <= row.keys() for row in rows)
@@ -265,7 +129,7 @@ def test_means_and_deviations_are_those_of_the_seeds(name, what, least):
     rows = [json.loads(line) for line in (EXPERIMENTS / name / "results.jsonl").read_text("utf-8").splitlines()]
     several = 0
     for labels in {tuple(row[key] for key in what) for row in rows}:
-        of = study.chosen(rows, **dict(zip(what, labels, strict=True)))
+        of = chosen(rows, **dict(zip(what, labels, strict=True)))
         if len(of) > 1 and all(row["test_perplexity"] for row in of):
             several += 1
             test = [row["test_perplexity"] for row in of]
@@ -295,7 +159,7 @@ def test_tuning_takes_the_best_of_the_grid(monkeypatch, tmp_path):
         assert labels == {"study": f"ptb-small-tuned{short}", "model": "LSTM"}
         return {"valid_perplexity": abs(config.dropout - 0.25) + abs(config.learning_rate - 2)}
 
-    table = study.Table(tmp_path, study.Options())
+    table = Table(tmp_path, tmp_path)
     monkeypatch.setattr(table, "row", row)
     best = parity["settings"](table, "ptb-small-tuned", "LSTM")
     assert (best.cell, best.dropout, best.learning_rate, best.epochs) == ("lstm", 0.25, 2.0, 8)
@@ -337,7 +201,7 @@ def test_wikitext_is_trained_at_what_came_out_best_on_penn_treebank():
     parity = runpy.run_path(str(EXPERIMENTS / "parity" / "run.py"))
     rows = [json.loads(line) for line in (EXPERIMENTS / "parity" / "results.jsonl").read_text("utf-8").splitlines()]
     for model in parity["MODELS"]:
-        best = study.chosen(rows, study="ptb-small-tuned", model=model)[0]
+        best = chosen(rows, study="ptb-small-tuned", model=model)[0]
         config = parity["settings"](None, "wikitext-2", model)
         assert (config.learning_rate, config.dropout) == (best["learning_rate"], best["dropout"])
 
@@ -345,15 +209,16 @@ def test_wikitext_is_trained_at_what_came_out_best_on_penn_treebank():
 def test_three_models_have_several_seeds(tmp_path):
     main, trained = runpy.run_path(str(EXPERIMENTS / "parity" / "run.py"))["main"], []
 
-    class Rows(study.Table):
+    class Rows(Table):
         def rows_of_seeds(self, config, seeds, measure=None, **labels):
             trained.extend((labels["model"], seed) for seed in seeds)
 
-    main.__globals__.update(Table=Rows, draw=lambda *_: None)
+    main.__globals__["draw"] = lambda *_: None
     models = ("RAN", "GRU", "LSTM")
     for seeds, more in ((1, []), (2, [("RAN", 1), ("LSTM", 1)])):
         trained.clear()
-        main(main.__globals__["Parity"](study="wikitext-2", models=models, seeds=seeds, out=str(tmp_path)))
+        options = main.__globals__["Parity"](study="wikitext-2", models=models, seeds=seeds)
+        main(options, Rows(tmp_path, tmp_path))
         assert trained == [*((model, 0) for model in models), *more]
 
 

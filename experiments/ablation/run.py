@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import Literal
 
 from ranjax.config import Config
-from ranjax.errors import exit_with_message
-from ranjax.hugepages import restart_with_huge_pages
-from ranjax.study import Options, Table, budget, rounds, value
+from ranjax.report import blank_figure
+from ranjax.study import Options, rounds, run
+from ranjax.table import Table, value
 
 BASE = "RAN"
 CONFIG = Config(dataset="python-docs")  # all else is at the training program's defaults
@@ -48,10 +48,8 @@ class Ablation(Options):
 
 def draw(rows: list[dict], path: Path) -> None:
     """Test perplexity of every run, by variant and its parameters, with the mean of the whole RAN as a line."""
-    from matplotlib.figure import Figure
-
     names = [name for name in VARIANTS if any(row["variant"] == name for row in rows)]
-    figure = Figure(figsize=(8, 0.32 * len(names) + 1.2), layout="constrained")
+    figure = blank_figure(8, 0.32 * len(names) + 1.2)
     dots = [(value(row, "test_perplexity"), row["variant"]) for row in rows]
     axes, edge = figure.subplots(), 2 * min(dots)[0]
     for x, name in dots:
@@ -70,18 +68,12 @@ def draw(rows: list[dict], path: Path) -> None:
     figure.savefig(path, dpi=110)
 
 
-def main(options: Ablation) -> None:
-    table = Table(Path(__file__).parent, options)
-    with budget(options.minutes):
-        for seeds in rounds(options.seeds):
-            for name in options.variants:
-                table.rows_of_seeds(replace(CONFIG, **VARIANTS[name]), seeds, variant=name)
-                draw(table.rows, table.folder / "ablation.png")
+def main(options: Ablation, table: Table) -> None:
+    for seeds in rounds(options.seeds):
+        for name in options.variants:
+            table.rows_of_seeds(replace(CONFIG, **VARIANTS[name]), seeds, variant=name)
+            draw(table.rows, table.folder / "ablation.png")
 
 
 if __name__ == "__main__":
-    import tyro
-
-    restart_with_huge_pages()
-    with exit_with_message():
-        main(tyro.cli(Ablation))
+    run(main, Ablation, Path(__file__).parent)

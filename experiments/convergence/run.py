@@ -20,7 +20,7 @@ from ranjax.cell import output
 from ranjax.data import load_corpus
 from ranjax.errors import exit_with_message
 from ranjax.evaluate import load_run
-from ranjax.report import device, versions
+from ranjax.report import blank_figure, device, versions
 
 HERE = Path(__file__).parent
 USUAL = ("diagonal", "frozen", "float32", "not averaged")  # at all lengths
@@ -66,12 +66,10 @@ def study(params: dict, x: jax.Array, activation: str, trained: bool, options: O
 
 def draw(rows: list[dict], path: Path) -> None:
     """The residual of every pass, one panel for each trained layer."""
-    from matplotlib.figure import Figure
-
     rows = [row for row in rows if row["epochs"] and row["scale"] == 1 and "residuals" in row]
     runs, layers, times = (list(dict.fromkeys(row[key] for row in rows)) for key in ("run", "layer", "time"))
     columns, height = 2 * len(layers), (len(runs) + 1) // 2  # two runs a line
-    figure = Figure(figsize=(3.2 * columns + 2, 3 * height), layout="constrained")
+    figure = blank_figure(3.2 * columns + 2, 3 * height)
     for number, (run, layer) in enumerate(((run, layer) for run in runs for layer in layers), 1):
         axes = figure.add_subplot(height, columns, number, sharey=figure.axes[0] if figure.axes else None)
         for row in rows:

@@ -14,10 +14,10 @@ from typing import Literal
 from ranjax.config import Config
 from ranjax.data import load_split
 from ranjax.embedded import markov_entropy, task_answers
-from ranjax.errors import exit_with_message
 from ranjax.evaluate import load_run, make_evaluator
-from ranjax.hugepages import restart_with_huge_pages
-from ranjax.study import Options, Table, budget
+from ranjax.report import blank_figure
+from ranjax.study import Options, run
+from ranjax.table import Table
 
 UPDATE = 2048  # tokens an update, whatever the truncation length
 LENGTHS = (35, 128, 512, 2048, 64, 256, 1024)
@@ -55,9 +55,7 @@ def recalled(run: Path) -> dict[str, float]:
 
 def draw(rows: list[dict], y: str, panels: list[str], path: Path) -> None:
     """One value against distance or length, a line for each model, a panel for each task."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(4.2 * len(panels), 3.4), layout="constrained")
+    figure = blank_figure(4.2 * len(panels), 3.4)
     for axes, panel in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
         for number, model in enumerate(MODELS):
             of = [(row["length"], row.get(y)) for row in rows if row["model"] == model and row["task"] == panel]
@@ -76,28 +74,27 @@ def draw(rows: list[dict], y: str, panels: list[str], path: Path) -> None:
     figure.savefig(path, dpi=110)
 
 
-def main(options: LongContext) -> None:
-    table = Table(Path(__file__).parent, options)
-    with budget(options.minutes):
-        if options.study == "truncation":
-            for length in LENGTHS:
-                for model in options.models:
-                    labels = {"task": "truncation length", "model": model, "length": length}
-                    table.row(windows(replace(TEXT, **MODELS[model]), length), **labels)
-                    draw(table.rows, "test_perplexity", ["truncation length"], table.folder / "truncation.png")
-            return
-        for task, distances in DISTANCES.items():
-            for distance in distances:
-                for model in options.models:
-                    config = replace(TASK, dataset=f"{task}-{distance}", **MODELS[model])
-                    labels = {"task": task, "model": model, "length": distance}
-                    table.row(windows(config, max(64, 4 * distance)), recalled, **labels)
-                    draw(table.rows, "recalled", list(DISTANCES), table.folder / "tasks.png")
+def main(options: LongContext, table: Table) -> None:
+    {"truncation": truncation, "tasks": tasks}[options.study](options, table)
+
+
+def truncation(options: LongContext, table: Table) -> None:
+    for length in LENGTHS:
+        for model in options.models:
+            labels = {"task": "truncation length", "model": model, "length": length}
+            table.row(windows(replace(TEXT, **MODELS[model]), length), **labels)
+            draw(table.rows, "test_perplexity", ["truncation length"], table.folder / "truncation.png")
+
+
+def tasks(options: LongContext, table: Table) -> None:
+    for task, distances in DISTANCES.items():
+        for distance in distances:
+            for model in options.models:
+                config = replace(TASK, dataset=f"{task}-{distance}", **MODELS[model])
+                labels = {"task": task, "model": model, "length": distance}
+                table.row(windows(config, max(64, 4 * distance)), recalled, **labels)
+                draw(table.rows, "recalled", list(DISTANCES), table.folder / "tasks.png")
 
 
 if __name__ == "__main__":
-    import tyro
-
-    restart_with_huge_pages()
-    with exit_with_message():
-        main(tyro.cli(LongContext))
+    run(main, LongContext, Path(__file__).parent)

@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Literal
 
 from ranjax.config import PRESETS, Config
-from ranjax.errors import exit_with_message
-from ranjax.hugepages import restart_with_huge_pages
-from ranjax.study import Options, Table, budget, chosen, rounds, value
+from ranjax.report import blank_figure
+from ranjax.study import Options, rounds, run
+from ranjax.table import Table, chosen, value
 
 MODELS = {
     "RAN": {},
@@ -73,12 +73,10 @@ def settings(table: Table, study: str, model: str) -> Config:
 
 def draw(rows: list[dict], path: Path) -> None:
     """The test figure of every seed by study and model, beside the published ones; the worst at the edge."""
-    from matplotlib.figure import Figure
-
     studies = [study for study in STUDIES if any(row["study"] == study for row in rows)]
     columns, shared = min(len(studies), 3), {}
     height = -(-len(studies) // columns)
-    figure = Figure(figsize=(4.2 * columns, 3 * height + 0.4), layout="constrained")
+    figure = blank_figure(4.2 * columns, 3 * height + 0.4)
     for number, study in enumerate(studies, 1):
         kind = STUDIES[study].dataset, study.startswith("ptb-small")  # its studies share an axis
         axes = shared[kind] = figure.add_subplot(height, columns, number, sharex=shared.get(kind))
@@ -101,19 +99,13 @@ def draw(rows: list[dict], path: Path) -> None:
     figure.savefig(path, dpi=110)
 
 
-def main(options: Parity) -> None:
-    table = Table(Path(__file__).parent, options)
-    with budget(options.minutes):
-        for seeds in rounds(options.seeds):
-            for model in options.models:
-                own = [seed for seed in seeds if seed == 0 or model in SEVERAL]
-                table.rows_of_seeds(settings(table, options.study, model), own, study=options.study, model=model)
-                draw(table.rows, table.folder / "perplexity.png")
+def main(options: Parity, table: Table) -> None:
+    for seeds in rounds(options.seeds):
+        for model in options.models:
+            own = [seed for seed in seeds if seed == 0 or model in SEVERAL]
+            table.rows_of_seeds(settings(table, options.study, model), own, study=options.study, model=model)
+            draw(table.rows, table.folder / "perplexity.png")
 
 
 if __name__ == "__main__":
-    import tyro
-
-    restart_with_huge_pages()
-    with exit_with_message():
-        main(tyro.cli(Parity))
+    run(main, Parity, Path(__file__).parent)

@@ -18,7 +18,7 @@ from ranjax.errors import exit_with_message
 from ranjax.evaluate import load_run
 from ranjax.explanation import explain
 from ranjax.memory import Memory, memory
-from ranjax.report import device, versions
+from ranjax.report import blank_figure, device, versions
 
 HERE = Path(__file__).parent
 QUANTILES = (0.5, 0.9, 0.99)
@@ -46,9 +46,7 @@ class Options:
 
 def draw(layers: list[Memory], path: Path) -> None:
     """Half-lives of the components in each layer, sorted by their median."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(4.5 * len(layers), 3.6), layout="constrained")
+    figure = blank_figure(4.5 * len(layers), 3.6)
     for n, (axes, layer) in enumerate(
         zip(figure.subplots(1, len(layers), sharey=True, squeeze=False)[0], layers, strict=True)
     ):

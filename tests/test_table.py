@@ -1,0 +1,148 @@
+"""Tables of studies: rows that are there are not trained for again, others get theirs."""
+
+import dataclasses
+import json
+import math
+import re
+from pathlib import Path
+
+import pytest
+
+from ranjax import evaluate
+from ranjax import table as tables
+from ranjax.config import Config
+from ranjax.data import load_corpus
+from ranjax.errors import DivergedError, UserError
+from ranjax.table import Table, chosen, value
+
+
+def test_a_row_is_trained_for_once(pets, tmp_path, capsys):
+    table = Table(tmp_path, tmp_path / "runs")
+    row = table.row(pets, study="pets", model="RAN, input gates")
+    promised = (
+        "dataset cell gates activation seed dropout test_perplexity valid_perplexity tokens config versions device"
+    )
+    assert set(promised.split()) | {"date", "seconds", "study", "model"} <= set(row)
+    assert row["test_perplexity"] > 1
+    assert [path.name for path in (tmp_path / "runs").iterdir()] == [
+        "pets-RAN-input-gates-1-epochs-dropout-0.2-rate-0.002-seed-0"
+    ]
+    assert "== pets, RAN, input gates, 1 epochs" in capsys.readouterr().out
+
+    again = Table(tmp_path, tmp_path / "runs")
+    assert again.rows == [json.loads(json.dumps(row))]
+    assert again.row(pets, study="pets", model="RAN, input gates") == again.rows[0]
+    assert capsys.readouterr().out.startswith(f"1 rows are in {tmp_path / 'results.jsonl'}: not trained for again")
+    assert again.row(pets, study="pets", model="another")["model"] == "another"
+    assert len((tmp_path / "results.jsonl").read_text().splitlines()) == 2
+
+    (tmp_path / "results.jsonl").unlink()  # a run that is there goes on: this one is at its end
+    assert row["valid_perplexities"] == [row["valid_perplexity"]]  # of the one epoch
+    once_more = Table(tmp_path, tmp_path / "runs").row(pets, study="pets", model="RAN, input gates")
+    assert once_more["test_perplexity"] == row["test_perplexity"]
+    assert once_more["seconds"] == row["seconds"]
+
+
+def test_rows_of_another_text_are_not_joined(pets, tmp_path):
+    table = Table(tmp_path / "new" / "table", tmp_path / "runs")
+    table.row(pets)
+    assert [path.name for path in (tmp_path / "new" / "table").iterdir()] == ["results.jsonl"]
+    Path(pets.dataset).write_text("the cat sat on the mat\n" * 100)
+    tokens = len(load_corpus(pets.dataset).test) - 1
+    with pytest.raises(
+        UserError, match=rf"are of another text: {table.rows[0]['tokens']} test tokens, .* {tokens} .*--out"
+    ):
+        table.row(dataclasses.replace(pets, seed=1))
+    assert [row["seed"] for row in Table(tmp_path / "new" / "table", tmp_path / "runs").rows] == [0]
+
+
+def test_a_table_that_another_program_writes_to_is_read_anew(pets, tmp_path, monkeypatch):
+    """Before a training and after it."""
+    table, file = Table(tmp_path, tmp_path), tmp_path / "results.jsonl"
+    others = {"model": "RAN", "config": vars(pets), "valid_perplexity": 3.0, "tokens": None}
+    file.write_text(json.dumps(others) + "\n")
+    assert table.row(pets, model="RAN")["valid_perplexity"] == 3.0
+
+    def trained(_):
+        with file.open("a") as added:
+            added.write(json.dumps(others | {"model": "GRU"}) + "\n")
+        raise DivergedError("not finite")
+
+    monkeypatch.setattr(tables, "train_together", trained)
+    table.row(pets, model="LSTM")
+    assert [row["model"] for row in table.rows] == ["RAN", "GRU", "LSTM"]
+
+
+def test_a_perplexity_beyond_all_figures_is_none_in_the_row():
+    names = (
+        "dataset test_bits tokens_per_second parameters training_seconds side_by_side device date versions test_tokens"
+    )
+    result = dict.fromkeys(names.split(), 1) | {
+        "valid_perplexities": [2.0, evaluate.MOST],
+        "train_perplexities": [evaluate.MOST, 3.0],
+        "config": dataclasses.asdict(Config()),
+    }
+    row = tables._row(result | {"valid_perplexity": 2.0, "test_perplexity": evaluate.perplexity(800.0)})
+    assert (row["valid_perplexity"], row["valid_perplexities"], row["test_perplexity"]) == (2.0, [2.0, None], None)
+    assert row["train_perplexities"] == [None, 3.0]
+
+
+def test_a_row_that_was_cut_off_is_named(tmp_path):
+    file = tmp_path / "results.jsonl"
+    file.write_text('{"model": "RAN"}\n{"model": "LS')
+    with pytest.raises(
+        UserError, match=re.escape(f'line 2 of {file} must be the JSON of one row; got \'{{"model": "LS\'')
+    ):
+        Table(tmp_path, tmp_path)
+    assert file.read_text() == '{"model": "RAN"}\n{"model": "LS'
+
+
+def test_seeds_are_trained_together_and_one_that_diverges_has_its_row(pets, tmp_path, monkeypatch, capsys):
+    calls = []
+
+    def trained(configs):
+        calls.append([c.seed for c in configs])
+        if 1 in calls[-1]:
+            raise DivergedError("not finite")
+        names = ("test_perplexity", "valid_perplexity", "test_bits", "tokens_per_second", "parameters")
+        rest = {"training_seconds": 1.0, "device": "", "date": "", "versions": {}, "side_by_side": len(configs)}
+        rest |= {
+            "test_tokens": len(load_corpus(pets.dataset).test) - 1,
+            "valid_perplexities": [],
+            "train_perplexities": [],
+        }
+        return [dict.fromkeys(names, c.seed) | rest | {"dataset": "", "config": vars(c)} for c in configs]
+
+    monkeypatch.setattr(tables, "train_together", trained)
+    table = Table(tmp_path, tmp_path)
+    table.row(dataclasses.replace(pets, seed=3), model="RAN")
+    rows = table.rows_of_seeds(pets, [0, 2, 3], model="RAN")
+    assert [(row["seed"], row["test_perplexity"], row["side_by_side"]) for row in rows] == [
+        (0, 0, 2),
+        (2, 2, 2),
+        (3, 3, 1),
+    ]
+    rows = table.rows_of_seeds(pets, [1, 4], model="RAN")
+    assert calls == [[3], [0, 2], [1, 4], [1], [4]]
+    assert [(row["seed"], row["test_perplexity"]) for row in rows] == [(1, None), (4, 4)]
+    assert rows[0].keys() == rows[1].keys()
+    assert "diverged: not finite" in capsys.readouterr().out
+    assert [value(row, "valid_perplexity") for row in rows] == [math.inf, 4]
+    written = [json.loads(line) for line in (tmp_path / "results.jsonl").read_text().splitlines()]
+    assert [row["seed"] for row in written] == [3, 0, 2, 1, 4]
+
+    again = Table(tmp_path, tmp_path)
+    assert again.rows_of_seeds(pets, [1, 4], model="RAN") == written[3:]  # it is not tried anew
+    assert len(calls) == 5
+
+
+def test_the_settings_that_came_out_best_are_those_of_the_first_seed(pets):
+    tried = [(0, 0.1, 109.0), (0, 0.4, 111.0), (0, 0.2, None), (1, 0.1, 112.0), (1, 0.4, 90.0), (2, 0.1, None)]
+    rows = [
+        {"model": "RAN", "config": vars(dataclasses.replace(pets, seed=seed, dropout=rate)), "valid_perplexity": p}
+        for seed, rate, p in tried
+    ]
+    other_steps = {"model": "RAN", "config": vars(dataclasses.replace(pets, seed=1, dropout=0.1, steps=3))}
+    assert chosen([*rows, other_steps], model="RAN") == [rows[0], rows[3], rows[5]]
+    assert chosen(rows, model="LSTM") == []
+    assert chosen(rows[3:]) == []  # none of the first seed yet
