@@ -87,9 +87,9 @@ def draw(rows: list[dict], path: Path) -> None:
         most, data, edge = 1.15 * min(found)[0], axes.transData, axes.get_yaxis_transform()
         for label, style, where, dots in (
             ("measured, a dot a seed", "oC0", data, [dot for dot in found if dot[0] <= most]),
-            ("beyond the axis", ">C0", edge, [(0.97, model) for x, model in found if x > most]),
+            ("measured, beyond the axis", ">C0", edge, [(0.92, model) for x, model in found if x > most]),
             ("published", "xC3", data, [dot for dot in published if dot[0] <= most]),
-            ("published, beyond the axis", ">C3", edge, [(0.92, model) for x, model in published if x > most]),
+            ("published, beyond the axis", ">C3", edge, [(0.97, model) for x, model in published if x > most]),
         ):
             axes.plot([x for x, _ in dots], [model for _, model in dots], style, label=label, transform=where)
         axes.set(title=study, xlabel=f"test {unit}")
