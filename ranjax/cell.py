@@ -184,6 +184,8 @@ class RANCell(nn.RNNCellBase):
     @nn.compact
     def parameters(self, inputs: Array) -> tuple[Params, Array]:
         """The parameters for inputs `(..., in)`, and the inputs, both in the dtype of the products."""
+        if jnp.iscomplexobj(inputs):
+            raise TypeError(f"`inputs` must be real; got {inputs.dtype}. Give real and imaginary parts as features.")
         size, out = inputs.shape[-1], self.projection or self.features
         gates = {"kernel": (self.kernel_init, (size, self.features)), "bias": (self.bias_init, (self.features,))}
         if self.gates == "recurrent":

@@ -37,11 +37,17 @@ class Checkpoints:
         Raises:
           UserError: if there is none, or if it is not a tree of these shapes.
         """
+        run = self.directory.parent
+        why = {
+            "best": f"no epoch of it has been validated. Go on with: python -m ranjax.train --out {run} --resume",
+            "latest": "it had one from its beginning. Restore it, or train anew.",
+        }
+        none = UserError(f"{run} has no {kind} checkpoint: {why[kind]}")
         if not (self.directory / kind).is_dir():
-            raise UserError(f"{self.directory.parent} has no {kind} checkpoint yet. Train it first, without --resume.")
+            raise none
         with self._open(kind) as checkpointer:
             if checkpointer.latest is None:
-                raise UserError(f"{self.directory / kind} is empty; the run ended before its first checkpoint.")
+                raise none
             saved = checkpointer.checkpointables_metadata(checkpointer.latest).metadata["tree"]
             _check_shapes(self.directory / kind, jax.tree.leaves(saved), jax.tree.leaves(like))
             here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
@@ -58,6 +64,8 @@ class Checkpoints:
 def _check_shapes(path: Path, saved: list, expected: list) -> None:
     """Orbax's own message for a tree that does not fit does not say what differs."""
     have, want = sorted(a.shape for a in saved), sorted(a.shape for a in expected)
+    if not have:
+        raise UserError(f"{path} is damaged: it holds no arrays. Restore it, or train anew.")
     if have != want:
         raise UserError(
             f"{path} does not fit the configuration beside it: expected arrays of {want}, got {have}. "

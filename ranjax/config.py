@@ -3,13 +3,14 @@
 import argparse
 import dataclasses
 import json
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 from ranjax.data import EMBEDDED, KNOWN
 from ranjax.embedded import task_of
-from ranjax.errors import UserError
+from ranjax.errors import UserError, read_json
 
 
 @dataclass(frozen=True)
@@ -101,6 +102,7 @@ def check(config: Config) -> None:
         ("learning_rate clip decay init_scale", lambda v: v is None or v > 0, "above 0"),
         ("weight_decay warmup decay_after", lambda v: v >= 0, "at least 0"),
         ("dropout", lambda v: 0 <= v < 1, "in [0, 1)"),
+        ("seed", lambda v: 0 <= v < 2**31, "in [0, 2**31)"),
     ):
         for name in names.split():
             if not holds(getattr(config, name)):
@@ -158,7 +160,7 @@ def _absolute(config: Config) -> Config:
     """Paths of text as absolute ones, so that a run can be used from any directory."""
     path = Path(config.dataset).expanduser()
     named = config.dataset in (*KNOWN, *EMBEDDED) or task_of(config.dataset) is not None
-    local = path.exists() and not named
+    local = os.path.exists(path) and not named  # False, too, for a name that no path can have
     data_dir = config.data_dir and str(Path(config.data_dir).expanduser().resolve())
     return dataclasses.replace(config, dataset=str(path.resolve()) if local else config.dataset, data_dir=data_dir)
 
@@ -166,7 +168,9 @@ def _absolute(config: Config) -> Config:
 def check_same(config: Config, saved: Config) -> None:
     """Raises a UserError for a run that would go on with other settings than it began with."""
     now, then = dataclasses.asdict(config), dataclasses.asdict(saved)
-    names = [name for name in now if now[name] != then[name] and name not in _FREE]
+    moved = os.path.isabs(config.dataset) and os.path.isabs(saved.dataset)  # a file: its text is compared instead
+    free = _FREE | {"dataset"} if moved else _FREE
+    names = [name for name in now if now[name] != then[name] and name not in free]
     changed = [f"--{name.replace('_', '-')} {then[name]} -> {now[name]}" for name in names]
     if changed:
         raise UserError(
@@ -186,9 +190,10 @@ def load_config(directory: Path) -> Config:
     path = directory.expanduser().resolve() / "config.json"
     if not path.is_file():
         raise UserError(f"{path.parent} is not a run: it has no config.json. Give the --out directory of a run.")
-    saved = json.loads(path.read_text("utf-8"))
+    saved = read_json(path, "features")
     fields = {field.name for field in dataclasses.fields(Config)}
     if set(saved) - fields:
         unknown = ", ".join(sorted(set(saved) - fields))
         raise UserError(f"{path} has settings this version does not know: {unknown}. Use the version that wrote it.")
-    return Config(**saved | {"features": tuple(saved["features"])})
+    saved["features"] = tuple(saved["features"])
+    return Config(**saved)

@@ -3,9 +3,12 @@
 A corpus is three arrays of token ids and the vocabulary that explains them.
 """
 
+import hashlib
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -82,7 +85,7 @@ def load_corpus(name: str, data_dir: str | Path | None = None, tokenizer: str | 
 
     Raises:
       UserError (a ValueError): an unknown name, a missing, empty or undecodable file, totals that are not the
-        published ones, a hub that cannot be reached.
+        published ones, a split of less than two tokens, a hub that cannot be reached.
 
     Example:
       >>> from ranjax.data import load_corpus
@@ -118,7 +121,7 @@ def _texts(name: str, data_dir: str | Path | None) -> tuple[str, list[bytes]]:
     if name in KNOWN:
         return _known_texts(name, KNOWN[name], data_dir)
     path = Path(name).expanduser()
-    if not path.exists():
+    if not os.path.exists(path):  # False, too, for a name that no path can have
         names = ", ".join((*EMBEDDED, *KNOWN, *(f"{task}-D" for task in TASKS)))
         raise UserError(f"there is no data set or path {name!r}. Known names: {names}. Or give a file or a directory.")
     return str(path), path_texts(path)
@@ -157,11 +160,18 @@ def _built(tokenizer: str, source: str, texts: list[bytes], closed: bool) -> Voc
 
 def _encoded(vocabulary: Vocabulary, text: bytes, where: str) -> np.ndarray:
     if isinstance(vocabulary, Bytes):
-        return vocabulary.encode_bytes(text)
-    decoded = _decoded(text, where)
-    if isinstance(vocabulary, Words) and not decoded.endswith("\n"):
-        decoded += "\n"  # the last line is a line too
-    return vocabulary.encode(decoded)
+        ids = vocabulary.encode_bytes(text)
+    else:
+        decoded = _decoded(text, where)
+        if isinstance(vocabulary, Words) and not decoded.endswith("\n"):
+            decoded += "\n"  # the last line is a line too
+        ids = vocabulary.encode(decoded)
+    if len(ids) < 2:
+        raise UserError(
+            f"{where} must have at least 2 tokens, to predict one from another; got {len(ids)}. Give more text (a "
+            "single file is split 90/5/5)."
+        )
+    return ids
 
 
 def _decoded(text: bytes, where: str) -> str:
@@ -188,6 +198,11 @@ def _known_texts(name: str, known: Known, data_dir: str | Path | None) -> tuple[
         raise UserError(f"--data-dir {folder} is not a directory; expected the folder that holds {name}.")
     folder = folder / name if (folder / name).is_dir() else folder
     return str(folder), path_texts(folder)
+
+
+def identity(ids: np.ndarray) -> dict[str, Any]:
+    """What tells one text from another, as `text.json` has it of each split."""
+    return {"tokens": len(ids), "sha256": hashlib.sha256(ids.tobytes()).hexdigest()}
 
 
 def columns(ids: np.ndarray, batch_size: int, steps: int, split: str = "train") -> np.ndarray:

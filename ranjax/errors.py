@@ -1,9 +1,13 @@
 """What a user can mend: raised with a message that says how, shown by the programs without a traceback."""
 
+import io
+import json
 import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
 
 
 class UserError(ValueError):
@@ -14,13 +18,37 @@ class DivergedError(UserError):
     """A training whose loss, gradient or validation is no longer finite; the checkpoints before it are intact."""
 
 
+def check_utf8(flag: str, text: str) -> None:
+    """Raises a UserError for a flag whose bytes are not UTF-8: Python keeps each of them as half a character."""
+    if any("\ud800" <= c <= "\udfff" for c in text):
+        raise UserError(f"{flag} is not UTF-8 text; got {text[:40]!a}. Give it in UTF-8.")
+
+
+def read_json(path: Path, *names: str) -> dict[str, Any]:
+    """The object that a file of a run holds, with these names in it.
+
+    Raises:
+      UserError: for a file that is missing or damaged.
+    """
+    try:
+        saved = json.loads(path.read_text("utf-8"))
+    except (OSError, ValueError) as error:  # neither JSON nor UTF-8 is a ValueError
+        raise UserError(f"{path} cannot be read: {error}. Restore it, or train anew.") from None
+    if not isinstance(saved, dict) or not saved.keys() >= set(names):
+        expected = " and ".join(("an object", *map(repr, names)))
+        raise UserError(f"{path} must hold {expected}; got {saved!r:.40}. Restore it, or train anew.")
+    return saved
+
+
 @contextmanager
 def exit_with_message() -> Iterator[None]:
     """Turns a `UserError` into its message on standard error and exit code 1, as it is for a flag that is wrong.
 
     Ctrl-C, where a program does nothing else with it, and an output that is read no further, as by `| head`, end it
-    without a word.
+    without a word. What the terminal has no character for is written as its code.
     """
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         yield
         sys.stdout.flush()

@@ -7,7 +7,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from ranjax.errors import UserError, exit_with_message
+from ranjax.errors import UserError, exit_with_message, read_json
 from ranjax.hugepages import restart_with_huge_pages
 
 if TYPE_CHECKING:
@@ -157,18 +157,26 @@ class Options:
     dataset: str | None = None
     """Another corpus; that of the run if not given. Its text is read with the run's vocabulary."""
     data_dir: str | None = None
-    """Folder of the data set; that of the run if not given."""
+    """Folder of the data set; that of the run if neither is given."""
     split: Literal["train", "valid", "test"] = "test"
     """Which part of the corpus."""
 
 
 def evaluate_split(options: Options) -> tuple[Evaluation, Run]:
     """What the program computes."""
-    from ranjax.data import load_split
+    from ranjax.data import identity, load_split
 
-    run = load_run(options.checkpoint)
-    data_dir = options.data_dir or (run.config.data_dir if options.dataset is None else None)
-    ids = load_split(options.dataset or run.config.dataset, options.split, run.vocabulary, data_dir)
+    run, own = load_run(options.checkpoint), options.dataset is None
+    data_dir = options.data_dir or (run.config.data_dir if own else None)
+    dataset = options.dataset or run.config.dataset
+    ids = load_split(dataset, options.split, run.vocabulary, data_dir)
+    text = Path(options.checkpoint).expanduser() / "text.json"
+    if own and read_json(text).get(options.split) != identity(ids):
+        raise UserError(
+            f"the {options.split} split of {dataset} is not the one that the run in {options.checkpoint} was made "
+            "with, and may hold what it was trained on (the embedded corpora change with the version of Python). "
+            f"Restore it; or, to read what is there: --dataset {dataset}"
+        )
     return make_evaluator(run.model, run.config.streams)(run.params, ids), run
 
 

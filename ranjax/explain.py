@@ -1,10 +1,11 @@
 """Which words a model remembers: `python -m ranjax.explain --checkpoint DIR --text "..."`."""
 
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from ranjax.errors import UserError, exit_with_message
+from ranjax.errors import UserError, check_utf8, exit_with_message
 from ranjax.hugepages import restart_with_huge_pages
 
 if TYPE_CHECKING:
@@ -36,8 +37,7 @@ def read_text(options: Options) -> str:
     if (options.text is None) == (options.file is None):
         raise UserError("give the text by --text or by --file, by one of them.")
     if options.text is not None:
-        if not options.text.isprintable() and any("\ud800" <= c <= "\udfff" for c in options.text):
-            raise UserError("--text is not UTF-8 text. Give it by --file, in UTF-8.")
+        check_utf8("--text", options.text)
         return options.text
     path = Path(str(options.file)).expanduser()
     try:
@@ -86,7 +86,11 @@ def write(explanation: "Explanation", layer: int, path: Path) -> None:
     from ranjax import views
 
     try:
-        (views.write_page if path.suffix.lower() == ".html" else views.draw_pairs)(explanation, layer, path)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("error", message="Glyph .* missing from font")
+            (views.write_page if path.suffix.lower() == ".html" else views.draw_pairs)(explanation, layer, path)
+    except UserWarning as error:
+        raise UserError(f"--out {path}: {error}. Write a page (.html), whose fonts are the browser's.") from None
     except OSError as error:
         raise UserError(f"--out {path} cannot be written: {error.strerror}.") from None
     print(f"written: {path}")

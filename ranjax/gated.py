@@ -51,8 +51,9 @@ def solve(
       The states c, `(*batch, time, features)`, and a `Record`: iterations, residual, converged.
 
     Raises:
-      ValueError: for gates that are not those of the parameters, for a solver or an activation that does not fit them,
-        for inputs or a state of another shape, for inputs that `axis_name` does not spread.
+      ValueError: for parameters that are not a cell's, for gates that are not those of the parameters, for a solver or
+        an activation that does not fit them, for inputs or a state of another shape, for inputs that `axis_name` does
+        not spread.
 
     Example:
       >>> import jax, jax.numpy as jnp, ranjax
@@ -64,6 +65,8 @@ def solve(
     """
     if activation not in ACTIVATIONS:
         raise ValueError(f"`activation` must be one of {', '.join(map(repr, ACTIVATIONS))}; got {activation!r}.")
+    if "gates" not in params:
+        raise ValueError(f"`params` must be those that a RANCell makes, variables['params']; got {', '.join(params)}.")
     if gates != gates_of(params):
         raise ValueError(f"`gates` must be {gates_of(params)!r}, which these parameters are for; got {gates!r}.")
     check_solver(solver, gates, axis_name)

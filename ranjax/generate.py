@@ -1,12 +1,13 @@
 """Text from a language model: `python -m ranjax.generate --checkpoint DIR --prompt "..."`."""
 
+import math
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from ranjax.errors import UserError, exit_with_message
+from ranjax.errors import UserError, check_utf8, exit_with_message
 
 if TYPE_CHECKING:
     from jax import Array
@@ -31,8 +32,8 @@ class Sampling:
     top_p: float = 1.0
 
     def __post_init__(self):
-        if self.temperature < 0:
-            raise UserError(f"--temperature must be at least 0; got {self.temperature}.")
+        if not 0 <= self.temperature < math.inf:
+            raise UserError(f"--temperature must be finite and at least 0; got {self.temperature}.")
         if self.top_k is not None and self.top_k < 1:
             raise UserError(f"--top-k must be at least 1; got {self.top_k}.")
         if not 0 < self.top_p <= 1:
@@ -44,7 +45,7 @@ def sample(key: "Array", logits: "Array", sampling: Sampling) -> "Array":
     import jax
     import jax.numpy as jnp
 
-    if sampling.temperature == 0:
+    if sampling.temperature < 1e-6:  # as good as 0, and a quotient could overflow
         return jnp.argmax(logits)
     logits = logits / sampling.temperature
     ordered = jnp.sort(logits, descending=True)
@@ -134,6 +135,9 @@ def main(argv: list[str] | None = None) -> None:
 
     with exit_with_message():
         options = tyro.cli(Options, args=argv, prog="python -m ranjax.generate")
+        check_utf8("--prompt", options.prompt)
+        if not 0 <= options.seed < 2**31:
+            raise UserError(f"--seed must be in [0, 2**31); got {options.seed}.")
         sampling = Sampling(options.temperature, options.top_k, options.top_p)
         run = load_run(options.checkpoint)
 

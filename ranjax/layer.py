@@ -35,7 +35,8 @@ class RAN(nn.Module):
     them. Forward mode and higher derivatives of these gates take an explicit solver, such as `"sequential"`.
 
     Attributes:
-      cell: a `RANCell`.
+      cell: a `RANCell`. Its equations are solved, its `__call__` is not: of a subclass with another one nothing of that
+        is seen; `nn.RNN` runs it.
       solver: for `gates="input"` a solver of `ranjax.linear_recurrence`; for `"diagonal"` `"auto"`, `"pallas"`,
         `"sequential"` or `"newton"`; for `"recurrent"` `"auto"` (which is `"sequential"`), `"sequential"` or
         `"fixed_point"`. `"newton"` and `"fixed_point"` solve windows of 1024 time steps at once, by the same iteration;

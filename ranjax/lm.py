@@ -52,7 +52,8 @@ class LanguageModel(nn.Module):
 
     Raises:
       ValueError: for an unknown cell, a number of sizes that is not the number of layers, a tied output
-        whose sizes differ, a dropout rate outside [0, 1), an option of the RAN for another cell.
+        whose sizes differ, a size below 1, a dropout rate outside [0, 1), an `init_scale` that is not above 0, an
+        option of the RAN for another cell.
 
     Example:
       >>> import jax, jax.numpy as jnp, ranjax
@@ -82,8 +83,12 @@ class LanguageModel(nn.Module):
     def __post_init__(self):
         if self.cell not in CELLS:
             raise ValueError(f"`cell` must be one of {', '.join(map(repr, CELLS))}; got {self.cell!r}.")
-        if self.layers is not None and self.layers < 1:
-            raise ValueError(f"`layers` must be at least 1; got {self.layers}.")
+        for name in ("vocabulary", "layers", "embedding", "projection"):
+            size = getattr(self, name)
+            if size is not None and size < 1:
+                raise ValueError(f"`{name}` must be at least 1; got {size}.")
+        if self.init_scale is not None and not self.init_scale > 0:
+            raise ValueError(f"`init_scale` must be above 0; got {self.init_scale}.")
         if not 0 <= self.dropout < 1:
             raise ValueError(f"`dropout` must be a rate in [0, 1); got {self.dropout}.")
         for name in RAN_ONLY:
@@ -100,7 +105,7 @@ class LanguageModel(nn.Module):
     @property
     def sizes(self) -> tuple[int, ...]:
         """The size of each layer's state."""
-        sizes = tuple(self.features) if isinstance(self.features, tuple) else (int(self.features),)
+        sizes = tuple(self.features) if isinstance(self.features, (tuple, list)) else (int(self.features),)
         layers = self.layers or (2 if len(sizes) == 1 else len(sizes))
         if len(sizes) not in (1, layers) or min(sizes) < 1:
             raise ValueError(f"`features` must be one size, or one for each of {layers} layers; got {self.features}.")

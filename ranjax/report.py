@@ -111,7 +111,7 @@ class Report:
             "test_bits": test.bits,
             "tokens_per_second": timed / float(state.seconds) if int(state.timed) else None,
             "training_seconds": float(state.seconds),
-            "side_by_side": max(row.get("side_by_side", 1) for row in self._rows),
+            "side_by_side": max((row.get("side_by_side", 1) for row in self._rows), default=1),
             "skipped_steps": int(state.bad),
             "parameters": learned(state.params, self.config.ablation),
             "device": device(),
@@ -187,7 +187,7 @@ def _read_rows(path: Path) -> list[dict[str, float]]:
     if not path.exists():
         return []
     rows = []
-    for line in path.read_text("utf-8").splitlines():
+    for line in path.read_text("utf-8", "replace").splitlines():
         try:
             rows.append(json.loads(line))
         except json.JSONDecodeError:  # a kill cut the last line short

@@ -47,12 +47,15 @@ def _read_file(path: Path) -> bytes:
 
 
 def _parquet_rows(data: bytes, path: Path) -> list[str | None]:
-    from pyarrow import ArrowInvalid, parquet
+    from pyarrow import ArrowInvalid, parquet, types
 
     try:
-        return parquet.read_table(io.BytesIO(data), columns=["text"])["text"].to_pylist()
+        column = parquet.read_table(io.BytesIO(data), columns=["text"])["text"]
     except (ArrowInvalid, KeyError) as error:
         raise UserError(f"{path} must be a parquet file with a column `text`: {error}.") from None
+    if not (types.is_string(column.type) or types.is_large_string(column.type)):
+        raise UserError(f"the column `text` of {path} must be of strings; got {column.type}.")
+    return column.to_pylist()
 
 
 def _joined(rows: list[str | None]) -> bytes:

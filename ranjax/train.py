@@ -1,6 +1,5 @@
 """Trains a language model: `python -m ranjax.train --dataset wikitext-2`."""
 
-import hashlib
 import json
 import os
 import shutil
@@ -11,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ranjax.config import Config, check, check_same, load_config, parse, save_config
-from ranjax.errors import UserError, exit_with_message
+from ranjax.errors import UserError, exit_with_message, read_json
 from ranjax.hugepages import restart_with_huge_pages
 from ranjax.vocabulary import load_vocabulary, save_vocabulary
 
@@ -72,7 +71,7 @@ def train_together(configs: Sequence[Config]) -> list[dict[str, Any]]:
     model = build_model(first, len(corpus.vocabulary))
     optimizer = make_optimizer(first, windows)
     with ExitStack() as held:
-        states = [_begin(config, corpus, initial_state(model, optimizer, config), held) for config in configs]
+        states = [_begin(config, corpus, initial_state(model, optimizer, config), windows, held) for config in configs]
         if len({(int(state.step), int(state.epoch)) for state in states}) > 1:
             held.close()
             return [train(replace(config, resume=True)) for config in configs]
@@ -112,7 +111,7 @@ def _result(run: "Run", corpus: "Corpus", state: "TrainState", evaluate: Callabl
     return run.report.result(corpus, state, evaluate(best, corpus.valid), evaluate(best, corpus.test))
 
 
-def _begin(config: Config, corpus: "Corpus", state: "TrainState", held: ExitStack) -> "TrainState":
+def _begin(config: Config, corpus: "Corpus", state: "TrainState", windows: int, held: ExitStack) -> "TrainState":
     """Makes the run's directory with `state` in it, or takes the state of the run that is there to go on from.
 
     The run is then this program's alone until `held` is closed.
@@ -124,17 +123,23 @@ def _begin(config: Config, corpus: "Corpus", state: "TrainState", held: ExitStac
         _lock(directory, held)
         _check_text(directory, corpus)
         state = Checkpoints(directory).load("latest", state)
+        if int(state.step) > config.epochs * windows:
+            begun = -(-int(state.step) // windows)
+            raise UserError(f"--epochs must be at least {begun}, which the run has begun; got {config.epochs}.")
         save_config(config, directory)
         return state
     unfinished = directory.with_name(f".{directory.name}.{os.getpid()}")  # a kill leaves no run that is half there
-    unfinished.mkdir(parents=True)
     try:
+        unfinished.mkdir(parents=True)
         _save_text(unfinished, corpus)
         Checkpoints(unfinished).save("latest", 0, state)
         save_config(config, unfinished)
         unfinished.rename(directory)
-    except BaseException:
-        shutil.rmtree(unfinished)
+    except BaseException as error:
+        shutil.rmtree(unfinished, ignore_errors=True)
+        if isinstance(error, OSError):
+            why = error.strerror or error
+            raise UserError(f"--out {directory} cannot be written: {why}. Give another --out.") from None
         raise
     _lock(directory, held)
     return state
@@ -162,7 +167,7 @@ def _check_text(directory: Path, corpus: "Corpus") -> None:
     """A run goes on with the text and the vocabulary it began with."""
     if load_vocabulary(directory / "vocabulary.json") != corpus.vocabulary:
         changed = "the vocabulary of the data set"
-    elif json.loads((directory / "text.json").read_text("utf-8")) != _identity(corpus):
+    elif read_json(directory / "text.json") != _identity(corpus):
         changed = "the text of the data set"
     else:
         return
@@ -173,10 +178,9 @@ def _check_text(directory: Path, corpus: "Corpus") -> None:
 
 
 def _identity(corpus: "Corpus") -> dict[str, Any]:
-    parts = {"train": corpus.train, "valid": corpus.valid, "test": corpus.test}
-    return {
-        name: {"tokens": len(ids), "sha256": hashlib.sha256(ids.tobytes()).hexdigest()} for name, ids in parts.items()
-    }
+    from ranjax.data import identity
+
+    return {"train": identity(corpus.train), "valid": identity(corpus.valid), "test": identity(corpus.test)}
 
 
 def main(argv: list[str] | None = None) -> None:

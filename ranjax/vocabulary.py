@@ -10,7 +10,7 @@ from typing import ClassVar, Protocol
 
 import numpy as np
 
-from ranjax.errors import UserError
+from ranjax.errors import UserError, read_json
 
 EOS, UNK = "<eos>", "<unk>"
 TOKENIZERS = ("word", "character", "byte", "bpe")
@@ -206,7 +206,7 @@ def save_vocabulary(vocabulary: Vocabulary, path: Path) -> None:
 
 def load_vocabulary(path: Path) -> Vocabulary:
     """Reads a vocabulary that `save_vocabulary` wrote."""
-    saved = json.loads(path.read_text("utf-8"))
+    saved = read_json(path, "tokenizer", "content")
     content = saved["content"]
     match saved["tokenizer"]:
         case "word":

@@ -181,3 +181,8 @@ def test_bad_options(options, message):
 def test_bad_carry(carry, kind, message):
     with pytest.raises(kind, match=message):
         RANCell(4).init(jax.random.key(0), carry, inputs(2, 3))
+
+
+def test_complex_inputs_are_refused():
+    with pytest.raises(TypeError, match="`inputs` must be real; got complex64"):
+        RANCell(4).init(jax.random.key(0), np.zeros((2, 4), np.float32), 1j * inputs(2, 3))

@@ -125,6 +125,15 @@ def test_the_page_needs_nothing_but_itself_and_its_text_is_escaped(page):
     assert len(data["layers"]) == 2
 
 
+def test_a_figure_that_lacks_a_character_is_not_written(tmp_path):
+    none = np.zeros(1)
+    layer = explanation.Layer(none, none[:, None], none[:, None], none, none, 1, np.ones((1, 1)))
+    found = explanation.Explanation(["\u543e"], " ", "l2", [layer], [])
+    with pytest.raises(UserError, match=r"Glyph 21566 .* Write a page \(.html\)"):
+        explain.write(found, 1, tmp_path / "map.png")
+    assert not list(tmp_path.iterdir())
+
+
 @pytest.mark.parametrize("count", [12, 80])
 def test_a_figure_has_states_across_and_sources_down(tmp_path, count):
     from matplotlib.image import imread

@@ -132,6 +132,8 @@ def test_cross_entropy_is_minus_log_probability():
         ({"cell": "xlstm"}, "`cell` must be one of .*'ran'.* got 'xlstm'"),
         ({"features": (1, 2, 3)}, "`features` must be one size, or one for each of 2 layers"),
         ({"tie": True, "embedding": 5}, "`tie` needs the embedding .* got embedding=5 and an output of 6"),
+        ({"embedding": 0}, "`embedding` must be at least 1; got 0"),
+        ({"init_scale": 0.0}, "`init_scale` must be above 0; got 0.0"),
         ({"dropout": 1.0}, r"`dropout` must be a rate in \[0, 1\); got 1.0"),
         ({"cell": "gru", "projection": 3}, "`projection` is an option of cell='ran'"),
         (

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import errno
 import gc
 import json
 import math
@@ -108,12 +109,12 @@ def test_a_run_that_could_not_begin_leaves_no_directory(text, tmp_path, monkeypa
     """Whatever ends it before all is written that `--resume` needs, the name is free for the next try."""
 
     def full(*_):
-        raise OSError("no space left on device")
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     config = settings(text, tmp_path / "run")
     with monkeypatch.context() as broken:
         broken.setattr(train, "save_config", full)
-        with pytest.raises(OSError, match="no space"):
+        with pytest.raises(UserError, match="run cannot be written: No space left on device"):
             train.train(config)
     assert not (tmp_path / "run").exists()
     train.train(config)
@@ -575,6 +576,15 @@ def test_a_model_that_has_diverged_is_written_in_short():
         ("evaluate", ["--checkpoint", "{tmp}/none"], "none is not a run"),
         ("evaluate", ["--checkpoint", "{run}", "--dataset", "markov"], "not the characters '0', '1'"),
         ("generate", ["--checkpoint", "{run}", "--prompt", "XYZ"], "not the characters 'X', 'Y', 'Z'"),
+        (
+            "generate",
+            ["--checkpoint", "{run}", "--prompt", "caf\udce9"],
+            r"--prompt is not UTF-8 text; got 'caf\\u",
+        ),
+        ("generate", ["--checkpoint", "{run}", "--temperature", "nan"], "--temperature must be finite and at least 0"),
+        ("generate", ["--checkpoint", "{run}", "--seed", "-1"], r"--seed must be in \[0, 2\*\*31\); got -1"),
+        ("train", ["--dataset", "{text}", "--seed", "2147483648"], r"--seed must be in \[0, 2\*\*31\)"),
+        ("train", ["--dataset", "{text}", "--out", "{text}/run"], "--out .*pets.txt/run cannot be written: Not a dir"),
         ("generate", ["--checkpoint", "{run}", "--top-p", "0"], r"--top-p must be in \(0, 1\]; got 0"),
     ],
 )
@@ -601,6 +611,54 @@ def test_a_vocabulary_that_does_not_match(run, tmp_path):
     resumed = Config(**config | {"features": tuple(config["features"]), "out": str(tmp_path / "copy"), "resume": True})
     with pytest.raises(UserError, match="the vocabulary of the data set is not the one"):
         train.train(resumed)
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "message"),
+    [
+        ("config.json", b"{", "config.json cannot be read: Expecting property name"),
+        ("config.json", b"[]", r"config.json must hold an object and 'features'; got \[\]"),
+        ("vocabulary.json", None, "vocabulary.json cannot be read: .*No such file"),
+        ("text.json", b"\xff", "text.json cannot be read: 'utf-8' codec"),
+    ],
+)
+def test_damaged_files_of_a_run_are_named(file, content, message, run, tmp_path):
+    shutil.copytree(run[0], tmp_path / "copy")
+    (tmp_path / "copy" / file).unlink()
+    if content is not None:
+        (tmp_path / "copy" / file).write_bytes(content)
+    with pytest.raises(UserError, match=message):
+        evaluate.evaluate_split(evaluate.Options(str(tmp_path / "copy")))
+
+
+def test_a_run_without_a_best_state_says_how_to_get_one(run, tmp_path):
+    shutil.copytree(run[0], tmp_path / "copy")
+    shutil.rmtree(tmp_path / "copy" / "checkpoints" / "best")
+    with pytest.raises(UserError, match=r"no epoch of it has been validated\. Go on with: .*copy --resume"):
+        load_run(tmp_path / "copy")
+    assert not (tmp_path / "copy" / "checkpoints" / "best").exists()
+
+
+def test_a_run_is_evaluated_on_its_own_text_unless_told(text, tmp_path, capsys):
+    """And goes on where that has moved to, with as many epochs as it has begun or more."""
+    moving = tmp_path / "moving.txt"
+    shutil.copy(text, moving)
+    config = settings(str(moving), tmp_path / "run", epochs=2)
+    train.train(config)
+    moving.rename(tmp_path / "moved.txt")
+    moved = dataclasses.replace(config, dataset=str(tmp_path / "moved.txt"), resume=True)
+    with pytest.raises(UserError, match="--epochs must be at least 2, which the run has begun; got 1"):
+        train.train(dataclasses.replace(moved, epochs=1))
+    assert load_config(tmp_path / "run") == dataclasses.replace(config, resume=False)
+    train.train(moved)
+    assert load_config(tmp_path / "run").dataset == moved.dataset
+    evaluate.main(["--checkpoint", str(tmp_path / "run")])
+    (tmp_path / "moved.txt").write_text("the cat sat on the log\n" + TEXT * 60)
+    with pytest.raises(SystemExit):
+        evaluate.main(["--checkpoint", str(tmp_path / "run")])
+    assert "the test split of" in capsys.readouterr().err
+    evaluate.main(["--checkpoint", str(tmp_path / "run"), "--dataset", moved.dataset])
+    assert "moved.txt test: perplexity" in capsys.readouterr().out
 
 
 def test_a_text_that_does_not_match(run, tmp_path):
