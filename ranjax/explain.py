@@ -90,7 +90,8 @@ def write(explanation: "Explanation", layer: int, path: Path) -> None:
             warnings.filterwarnings("error", message="Glyph .* missing from font")
             (views.write_page if path.suffix.lower() == ".html" else views.draw_pairs)(explanation, layer, path)
     except UserWarning as error:
-        raise UserError(f"--out {path}: {error}. Write a page (.html), whose fonts are the browser's.") from None
+        lacking = str(error).removesuffix(".")
+        raise UserError(f"--out {path}: {lacking}. Write a page (.html), whose fonts are the browser's.") from None
     except OSError as error:
         raise UserError(f"--out {path} cannot be written: {error.strerror}.") from None
     print(f"written: {path}")

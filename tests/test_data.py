@@ -229,6 +229,16 @@ def test_bad_input(files, name, options, message, tmp_path, monkeypatch):
         load_corpus(name, **options)
 
 
+def test_a_column_of_numbers_is_refused(tmp_path):
+    import pyarrow
+    from pyarrow import parquet
+
+    for split in ("train", "valid", "test"):
+        parquet.write_table(pyarrow.table({"text": [1, 2]}), tmp_path / f"{split}.parquet")
+    with pytest.raises(UserError, match="the column `text` of .*train.parquet must be of strings; got int64"):
+        load_corpus(str(tmp_path))
+
+
 def test_a_hub_out_of_reach(tmp_path):
     """A server that takes the connection and never answers; in a process of its own, as a user meets it."""
     with socket.create_server(("127.0.0.1", 0)) as silent:

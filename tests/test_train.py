@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import errno
 import gc
+import io
 import json
 import math
 import os
@@ -24,7 +25,7 @@ from ranjax.checkpoint import Checkpoints
 from ranjax.config import PRESETS, Config, load_config, parse, save_config
 from ranjax.data import load_corpus
 from ranjax.embedded import markov_entropy
-from ranjax.errors import UserError
+from ranjax.errors import UserError, exit_with_message
 from ranjax.evaluate import load_run, make_evaluator
 
 TEXT = "the cat sat on the mat\nthe dog sat on the log\nthe cat saw the dog\n"
@@ -534,6 +535,14 @@ def test_a_program_whose_output_is_read_no_further_ends_without_a_word(lines):
         process.stdin.close()
         assert process.stderr.read() == b""
         assert process.wait() == 1
+
+
+def test_what_a_terminal_cannot_show_is_written_as_its_code(monkeypatch):
+    written = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(written, encoding="ascii"))
+    with exit_with_message():
+        print("caf\u00e9")
+    assert written.getvalue() == b"caf\\xe9\n"
 
 
 def test_ctrl_c_ends_a_program_without_a_word():
