@@ -235,7 +235,7 @@ def test_a_column_of_numbers_is_refused(tmp_path):
 
     for split in ("train", "valid", "test"):
         parquet.write_table(pyarrow.table({"text": [1, 2]}), tmp_path / f"{split}.parquet")
-    with pytest.raises(UserError, match="the column `text` of .*train.parquet must be of strings; got int64"):
+    with pytest.raises(UserError, match=r"the column `text` of .*train.parquet must be of strings; got int64"):
         load_corpus(str(tmp_path))
 
 
