@@ -11,8 +11,9 @@ if "XLA_FLAGS" not in os.environ:  # devices for tests of meshes
     # Most of a test is compilation, so little is optimised; `.ci/run` has a subset that is.
     flags = "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
     quicker = f"{flags} --xla_cpu_use_fusion_emitters=false"  # by a third; a flag that jaxlib does not know ends it
-    known, on = [sys.executable, "-c", "import jax; jax.devices()"], {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": quicker}
-    ended = subprocess.run(known, env=os.environ | on, capture_output=True, check=False)
+    trial = [sys.executable, "-c", "import jax; jax.devices()"]
+    environment = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": quicker}  # no GPU is started for it
+    ended = subprocess.run(trial, env=environment, capture_output=True, check=False)
     os.environ["XLA_FLAGS"] = flags if ended.returncode else quicker
 if "JAX_COMPILATION_CACHE_DIR" not in os.environ:  # a program that several tests or processes run is compiled once
     cache = tempfile.TemporaryDirectory()
