@@ -1,6 +1,7 @@
 """What the states of a sequence are sums of: its gates and contents; see `ranjax.weights`."""
 
 from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple
 
 import jax
@@ -159,6 +160,7 @@ def scale_of(made: Decomposition, reduce: str) -> Array:
     return jnp.abs(made.u) if reduce == "contribution" else jnp.ones_like(made.u[..., :1])
 
 
+@partial(jax.jit, static_argnums=2, inline=True)
 def rows(i: Sequence, f: Sequence, emit: Callable[[Array], Array]) -> Array:
     """What is made of w^t for each t, stacked on an axis before that of j; one w^t in memory at a time."""
     time = f.ndim - 2

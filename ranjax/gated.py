@@ -109,6 +109,8 @@ def check_solver(solver: str | FixedPoint, gates: str, axis_name: str | None = N
     )
 
 
+# Compiled once for a shape where it is called outside `jit`; inside, nothing is left of this one.
+@partial(jax.jit, static_argnames=("activation", "solver", "axis_name"), inline=True)
 def states(
     params: Params,
     steps: Steps,
@@ -132,6 +134,7 @@ def states(
     return recurrent_states(params, steps, c0, activation, Way(_iteration(solver, gates, axis_name), axis_name))
 
 
+@partial(jax.jit, static_argnames=("activation", "solver"), inline=True)
 def states_and_gates(
     params: Params, steps: Steps, c0: State, *, activation: str, solver: str | FixedPoint
 ) -> tuple[States, Gates]:
@@ -195,6 +198,7 @@ def _elementwise_forward(c0, weights, arrays, activation, solver):
     return c, (c0, weights, arrays, c)
 
 
+@partial(jax.jit, static_argnums=(0, 1), inline=True)
 def _elementwise_backward(activation, solver, residuals, g):
     """Back in time: dc_{t-1} and what step t gives to its rows, by the chain rule of one step."""
     c0, weights, arrays, c = residuals

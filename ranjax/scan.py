@@ -84,7 +84,7 @@ def linear_recurrence(
     check_spread("`decay` or `inputs`", (decay, inputs), axis_name)
     if inputs.size == 0:
         return inputs
-    return _recurrence(decay, inputs, initial, solver, reverse, axis_name)
+    return _compiled(decay, inputs, initial, solver, reverse, axis_name)
 
 
 @partial(jax.custom_jvp, nondiff_argnums=(3, 4, 5))
@@ -103,6 +103,10 @@ def _recurrence_jvp(solver, reverse, axis_name, primals, tangents):
     source = d_inputs + d_decay * before(states, initial, -2, reverse, axis_name)
     source = source.at[..., first, :].add(decay[..., first, :] * at_the_edge(d_initial, reverse, axis_name))
     return states, _linear_solve(decay, source, solver, reverse, axis_name)
+
+
+# Outside `jit` a loop is compiled at every call, and what was compiled is kept: so once for a shape.
+_compiled = jax.jit(_recurrence, static_argnums=(3, 4, 5))
 
 
 def _linear_solve(decay: Sequence, source: Sequence, solver: str, reverse: bool, axis_name: str | None) -> Sequence:

@@ -7,8 +7,10 @@ and ends where what is still to come cannot be more than what was found: weights
 """
 
 import math
+from functools import partial
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 from jax import Array, lax
 from jaxtyping import Float, Int
@@ -47,9 +49,15 @@ def top(
     measure_of(reduce)
     if not isinstance(k, int) or k < 1:
         raise ValueError(f"`k` must be an integer of at least 1; got {k!r}.")
-    *batch, time, features = made.f.shape
+    return _searched(made.i * scale_of(made, reduce), made.f, k, reduce)
+
+
+@partial(jax.jit, static_argnums=(2, 3), inline=True)
+def _searched(i: Array, f: Array, k: int, reduce: str) -> tuple[Array, Array]:
+    """`top`, with the scale of the sources in `i`."""
+    *batch, time, features = f.shape
     if not time:
-        return jnp.zeros((*batch, 0, k), made.f.dtype), jnp.zeros((*batch, 0, k), jnp.int32)
+        return jnp.zeros((*batch, 0, k), f.dtype), jnp.zeros((*batch, 0, k), jnp.int32)
     size = min(BLOCK, time)
     blocks = -(-time // size)
 
@@ -57,7 +65,7 @@ def top(
         missing = (*((0, 0) for _ in batch), (0, -time % size), (0, 0))
         return jnp.pad(a, missing, constant_values=fill).reshape(math.prod(batch), blocks, size, features)
 
-    i, f = in_blocks(made.i * scale_of(made, reduce), 0), in_blocks(made.f, 1)
+    i, f = in_blocks(i, 0), in_blocks(f, 1)
     values, steps = lax.map(lambda gates: _top(gates[0], gates[1], k, reduce), (i, f))
     values, steps = (a[:, :time].reshape(*batch, time, k) for a in (values, steps))
     return values, steps

@@ -75,7 +75,7 @@ def full(made: Decomposition, limit: int = LIMIT) -> Float[Array, "*batch time t
             f"all weights of {made.f.shape[-2]:,} steps take {size:,} bytes, more than the `limit` of {limit:,}. Use "
             "`at` for one state, `reduced` or `top` for one number a pair, or a larger `limit`."
         )
-    return rows(made.i, made.f, lambda w: w)
+    return rows(made.i, made.f, jnp.asarray)
 
 
 def at(made: Decomposition, step: ArrayLike) -> Sequence:

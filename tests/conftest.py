@@ -62,6 +62,18 @@ def x64():
 
 
 @pytest.fixture
+def patch(monkeypatch):
+    """Replaces an attribute that is read while a function is traced: what was traced before is forgotten."""
+
+    def replace(*args):
+        jax.clear_caches()
+        monkeypatch.setattr(*args)
+
+    yield replace
+    jax.clear_caches()
+
+
+@pytest.fixture
 def pets(tmp_path):
     """The settings of a run of seconds, on a text of its own."""
     from ranjax.config import Config

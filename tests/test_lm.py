@@ -84,7 +84,7 @@ def test_the_gradient_of_the_output_layer_makes_no_turned_copy_of_the_logits(tie
 
 
 @pytest.mark.parametrize("cell", CELLS)
-def test_loops_on_a_gpu_make_several_steps_a_turn(cell, monkeypatch):
+def test_loops_on_a_gpu_make_several_steps_a_turn(cell, patch):
     model, variables = model_and_variables(cell=cell)
     tokens = np.tile(TOKENS, 2)  # 18 steps: two turns, and two steps more
 
@@ -92,7 +92,7 @@ def test_loops_on_a_gpu_make_several_steps_a_turn(cell, monkeypatch):
         return jax.value_and_grad(lambda v: jnp.sum(model.apply(v, tokens, deterministic=True)[0] ** 2))
 
     expected = differentiated()(variables)
-    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    patch(jax, "default_backend", lambda: "gpu")
     loops = re.findall(r"unroll=(\d+)", str(jax.make_jaxpr(differentiated())(variables)))
     assert set(loops) == {"8"}
     jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-4), differentiated()(variables), expected)

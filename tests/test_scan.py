@@ -200,9 +200,9 @@ def test_states_are_float32_or_wider(solver, x64):
     ("solver", "most", "odd"),
     [("auto", 1.1, 1.1), ("sequential", 1.1, 1.1), ("associative", 6, 6), ("chunked", 1.2, 3.2)],
 )
-def test_memory_of_the_gradient_does_not_grow_with_the_logarithm_of_the_length(solver, most, odd, monkeypatch):
+def test_memory_of_the_gradient_does_not_grow_with_the_logarithm_of_the_length(solver, most, odd, patch):
     """Temporaries beside inputs, states and results, in arrays of their size; autodiff of a scan has 8 and more."""
-    monkeypatch.setattr(plain, "CHUNK", 64)
+    patch(plain, "CHUNK", 64)
 
     def temporaries(time):
         arrays = [jnp.asarray(a) for a in problem((2,), time, 8, dtype=np.float32)]
@@ -222,27 +222,27 @@ def test_one_traced_program_serves_every_platform():
     assert "stablehlo.while" not in lowered["cuda"]
 
 
-def test_the_kernel_is_taken_where_there_is_a_gpu_for_it(monkeypatch):
+def test_the_kernel_is_taken_where_there_is_a_gpu_for_it(patch):
     def taken(capability):
         device = types.SimpleNamespace(**({"compute_capability": capability} if capability else {}))
-        monkeypatch.setattr(jax, "local_devices", lambda: [device])
+        patch(jax, "local_devices", lambda: [device])
         gradient = jax.grad(lambda *a: ranjax.linear_recurrence(*a).sum())
         return "pallas_call" in str(jax.make_jaxpr(gradient)(*problem(dtype=np.float32)))
 
     assert not taken("9.0")
-    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    patch(jax, "default_backend", lambda: "gpu")
     assert taken("9.0")
     assert taken("12.1")
     assert not taken("7.5")
     assert not taken("gfx90a")
     assert not taken(None)
-    monkeypatch.setattr(ranjax.scan, "find_spec", lambda name: None)  # a JAX without Triton
+    patch(ranjax.scan, "find_spec", lambda name: None)  # a JAX without Triton
     assert not taken("9.0")
 
 
-def test_inside_shard_map_the_kernel_waits_to_be_told(monkeypatch):
+def test_inside_shard_map_the_kernel_waits_to_be_told(patch):
     """Its results cannot be marked as varying between devices, which `check_vma` wants."""
-    monkeypatch.setattr(ranjax.scan, "_has_gpu", lambda: True)
+    patch(ranjax.scan, "_has_gpu", lambda: True)
     mesh = jax.make_mesh((2,), ("batch",), axis_types=(jax.sharding.AxisType.Auto,))
     arrays = problem((2,), dtype=np.float32)
 

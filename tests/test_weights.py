@@ -134,8 +134,8 @@ def test_all_ways_to_the_weights_agree_with_the_loop(x64):
 
 @pytest.mark.parametrize("reduce", weights.REDUCTIONS)
 @pytest.mark.parametrize("open_gates", [0.0, 4.0])
-def test_the_strongest_sources_are_those_of_the_whole_map(x64, monkeypatch, reduce, open_gates):
-    monkeypatch.setattr(strongest, "BLOCK", 8)
+def test_the_strongest_sources_are_those_of_the_whole_map(x64, patch, reduce, open_gates):
+    patch(strongest, "BLOCK", 8)
     params, x, c0 = drawn("recurrent", time=61)
     params["gates"]["bias"] = params["gates"]["bias"].at[1].add(open_gates)  # of blocks few, or all, can be left out
     made = weights.decompose(params, x, c0, segment_starts=jnp.zeros((BATCH, 61), bool).at[1, 30].set(True))
@@ -152,8 +152,8 @@ def test_the_strongest_sources_are_those_of_the_whole_map(x64, monkeypatch, redu
         assert np.all(np.asarray(steps)[np.asarray(values) == 0] == -1)
 
 
-def test_equal_sources_come_with_the_latest_first_and_none_is_made_up(monkeypatch):
-    monkeypatch.setattr(strongest, "BLOCK", 4)
+def test_equal_sources_come_with_the_latest_first_and_none_is_made_up(patch):
+    patch(strongest, "BLOCK", 4)
     ones = jnp.ones((10, 2))
     made = weights.Decomposition(ones / 2, ones, ones, ones, ones[0])
     values, steps = weights.top(made, 3, "max")
@@ -161,8 +161,8 @@ def test_equal_sources_come_with_the_latest_first_and_none_is_made_up(monkeypatc
     np.testing.assert_array_equal(values[0], [0.5, 0, 0])
 
 
-def test_the_search_for_the_strongest_ends_where_nothing_more_can_come(monkeypatch):
-    monkeypatch.setattr(strongest, "BLOCK", 4)
+def test_the_search_for_the_strongest_ends_where_nothing_more_can_come(patch):
+    patch(strongest, "BLOCK", 4)
     looked = []
     pairs = strongest.measure_pairs
 
@@ -171,7 +171,7 @@ def test_the_search_for_the_strongest_ends_where_nothing_more_can_come(monkeypat
             jax.debug.callback(lambda: looked.append(1))
         return pairs(reduce, p, w)
 
-    monkeypatch.setattr(strongest, "measure_pairs", spying)
+    patch(strongest, "measure_pairs", spying)
     gates = jnp.full((64, 3), 0.5)
     jax.block_until_ready(weights.top(weights.Decomposition(gates, gates, gates, gates, gates[0]), 2))
     jax.effects_barrier()
@@ -179,18 +179,18 @@ def test_the_search_for_the_strongest_ends_where_nothing_more_can_come(monkeypat
 
 
 @pytest.mark.parametrize("reduce", ["max", "l2", "contribution"])
-def test_rounding_does_not_end_the_search_too_early(monkeypatch, reduce):
+def test_rounding_does_not_end_the_search_too_early(patch, reduce):
     """All weights in the last state nearly the same: a search that ends early finds what one that never ends does."""
-    monkeypatch.setattr(strongest, "BLOCK", 4)
+    patch(strongest, "BLOCK", 4)
     rng = np.random.default_rng(0)
     f = 1 - 1e-3 * rng.uniform(size=(2048, 1))
     i = np.cumprod(f[::-1], axis=0)[-1] / np.append(np.cumprod(f[:0:-1], axis=0)[::-1], [[1.0]], axis=0)
     i, f = (jnp.asarray(a, jnp.float32) for a in (i, f))
     made = weights.Decomposition(i, f, jnp.ones_like(i), i, i[0])
     early = weights.top(made, 3, reduce)
-    monkeypatch.setattr(strongest, "_margin", lambda *_: 1e30)
+    patch(strongest, "_margin", lambda *_: 1e30)
     jax.tree.map(np.testing.assert_array_equal, early, weights.top(made, 3, reduce))
-    monkeypatch.setattr(strongest, "_margin", lambda *_: 0.0)
+    patch(strongest, "_margin", lambda *_: 0.0)
     without = weights.top(made, 3, reduce)[0]
     assert reduce != "contribution" or not np.array_equal(early[0], without)  # the margin is needed
 
@@ -272,6 +272,29 @@ def test_a_hundred_thousand_steps_in_bounded_memory():
         order = jnp.argsort(-row)[:5]
         np.testing.assert_allclose(values[t, : len(order)], row[order], rtol=1e-5)
         np.testing.assert_array_equal(steps[t, : len(order)], order + max(0, t - 5000))
+
+
+@pytest.mark.parametrize("gates", ranjax.cell.GATES)
+def test_outside_jit_nothing_is_compiled_twice(gates, caplog):
+    """A loop would be, at every call, and what was made of it kept."""
+    params, x, c0 = drawn(gates, dtype=jnp.float32)
+    layer = ranjax.RAN(ranjax.RANCell(FEATURES, gates))
+
+    def use():
+        made = weights.decompose(params, x, c0)
+        jax.grad(lambda x: jnp.sum(layer.apply({"params": {"cell": params}}, x)))(x)
+        jax.grad(lambda u: jnp.sum(ranjax.linear_recurrence(made.f, u)))(made.u)
+        for solver in {"recurrent": ("auto", "fixed_point"), "diagonal": ("auto", "newton"), "input": ("chunked",)}[
+            gates
+        ]:
+            ranjax.solve(params, x, gates=gates, solver=solver)
+        weights.full(made), weights.reduced(made), weights.top(made, 2)
+
+    use()
+    caplog.clear()
+    with jax.log_compiles():
+        use()
+    assert not [record for record in caplog.records if "Compiling" in record.getMessage()]
 
 
 def test_no_steps_and_no_sequences():
