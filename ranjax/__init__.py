@@ -15,7 +15,8 @@ c. They are known beforehand where they see x only (`gates="input"`, without W_i
 h_{t-1} (`gates="recurrent"`, the default).
 
 Public names: `RANCell`, `RAN`, `FixedPoint`, `solve`, `linear_recurrence`, `LanguageModel`; the modules `data`,
-`weights` (which inputs made a state) and `attribution` (which words made a prediction).
+`weights` (which inputs made a state), `attribution` (which words made a prediction) and `memory` (how long states
+last over a corpus).
 They are imported when first used, so that programs can answer `--help` at once.
 """
 
@@ -25,6 +26,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from ranjax import attribution as attribution
     from ranjax import data as data
+    from ranjax import memory as memory
     from ranjax import weights as weights
     from ranjax.cell import RANCell as RANCell
     from ranjax.fixed_point import FixedPoint as FixedPoint
@@ -41,7 +43,7 @@ _HOMES = {
     "linear_recurrence": "scan",
     "solve": "gated",
 }
-_MODULES = ("attribution", "cell", "data", "layer", "lm", "scan", "weights")
+_MODULES = ("attribution", "cell", "data", "layer", "kernels", "lm", "memory", "scan", "weights")
 
 __all__ = [
     "RAN",
@@ -51,6 +53,7 @@ __all__ = [
     "attribution",
     "data",
     "linear_recurrence",
+    "memory",
     "solve",
     "weights",
 ]

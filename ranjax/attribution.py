@@ -74,7 +74,7 @@ def decompositions(
     """
     _check_cell(model)
     x, layers, options = _embedded(params, tokens), [], {"activation": model.activation, "dtype": model.dtype}
-    for n, carry in enumerate(_carries(model, state)):
+    for n, carry in enumerate(model.carries(state)):
         cell = params[f"stack_{n}"]["cell"]
         layers.append(decompose(cell, x, carry, solver=model.solver, **options))
         x = output(cell, layers[-1].c, model.activation)
@@ -184,7 +184,7 @@ def integrated_gradients(
         raise ValueError(f"`nodes` must be at least 1; got {nodes}.")
     x = _embedded(params, tokens)
     target, step = checked_index("target", target, model.vocabulary), checked_index("step", step, len(x))
-    sizes = zip(_carries(model, state), model.sizes, strict=True)
+    sizes = zip(model.carries(state), model.sizes, strict=True)
     state = tuple(jnp.zeros(size, state_dtype(x)) if c is None else c for c, size in sizes)
 
     def logit(scale: Array, x: Array, state: State) -> Array:
@@ -220,13 +220,6 @@ def _check_text(tokens: ArrayLike) -> None:
 def _embedded(params: Params, tokens: ArrayLike) -> Array:
     """The embeddings of the tokens; NaN for an id that is none, as in the model."""
     return jnp.take(params["embed"]["embedding"], jnp.asarray(tokens), axis=0)
-
-
-def _carries(model: LanguageModel, state: State | None) -> State:
-    """One carry, or None, for each layer."""
-    if state is not None and len(state) != len(model.sizes):
-        raise ValueError(f"`state` must be one carry for each of {len(model.sizes)} layers; got {len(state)}.")
-    return (None,) * len(model.sizes) if state is None else tuple(state)
 
 
 def _ratio(c: Array) -> Array:

@@ -12,6 +12,7 @@ gate, 1 the forget gate. Parameters are the tree that `RANCell` makes:
 """
 
 from collections.abc import Callable, Mapping
+from numbers import Integral
 from typing import Any
 
 import jax
@@ -102,7 +103,7 @@ def step(params: Params, c: Vector, x: Array, activation: str = "tanh") -> Vecto
 
 
 class RANCell(nn.RNNCellBase):
-    r"""The cell of a recurrent additive network; a drop-in for `nn.LSTMCell`.
+    r"""The cell of a recurrent additive network; a drop-in for `nn.LSTMCell`, but for `gate_fn` and `activation_fn`.
 
     .. math::
         u_t &= W_c x_t \\
@@ -132,7 +133,8 @@ class RANCell(nn.RNNCellBase):
       carry_init: initialiser of the carry.
 
     Raises:
-      ValueError: for unknown `gates` or `activation`, sizes below 1, diagonal gates with a projection.
+      ValueError: for unknown `gates` or `activation`, sizes that are not whole numbers of at least 1, diagonal gates
+        with a projection, and, where it is called, parameters of other gates.
 
     Example:
       >>> import jax, jax.numpy as jnp, flax.linen as nn, ranjax
@@ -165,8 +167,8 @@ class RANCell(nn.RNNCellBase):
                 raise ValueError(f"`{name}` must be one of {', '.join(map(repr, choices))}; got {value!r}.")
         for name in ("features", "projection"):
             value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"`{name}` must be at least 1; got {value}.")
+            if name == "features" or value is not None:
+                check_size(name, value)
         if self.gates == "diagonal" and self.projection is not None:
             raise ValueError(
                 "`projection` cannot go with gates='diagonal': each gate reads its own feature of h, which a "
@@ -184,8 +186,7 @@ class RANCell(nn.RNNCellBase):
     @nn.compact
     def parameters(self, inputs: Array) -> tuple[Params, Array]:
         """The parameters for inputs `(..., in)`, and the inputs, both in the dtype of the products."""
-        if jnp.iscomplexobj(inputs):
-            raise TypeError(f"`inputs` must be real; got {inputs.dtype}. Give real and imaginary parts as features.")
+        check_real("inputs", inputs)
         size, out = inputs.shape[-1], self.projection or self.features
         gates = {"kernel": (self.kernel_init, (size, self.features)), "bias": (self.bias_init, (self.features,))}
         if self.gates == "recurrent":
@@ -202,6 +203,7 @@ class RANCell(nn.RNNCellBase):
         }
         if self.projection is not None:
             tree["projection"] = self.param("projection", _drawn, projection, self.param_dtype)
+        check_gates(self.gates, tree)  # flax does not: it compares what both trees have
         leaves, structure = jax.tree.flatten(tree)
         x, *leaves = promote_dtype(inputs, *leaves, dtype=self.dtype)
         return jax.tree.unflatten(structure, leaves), x
@@ -214,6 +216,30 @@ class RANCell(nn.RNNCellBase):
     @property
     def num_feature_axes(self) -> int:
         return 1
+
+
+def gates_of(params: Params) -> str:
+    """What the gates of these parameters see: `"recurrent"`, `"diagonal"` or `"input"`."""
+    weights = params["gates"].get("recurrent_kernel")
+    return "input" if weights is None else "diagonal" if weights.ndim == 2 else "recurrent"
+
+
+def check_gates(gates: str, params: Params) -> None:
+    """Raises a ValueError for gates that are not those of the parameters."""
+    if gates != gates_of(params):
+        raise ValueError(f"`gates` must be {gates_of(params)!r}, which these parameters are for; got {gates!r}.")
+
+
+def check_real(name: str, x: Array) -> None:
+    """Raises a TypeError for complex inputs."""
+    if jnp.iscomplexobj(x):
+        raise TypeError(f"`{name}` must be real; got {x.dtype}. Give real and imaginary parts as features.")
+
+
+def check_size(name: str, value: Any) -> None:
+    """Raises a ValueError for what is no size: a whole number, at least 1."""
+    if not isinstance(value, Integral) or isinstance(value, bool) or int(value) < 1:
+        raise ValueError(f"`{name}` must be a whole number, at least 1; got {value!r}.")
 
 
 def checked_carry(name: str, carry: ArrayLike, shape: tuple[int, ...]) -> Array:

@@ -13,10 +13,10 @@ from jax.core import Tracer
 from jax.typing import ArrayLike
 from jaxtyping import Float
 
-from ranjax.cell import ACTIVATIONS, Params, checked_carry, content, gates_of_input
+from ranjax.cell import ACTIVATIONS, Params, check_real, checked_carry, content, gates_of, gates_of_input
 from ranjax.fixed_point import FixedPoint
-from ranjax.gated import check_solver, gates_of, states_and_gates
-from ranjax.masks import Steps, checked, masked, padding_after
+from ranjax.gated import check_solver, states_and_gates
+from ranjax.masks import Steps, checked, checked_lengths, masked, padding_after
 from ranjax.scan import state_dtype
 
 Sequence = Float[Array, "*batch time features"]
@@ -79,10 +79,11 @@ def decompose(
     if activation not in ACTIVATIONS:
         raise ValueError(f"`activation` must be one of {', '.join(map(repr, ACTIVATIONS))}; got {activation!r}.")
     x = jnp.asarray(x)
+    check_real("x", x)
     _check_shapes(params, x)
     check_solver(solver, gates_of(params))
     starts = checked("segment_starts", segment_starts, jnp.bool_, x.shape[:-1])
-    lengths, padding = checked("seq_lengths", seq_lengths, jnp.integer, x.shape[:-2]), None
+    lengths, padding = checked_lengths(seq_lengths, x.shape[:-2], x.shape[-2]), None
     if lengths is not None:
         padding = padding_after(lengths, x.shape[:-1], x.ndim - 2)
         x = jnp.where(padding[..., None], 0, x)  # before any product: padding may hold NaN

@@ -46,7 +46,7 @@ def _parsed(path: Path) -> ast.Module | None:
         warnings.simplefilter("ignore", SyntaxWarning)
         try:
             return ast.parse(path.read_bytes())
-        except SyntaxError:  # a template, or a file for another version
+        except (SyntaxError, OSError):  # a template, a file for another version, a link to nothing
             return None
 
 

@@ -14,7 +14,17 @@ from jax import Array
 from jax.typing import ArrayLike
 from jaxtyping import Float
 
-from ranjax.cell import ACTIVATIONS, Params, checked_carry, content, gates_of_input, gates_of_state
+from ranjax.cell import (
+    ACTIVATIONS,
+    Params,
+    check_gates,
+    check_real,
+    checked_carry,
+    content,
+    gates_of,
+    gates_of_input,
+    gates_of_state,
+)
 from ranjax.fixed_point import FixedPoint, Record, exact
 from ranjax.kernels import Rows, Walk
 from ranjax.masks import Gates, States, Steps, seen
@@ -51,6 +61,7 @@ def solve(
       The states c, `(*batch, time, features)`, and a `Record`: iterations, residual, converged.
 
     Raises:
+      TypeError: for complex inputs.
       ValueError: for parameters that are not a cell's, for gates that are not those of the parameters, for a solver or
         an activation that does not fit them, for inputs or a state of another shape, for inputs that `axis_name` does
         not spread.
@@ -66,11 +77,14 @@ def solve(
     if activation not in ACTIVATIONS:
         raise ValueError(f"`activation` must be one of {', '.join(map(repr, ACTIVATIONS))}; got {activation!r}.")
     if "gates" not in params:
-        raise ValueError(f"`params` must be those that a RANCell makes, variables['params']; got {', '.join(params)}.")
-    if gates != gates_of(params):
-        raise ValueError(f"`gates` must be {gates_of(params)!r}, which these parameters are for; got {gates!r}.")
+        raise ValueError(
+            "`params` must be those that a RANCell makes: variables['params'] of a cell, "
+            f"variables['params']['cell'] of a layer; got {', '.join(params)}."
+        )
+    check_gates(gates, params)
     check_solver(solver, gates, axis_name)
     x, width = jnp.asarray(x), params["gates"]["kernel"].shape[0]
+    check_real("x", x)
     if x.ndim < 2 or x.shape[-1] != width:
         raise ValueError(
             f"`x` must have the axes (*batch, time, in), with in = {width} for these parameters; got the shape "
@@ -82,12 +96,6 @@ def solve(
     steps = Steps(jnp.moveaxis(u, -2, 0), jnp.moveaxis(z, -3, 0))
     c, record = states(params, steps, c0, activation=activation, solver=solver, axis_name=axis_name)
     return jnp.moveaxis(c, 0, -2), record
-
-
-def gates_of(params: Params) -> str:
-    """What the gates of these parameters see: `"recurrent"`, `"diagonal"` or `"input"`."""
-    weights = params["gates"].get("recurrent_kernel")
-    return "input" if weights is None else "diagonal" if weights.ndim == 2 else "recurrent"
 
 
 def check_solver(solver: str | FixedPoint, gates: str, axis_name: str | None = None) -> None:

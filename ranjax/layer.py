@@ -13,7 +13,7 @@ from jax.typing import ArrayLike
 from ranjax.cell import RANCell, checked_carry, content, gates_of_input, output
 from ranjax.fixed_point import FixedPoint
 from ranjax.gated import check_solver, states
-from ranjax.masks import Steps, checked, masked, padding_after
+from ranjax.masks import Steps, checked, checked_lengths, masked, padding_after
 from ranjax.mesh import last_state, steps_before
 from ranjax.scan import state_dtype
 
@@ -24,7 +24,8 @@ class RAN(nn.Module):
     .. math::
         c_t = i_t * (W_c x_t) + f_t * c_{t-1}, \qquad h_t = g(c_t)
 
-    The parameters are those of `nn.RNN(cell)`, so either loads the other's. The products with x are made for
+    The parameters are those of `nn.RNN(cell)`, so either loads the other's; the attributes of `nn.RNN` that say how it
+    loops (`unroll`, `variable_axes`, `split_rngs`, ...) are not there. The products with x are made for
     the whole sequence at once. With `gates="input"` the states are one linear recurrence; the other gates read
     h_{t-1} and are walked through step by step. Those of the paper, `gates="recurrent"`, can be solved for many steps
     at once with `solver="fixed_point"`, by iterating linear recurrences: the same states and gradients to rounding,
@@ -101,11 +102,12 @@ class RAN(nn.Module):
           initial_carry: the state before the first step, `(*batch, features)`, float32 or wider. Default:
             what the cell's `initialize_carry` makes, zeros unless told otherwise.
           init_key: key for `initialize_carry`; zeros need none.
-          seq_lengths: integers `(*batch)`, the number of valid steps of each sequence. The rest is padding,
-            whatever it holds: the state passes through it and its outputs repeat the last valid one.
+          seq_lengths: integers `(*batch)`, the number of valid steps of each sequence, from 0 to all. The rest is
+            padding, whatever it holds: the state passes through it and its outputs repeat the last valid one.
           segment_starts: bool, `(*batch, time)` or `(time, *batch)` as the inputs: True where a new segment
             begins, which sees nothing of what came before it. With `reverse` each segment is processed from
-            its own end, and sees nothing of what comes after it. A state that is not finite stays in its segment with
+            its own end, and sees nothing of what comes after it. A start is told by a forget gate's pre-activation of
+            -inf: weights that make one begin a segment, too. A state that is not finite stays in its segment with
             input and diagonal gates and the solvers `"auto"`, on a CPU, a TPU, or a GPU with the kernel, and
             `"pallas"`, without `axis_name`. Elsewhere it reaches the gradients of earlier segments, and with input
             gates the states of later ones.
@@ -127,7 +129,7 @@ class RAN(nn.Module):
             raise ValueError(f"`inputs` must have the axes (*batch, time, in); got the shape {x.shape}.")
         time = 0 if time_major else x.ndim - 2
         batch = x.shape[:time] + x.shape[time + 1 : -1]
-        seq_lengths = checked("seq_lengths", seq_lengths, jnp.integer, batch)
+        seq_lengths = checked_lengths(seq_lengths, batch, x.shape[time] if self.axis_name is None else None)
         segment_starts = checked("segment_starts", segment_starts, jnp.bool_, x.shape[:-1])
 
         def flip(a):

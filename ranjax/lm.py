@@ -6,18 +6,17 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import linen as nn
 from flax.typing import Dtype
 from jax import Array
+from jax.typing import ArrayLike
 from jaxtyping import Float, Int
 
-from ranjax.cell import RANCell, uniform
+from ranjax.cell import RANCell, check_size, uniform
 from ranjax.fixed_point import FixedPoint
 from ranjax.layer import RAN
 from ranjax.stepwise import Stepwise
 
-Tokens = Int[Array | np.ndarray, "batch time"]
 State = tuple  # one carry per layer
 
 CELLS = ("ran", "lstm", "gru", "rnn")
@@ -31,8 +30,8 @@ class LanguageModel(nn.Module):
         h^0_t = E_{w_t}, \qquad h^l = \text{layer}_l(h^{l-1}), \qquad
         p(w_{t+1} \mid w_{\le t}) = \text{softmax}(W_o h^L_t + b_o)
 
-    Dropout falls on the embedding and on the output of every layer, one mask for the whole sequence drawn
-    outside the loop over time; never on the recurrence.
+    Dropout falls on the embedding and on the output of every layer, on each step anew (the masks of all steps are drawn
+    at once, outside the loop over time); never on the recurrence.
 
     Attributes:
       vocabulary: number of tokens.
@@ -85,8 +84,8 @@ class LanguageModel(nn.Module):
             raise ValueError(f"`cell` must be one of {', '.join(map(repr, CELLS))}; got {self.cell!r}.")
         for name in ("vocabulary", "layers", "embedding", "projection"):
             size = getattr(self, name)
-            if size is not None and size < 1:
-                raise ValueError(f"`{name}` must be at least 1; got {size}.")
+            if size is not None:
+                check_size(name, size)
         if self.init_scale is not None and not self.init_scale > 0:
             raise ValueError(f"`init_scale` must be above 0; got {self.init_scale}.")
         if not 0 <= self.dropout < 1:
@@ -95,21 +94,31 @@ class LanguageModel(nn.Module):
             value = getattr(self, name)
             if self.cell != "ran" and value != getattr(LanguageModel, name):
                 raise ValueError(f"`{name}` is an option of cell='ran'; got {value!r} with cell={self.cell!r}.")
-        if self.tie and self.embedding_size != self._outputs[-1]:
+        last = self._outputs[-1]
+        if self.tie and self.embedding_size != last:
             raise ValueError(
                 f"`tie` needs the embedding to be as wide as the last output; got embedding={self.embedding_size} "
-                f"and an output of {self._outputs[-1]}. Make them equal, or leave the output layer untied."
+                f"and an output of {last}. Make them equal, or leave the output layer untied."
             )
         super().__post_init__()
 
     @property
     def sizes(self) -> tuple[int, ...]:
         """The size of each layer's state."""
-        sizes = tuple(self.features) if isinstance(self.features, (tuple, list)) else (int(self.features),)
+        sizes = tuple(self.features) if isinstance(self.features, (tuple, list)) else (self.features,)
         layers = self.layers or (2 if len(sizes) == 1 else len(sizes))
-        if len(sizes) not in (1, layers) or min(sizes) < 1:
+        for size in sizes:
+            check_size("features", size)
+        if len(sizes) not in (1, layers):
             raise ValueError(f"`features` must be one size, or one for each of {layers} layers; got {self.features}.")
         return sizes * (layers // len(sizes))
+
+    @nn.nowrap
+    def carries(self, state: State | None) -> State:
+        """One carry, or None, for each layer."""
+        if state is not None and len(state) != len(self.sizes):
+            raise ValueError(f"`state` must be one carry for each of {len(self.sizes)} layers; got {len(state)}.")
+        return (None,) * len(self.sizes) if state is None else tuple(state)
 
     @property
     def _outputs(self) -> tuple[int, ...]:
@@ -127,7 +136,7 @@ class LanguageModel(nn.Module):
 
     def setup(self):
         init = uniform(self.init_scale or 0.1)
-        self.embed = nn.Embed(self.vocabulary, self.embedding_size, embedding_init=init)
+        self.embed = nn.Embed(self.vocabulary, self.embedding_size, dtype=self.dtype, embedding_init=init)
         self.stack = [self._layer(size) for size in self.sizes]
         self.drop = nn.Dropout(self.dropout)
         if self.tie:
@@ -147,12 +156,14 @@ class LanguageModel(nn.Module):
         cells: dict[str, Callable] = {"lstm": nn.OptimizedLSTMCell, "gru": nn.GRUCell, "rnn": nn.SimpleCell}
         return Stepwise(cells[self.cell](features, **options))
 
-    def hidden(self, tokens: Tokens, state: State | None = None, *, deterministic: bool) -> tuple[Array, State]:
+    def hidden(self, tokens: ArrayLike, state: State | None = None, *, deterministic: bool) -> tuple[Array, State]:
         """The last layer's outputs, `(batch, time, out)`, and the state; see `__call__`."""
-        tokens = jnp.asarray(tokens).T if self._time_major else jnp.asarray(tokens)
-        h = self.drop(self.embed(tokens), deterministic=deterministic)
+        tokens = jnp.asarray(tokens)
+        if tokens.ndim != 2:
+            raise ValueError(f"`tokens` must have the axes (batch, time); got the shape {tokens.shape}.")
+        h = self.drop(self.embed(tokens.T if self._time_major else tokens), deterministic=deterministic)
         carries = []
-        for layer, carry in zip(self.stack, state or (None,) * len(self.stack), strict=True):
+        for layer, carry in zip(self.stack, self.carries(state), strict=True):
             carry, h = layer(h, initial_carry=carry)
             h = self.drop(h, deterministic=deterministic)
             carries.append(carry)
@@ -164,7 +175,7 @@ class LanguageModel(nn.Module):
         logits = self.embed.attend(rows) + self.bias if self.tie else self.decode(rows)
         return logits.astype(jnp.result_type(jnp.float32, logits)).reshape(*hidden.shape[:-1], self.vocabulary)
 
-    def __call__(self, tokens: Tokens, state: State | None = None, *, deterministic: bool) -> tuple[Array, State]:
+    def __call__(self, tokens: ArrayLike, state: State | None = None, *, deterministic: bool) -> tuple[Array, State]:
         """The logits of the next token after each token.
 
         Args:
@@ -174,6 +185,9 @@ class LanguageModel(nn.Module):
 
         Returns:
           Logits `(batch, time, vocabulary)`, and the state after the last token.
+
+        Raises:
+          ValueError: for tokens of another shape, a number of carries that is not that of the layers.
         """
         hidden, state = self.hidden(tokens, state, deterministic=deterministic)
         return self.logits(hidden), state

@@ -3,7 +3,9 @@
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
+import numpy as np
 from jax import Array, lax
+from jax.core import Tracer
 from jax.typing import ArrayLike
 from jaxtyping import Bool, Float
 
@@ -59,6 +61,17 @@ def filled(steps: Steps, time: int) -> Steps:
     still = jnp.array([[-jnp.inf], [jnp.inf]], steps.z.dtype)  # no input, all of the state
     z = jnp.concatenate([steps.z, jnp.broadcast_to(still, (more, *steps.z.shape[1:]))])
     return Steps(u, z)
+
+
+def checked_lengths(value: ArrayLike | None, batch: tuple[int, ...], time: int | None) -> Array | None:
+    """Lengths of sequences of `time` steps, if there are any; traced ones, or of an unknown time, as they come."""
+    lengths = checked("seq_lengths", value, jnp.integer, batch)
+    if value is None or time is None or isinstance(value, Tracer) or not np.size(value):
+        return lengths
+    known = np.asarray(value)
+    if known.min() < 0 or known.max() > time:
+        raise ValueError(f"`seq_lengths` must be from 0 to {time}, the steps of the inputs; got {known.tolist()}.")
+    return lengths
 
 
 def checked(name: str, value: ArrayLike | None, kind: Any, shape: tuple[int, ...]) -> Array | None:

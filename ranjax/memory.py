@@ -9,7 +9,7 @@ from jaxtyping import Int
 
 from ranjax import weights
 from ranjax.attribution import decompositions
-from ranjax.cell import Params
+from ranjax.cell import Params, check_size
 from ranjax.errors import UserError
 from ranjax.lm import LanguageModel, zero_state
 
@@ -59,6 +59,7 @@ def memory(
       One `Memory` for each layer.
 
     Raises:
+      ValueError: for a window below 1.
       UserError: for a text of fewer than `window` + `most` tokens.
 
     Example:
@@ -70,11 +71,12 @@ def memory(
       >>> layer.half_lives.shape, layer.quantile(0.5).shape, layer.spans.shape
       ((4, 16), (4,), (40,))
     """
+    check_size("window", window)
     if len(ids) < window + most:
         raise UserError(f"the text must have at least {window + most:,} tokens; got {len(ids):,}. Lower the window.")
 
     @jax.jit
-    def count(state, tokens):
+    def count(params, state, tokens):
         found, state_after = [], []
         for made in decompositions(model, params, tokens, state):
             lives = weights.half_lives(made, most)[:window]
@@ -85,7 +87,7 @@ def memory(
 
     state, windows = jax.tree.map(lambda c: c[0], zero_state(model, params, batch_size=1)), []
     for start in range(0, len(ids) - window - most + 1, window):
-        state, found = count(state, ids[start : start + window + most])
+        state, found = count(params, state, ids[start : start + window + most])
         windows.append(jax.device_get(found))
     return [
         Memory(np.sum([counts for counts, _ in layer], axis=0), np.concatenate([spans for _, spans in layer]))

@@ -107,7 +107,8 @@ def _states_jvp(activation, way, primals, tangents):
 
     # r_t: the weights and the inputs, at a fixed c_{t-1}.
     _, d_z = jax.jvp(lambda p: gates_of_state(p, earlier, activation), (params,), (d_params,))
-    r = jnp.sum(answer(steps, earlier, gates) * (d_steps.z + d_z), axis=-2) + gates[..., 0, :] * d_steps.u
+    d_z = d_steps.z + d_z.astype(c0.dtype)
+    r = jnp.sum(answer(steps, earlier, gates) * d_z, axis=-2) + gates[..., 0, :] * d_steps.u
 
     jacobians = jacobians_of(steps, earlier, gates, activation)
     first = jax.tree.map(lambda a: step_of(a, 0, axis % r.ndim), jacobians)

@@ -30,6 +30,7 @@ class Stepwise(nn.Module):
 
     Raises:
       TypeError: for another cell.
+      ValueError: for activations, or a residual connection, that are not flax's default.
     """
 
     cell: nn.RNNCellBase
@@ -38,6 +39,11 @@ class Stepwise(nn.Module):
         if type(self.cell) not in CELLS:
             names = ", ".join(f"nn.{cell.__name__}" for cell in CELLS)
             raise TypeError(f"`cell` must be one of {names}; got a {type(self.cell).__name__}. Use nn.RNN for it.")
+        for name in ("gate_fn", "activation_fn", "residual"):
+            if getattr(self.cell, name, None) != getattr(type(self.cell), name, None):
+                raise ValueError(
+                    f"`cell` must have flax's own `{name}`; got {getattr(self.cell, name)}. Use nn.RNN for it."
+                )
         super().__post_init__()
 
     def __call__(self, inputs: ArrayLike, *, initial_carry: Any = None) -> tuple[Any, Array]:

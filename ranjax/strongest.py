@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jaxtyping import Float, Int
 
+from ranjax.cell import check_size
 from ranjax.decomposition import Decomposition, measure_of, measure_pairs, rows, scale_of
 
 BLOCK = 256  # steps
@@ -35,7 +36,7 @@ def top(
       first. Where there are fewer than k sources of a weight above 0, the weight is 0 and the step -1.
 
     Raises:
-      ValueError: for another `reduce`, or a `k` that is no integer of at least 1.
+      ValueError: for another `reduce`, or a `k` that is no whole number of at least 1.
 
     Example:
       >>> import jax.numpy as jnp
@@ -47,9 +48,8 @@ def top(
       ([0.5, 0.25], [[0, -1], [1, 0], [2, 1], [3, 2]])
     """
     measure_of(reduce)
-    if not isinstance(k, int) or k < 1:
-        raise ValueError(f"`k` must be an integer of at least 1; got {k!r}.")
-    return _searched(made.i * scale_of(made, reduce), made.f, k, reduce)
+    check_size("k", k)
+    return _searched(made.i * scale_of(made, reduce), made.f, int(k), reduce)
 
 
 @partial(jax.jit, static_argnums=(2, 3), inline=True)

@@ -13,6 +13,7 @@ from collections import Counter
 import numpy as np
 import pytest
 
+from ranjax import embedded
 from ranjax.data import columns, load_corpus, load_split
 from ranjax.embedded import MARKOV_NOISE, markov_entropy, markov_ids, task_answers
 from ranjax.errors import UserError
@@ -264,3 +265,8 @@ def test_rows_of_the_hub_are_lines(monkeypatch):
 def test_a_split_shorter_than_a_batch():
     with pytest.raises(UserError, match=r"the train split has 20 tokens, fewer than one batch of 4 x 5 .*\(24\)"):
         columns(np.arange(20), 4, 5)
+
+
+def test_a_link_to_nothing_in_the_library_has_no_docstrings(tmp_path):
+    (tmp_path / "sitecustomize.py").symlink_to(tmp_path / "gone.py")
+    assert not list(embedded._docstrings(tmp_path / "sitecustomize.py"))

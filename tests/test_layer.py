@@ -98,6 +98,18 @@ def test_derivatives_with_segments_and_padding(options, solver, x64):
     check_grads(run, (variables, x, c0), order=1, modes=("rev",) if once else ("fwd", "rev"))
 
 
+@pytest.mark.parametrize("wide", ["x", "parameters"])
+def test_a_narrower_carry_has_the_gradients_of_rnn(wide, x64):
+    x, cell = inputs(2, 5, 3), RANCell(4, param_dtype=jnp.float64 if wide == "parameters" else jnp.float32)
+    x, c0 = x.astype(jnp.float64 if wide == "x" else jnp.float32), jnp.zeros((2, 4), jnp.float32)
+    variables = RAN(cell).init(jax.random.key(0), x)
+    found, expected = (
+        jax.grad(lambda v, layer=layer: jnp.sum(layer.apply(v, x, initial_carry=c0) ** 2))(variables)
+        for layer in (RAN(cell), nn.RNN(cell))
+    )
+    jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-6), found, expected)
+
+
 @pytest.mark.parametrize("gates", GATES)
 def test_second_derivatives(gates, x64):
     layer, variables = layer_and_variables({"gates": gates}, jnp.float64, solver="sequential")
@@ -298,6 +310,15 @@ def test_stepwise_without_steps_or_batch(cell, shape):
     assert not any(leaf.any() for leaf in jax.tree.leaves(found))
 
 
+@pytest.mark.parametrize(
+    "cell",
+    [nn.SimpleCell(4, residual=True), nn.GRUCell(4, activation_fn=nn.relu), nn.OptimizedLSTMCell(4, gate_fn=nn.relu)],
+)
+def test_stepwise_refuses_what_it_would_not_do(cell):
+    with pytest.raises(ValueError, match=r"`cell` must have flax's own `(residual|activation_fn|gate_fn)`"):
+        Stepwise(cell)
+
+
 def test_stepwise_refuses_other_cells():
     with pytest.raises(TypeError, match=r"`cell` must be one of nn.OptimizedLSTMCell, .*; got a RANCell"):
         Stepwise(RANCell(4))
@@ -346,6 +367,8 @@ def test_stepwise_has_the_products_with_x_outside_the_loop(cell):
         ({"initial_carry": np.zeros((2, 5), np.float32)}, ValueError, r"`initial_carry` must have .* \(2, 4\)"),
         ({"seq_lengths": np.array([1.0, 2.0])}, TypeError, "`seq_lengths` must be of dtype integer; got float"),
         ({"seq_lengths": np.array([1, 2, 3])}, ValueError, r"`seq_lengths` must have the shape \(2,\).*got \(3,\)"),
+        ({"seq_lengths": np.array([7, 2])}, ValueError, r"`seq_lengths` must be from 0 to 6, .*; got \[7, 2\]"),
+        ({"seq_lengths": np.array([1, -1])}, ValueError, r"`seq_lengths` must be from 0 to 6, .*; got \[1, -1\]"),
         ({"segment_starts": np.zeros((2, 6))}, TypeError, "`segment_starts` must be of dtype bool; got float"),
         ({"inputs": 1j * inputs(2, 6, 3)}, TypeError, "`inputs` must be real; got complex64"),
         ({"inputs": inputs(3)}, ValueError, r"`inputs` must have the axes \(\*batch, time, in\); got the shape \(3,\)"),
@@ -356,6 +379,15 @@ def test_bad_arguments(arguments, kind, message):
     layer, variables = layer_and_variables({})
     with pytest.raises(kind, match=message):
         layer.apply(variables, **{"inputs": inputs(2, 6, 3)} | arguments)
+
+
+@pytest.mark.parametrize(("mine", "theirs"), [("recurrent", "input"), ("input", "recurrent"), ("diagonal", "input")])
+def test_parameters_of_other_gates_are_refused(mine, theirs):
+    x = inputs(2, 6, 3)
+    variables = RAN(RANCell(4, theirs)).init(jax.random.key(0), x)
+    for layer in (RAN(RANCell(4, mine)), nn.RNN(RANCell(4, mine))):
+        with pytest.raises(ValueError, match=f"`gates` must be '{theirs}', which these .*; got '{mine}'"):
+            layer.apply(variables, x)
 
 
 def test_bad_options():

@@ -132,7 +132,8 @@ def test_cross_entropy_is_minus_log_probability():
         ({"cell": "xlstm"}, "`cell` must be one of .*'ran'.* got 'xlstm'"),
         ({"features": (1, 2, 3)}, "`features` must be one size, or one for each of 2 layers"),
         ({"tie": True, "embedding": 5}, "`tie` needs the embedding .* got embedding=5 and an output of 6"),
-        ({"embedding": 0}, "`embedding` must be at least 1; got 0"),
+        ({"embedding": 0}, "`embedding` must be a whole number, at least 1; got 0"),
+        ({"features": (3, 0)}, "`features` must be a whole number, at least 1; got 0"),
         ({"init_scale": 0.0}, "`init_scale` must be above 0; got 0.0"),
         ({"dropout": 1.0}, r"`dropout` must be a rate in \[0, 1\); got 1.0"),
         ({"cell": "gru", "projection": 3}, "`projection` is an option of cell='ran'"),
@@ -145,3 +146,27 @@ def test_cross_entropy_is_minus_log_probability():
 def test_bad_options(options, message):
     with pytest.raises(ValueError, match=message):
         model_and_variables(**options)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ((TOKENS[0],), r"`tokens` must have the axes \(batch, time\); got the shape \(9,\)"),
+        ((TOKENS[None],), r"`tokens` must have the axes \(batch, time\); got the shape \(1, "),
+        ((TOKENS, (np.zeros((2, 6), np.float32),)), "`state` must be one carry for each of 2 layers; got 1"),
+        ((TOKENS, ()), "`state` must be one carry for each of 2 layers; got 0"),
+    ],
+)
+def test_bad_arguments(arguments, message):
+    model, variables = model_and_variables()
+    with pytest.raises(ValueError, match=message):
+        model.apply(variables, *arguments, deterministic=True)
+
+
+@pytest.mark.parametrize("tie", [True, False])
+def test_all_products_are_in_the_dtype_asked_for(tie):
+    model, variables = model_and_variables(dtype=jnp.bfloat16, tie=tie)
+    program = str(jax.make_jaxpr(partial(model.apply, deterministic=True))(variables, TOKENS))
+    products = re.findall(r":(\w+)\[[\d,]*\] = dot_general", program)
+    assert set(products) == {"bf16"}
+    assert model.apply(variables, TOKENS, deterministic=True)[0].dtype == jnp.float32

@@ -1,6 +1,8 @@
 """The Python of the README and the docs runs as it stands."""
 
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -20,6 +22,13 @@ def test_the_examples_run():
 def test_the_examples_of_the_docs_run(page):
     for code in re.findall(r"```python\n(.*?)```", (ROOT / "docs" / page).read_text("utf-8"), re.DOTALL):
         exec(compile(code, page, "exec"), {})
+
+
+def test_every_public_name_is_there_once_ranjax_is_imported():
+    table = README.read_text("utf-8").split("## What is where")[1]
+    names = re.findall(r"`(ranjax\.[\w.]+)`", table)
+    assert len(names) > 10
+    subprocess.run([sys.executable, "-c", "\n".join(["import ranjax", *names])], check=True)
 
 
 def test_every_flag_named_exists():

@@ -317,8 +317,8 @@ def test_bad_arguments_say_how_to_mend_them():
         weights.reduced(made, "mean")
     with pytest.raises(ValueError, match="`reduce`"):
         weights.top(made, 2, "mean")
-    for k in (0, 2.5):
-        with pytest.raises(ValueError, match=f"`k` must be an integer of at least 1; got {k}"):
+    for k in (0, 2.5, True):
+        with pytest.raises(ValueError, match=f"`k` must be a whole number, at least 1; got {k}"):
             weights.top(made, k)
     for step in (-1, TIME, 1.5, [1, 2]):
         with pytest.raises(ValueError, match="`step` must be"):
@@ -334,6 +334,13 @@ def test_bad_arguments_say_how_to_mend_them():
             weights.decompose(params, bad)
     with pytest.raises(ValueError, match=r"the tree that a RANCell makes.*got params"):
         weights.decompose({"params": params}, x)
+    for use in (weights.decompose, partial(ranjax.solve, gates="recurrent")):
+        with pytest.raises(TypeError, match="`x` must be real; got complex64"):
+            use(params, 1j * x)
+    with pytest.raises(ValueError, match=r"`params` must be .* variables\['params'\]\['cell'\] of a layer; got cell"):
+        ranjax.solve({"cell": params}, x, gates="recurrent")
+    with pytest.raises(ValueError, match=f"`seq_lengths` must be from 0 to {TIME}"):
+        weights.decompose(params, x, seq_lengths=np.full(BATCH, TIME + 1))
     with pytest.raises(ValueError, match="`c0` must have the shape"):
         weights.decompose(params, x, c0[0])
     with pytest.raises(ValueError, match="`segment_starts` must have the shape"):
@@ -353,5 +360,7 @@ def test_the_memory_over_a_text_is_that_of_its_parts(x64):
         np.testing.assert_array_equal(layer.half_lives, [np.bincount(n - 1, minlength=8) for n in lives.T])
         np.testing.assert_array_equal(layer.quantile(0.5), np.quantile(lives, 0.5, axis=0, method="inverted_cdf"))
         np.testing.assert_array_equal(layer.quantile(1.0), lives.max(axis=0))
+    with pytest.raises(ValueError, match="`window` must be a whole number, at least 1; got 0"):
+        memory.memory(model, params, ids, most=8, window=0)
     with pytest.raises(UserError, match="at least 28 tokens; got 27"):
         memory.memory(model, params, ids[:27], most=8, window=20)
