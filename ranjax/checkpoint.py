@@ -1,5 +1,6 @@
 """Saving and loading of trees of arrays: the only file that knows orbax."""
 
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -38,8 +39,9 @@ class Checkpoints:
           UserError: if there is none, or if it is not a tree of these shapes.
         """
         run = self.directory.parent
+        out = shlex.quote(str(run))
         why = {
-            "best": f"no epoch of it has been validated. Go on with: python -m ranjax.train --out {run} --resume",
+            "best": f"no epoch of it has been validated. Go on with: python -m ranjax.train --out {out} --resume",
             "latest": "it had one from its beginning. Restore it, or train anew.",
         }
         none = UserError(f"{run} has no {kind} checkpoint: {why[kind]}")

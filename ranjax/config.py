@@ -144,7 +144,7 @@ def parse(argv: list[str] | None = None) -> Config:
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     first.add_argument("--preset")
     preset = first.parse_known_args(argv)[0].preset
-    if preset is not None and preset not in PRESETS:
+    if preset not in (None, "None", *PRESETS):
         raise UserError(f"--preset must be one of {', '.join(PRESETS)}; got {preset!r}.")
 
     def read(default: Config) -> Config:

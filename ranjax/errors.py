@@ -42,7 +42,8 @@ def read_json(path: Path, *names: str) -> dict[str, Any]:
 
 @contextmanager
 def exit_with_message() -> Iterator[None]:
-    """Turns a `UserError` into its message on standard error and exit code 1, as it is for a flag that is wrong.
+    """Turns a `UserError`, or what the system refuses, into its message on standard error and exit code 1, as it is for
+    a flag that is wrong.
 
     Ctrl-C, where a program does nothing else with it, and an output that is read no further, as by `| head`, end it
     without a word. What the terminal has no character for is written as its code.
@@ -57,6 +58,9 @@ def exit_with_message() -> Iterator[None]:
         raise SystemExit(1) from None
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # takes what Python writes at its end
+        raise SystemExit(1) from None
+    except OSError as error:  # a disk that is full, a name that is too long, a directory that may not be written
+        print(f"error: {error.filename or 'the system'}: {error.strerror or error}.", file=sys.stderr)
         raise SystemExit(1) from None
     except KeyboardInterrupt:
         raise SystemExit(130) from None  # as shells have it: 128 and the signal's number

@@ -56,8 +56,11 @@ def check(options: Options, layers: int) -> None:
         raise UserError(f"--top must be at least 1; got {options.top}.")
     if options.out is not None and Path(options.out).suffix.lower() not in (".html", ".png"):
         raise UserError(f"--out must end in .html (a page) or .png (a figure); got {options.out}.")
-    if options.out is not None and not Path(options.out).expanduser().absolute().parent.is_dir():
-        raise UserError(f"--out is to be in {Path(options.out).parent}, which is not a directory.")
+    out = None if options.out is None else Path(options.out).expanduser()
+    if out is not None and not out.absolute().parent.is_dir():
+        raise UserError(f"--out is to be in {out.parent}, which is not a directory.")
+    if out is not None and options.file is not None and out.exists() and out.samefile(Path(options.file).expanduser()):
+        raise UserError(f"--out {out} is the text of --file, and is left as it is. Give another --out.")
 
 
 def main(argv: list[str] | None = None) -> None:

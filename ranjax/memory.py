@@ -73,7 +73,10 @@ def memory(
     """
     check_size("window", window)
     if len(ids) < window + most:
-        raise UserError(f"the text must have at least {window + most:,} tokens; got {len(ids):,}. Lower the window.")
+        raise UserError(
+            f"the text must have at least {window + most:,} tokens; got {len(ids):,}. Give a longer text, or lower the "
+            "window."
+        )
 
     @jax.jit
     def count(params, state, tokens):

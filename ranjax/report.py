@@ -3,6 +3,7 @@
 import json
 import os
 import platform
+import shlex
 import time
 from dataclasses import asdict
 from datetime import date
@@ -90,7 +91,8 @@ class Report:
     def interrupted(self, step: int) -> None:
         """After an interrupt, the state being saved."""
         self._bar.stop()
-        print(f"Stopped after step {step}, saved. Go on with: python -m ranjax.train --out {self.directory} --resume")
+        out = shlex.quote(str(self.directory))
+        print(f"Stopped after step {step}, saved. Go on with: python -m ranjax.train --out {out} --resume")
 
     def result(self, corpus: "Corpus", state: "TrainState", valid: "Evaluation", test: "Evaluation") -> dict[str, Any]:
         """Ends the run: `result.json`, `loss.png` and the last line."""

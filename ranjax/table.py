@@ -72,6 +72,7 @@ class Table:
         missing = [config for config in configs if self._found(config, labels) is None]
         if missing:
             self._check_text(config)
+            self.folder.mkdir(parents=True, exist_ok=True)
         runs = [self._run(config, labels) for config in missing]
         try:
             results = train_together(runs) if runs else []
@@ -81,7 +82,6 @@ class Table:
                 return [self.row(config, measure, **labels) for config in configs]
             print(f"diverged: {error}", flush=True)
             rows = [_row(_without_figures(runs[0]))]
-        self.folder.mkdir(parents=True, exist_ok=True)
         with self.path.open("a", encoding="utf-8") as file:
             file.writelines(json.dumps(labels | row) + "\n" for row in rows)
         self.rows = _read(self.path)  # another program may have added some

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shlex
 import shutil
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
@@ -100,10 +101,9 @@ def _check_together(configs: Sequence[Config]) -> None:
         if config.resume:
             check_same(config, load_config(directory))
         elif directory.exists():
-            raise UserError(
-                f"--out {directory} exists and is left as it is. Go on with it: --out {directory} --resume; or give "
-                "another --out."
-            )
+            resume = f"Go on with it: --out {shlex.quote(str(directory))} --resume; or give"
+            mend = resume if (directory / "config.json").exists() else "Give"
+            raise UserError(f"--out {directory} exists and is left as it is. {mend} another --out.")
 
 
 def _result(run: "Run", corpus: "Corpus", state: "TrainState", evaluate: Callable) -> dict[str, Any]:

@@ -14,10 +14,10 @@ import numpy as np
 import pytest
 
 from ranjax import embedded
-from ranjax.data import columns, load_corpus, load_split
+from ranjax.data import columns, load_corpus, load_split, windows_per_epoch
 from ranjax.embedded import MARKOV_NOISE, markov_entropy, markov_ids, task_answers
 from ranjax.errors import UserError
-from ranjax.sources import split_text
+from ranjax.sources import SPLITS, split_text
 from ranjax.vocabulary import BytePairs, Bytes, Characters, Words, load_vocabulary, save_vocabulary
 
 TEXT = "the cat sat on the mat\n\nthe dog sat on the log é\n" * 40
@@ -270,3 +270,32 @@ def test_a_split_shorter_than_a_batch():
 def test_a_link_to_nothing_in_the_library_has_no_docstrings(tmp_path):
     (tmp_path / "sitecustomize.py").symlink_to(tmp_path / "gone.py")
     assert not list(embedded._docstrings(tmp_path / "sitecustomize.py"))
+
+
+def test_each_split_is_its_own(tmp_path):
+    for split in SPLITS:
+        (tmp_path / f"{split}.txt").write_text(f"a {split} b\n" * 20)
+    corpus = load_corpus(str(tmp_path), tokenizer="character")
+    for split in SPLITS:
+        assert split in corpus.vocabulary.decode(getattr(corpus, split))
+        np.testing.assert_array_equal(load_split(str(tmp_path), split, corpus.vocabulary), getattr(corpus, split))
+    assert load_corpus(str(tmp_path), tokenizer="bpe").vocabulary == BytePairs.build("a train b\n" * 20)
+
+
+def test_no_text_of_the_docs_is_in_two_splits(monkeypatch):
+    monkeypatch.setattr(embedded, "_sources", lambda _: [None])
+    monkeypatch.setattr(embedded, "_topics", lambda _: [])
+    monkeypatch.setattr(embedded, "_docstrings", lambda _: [f"text {n % 180}" for n in range(200)])
+    parts = [text.decode().strip().split("\n\n") for text in embedded.python_docs()[1]]
+    assert list(map(len, parts)) == [162, 9, 9]
+    assert len(set().union(*parts)) == 180
+
+
+def test_texts_of_tasks_are_drawn_apart():
+    for name in ("markov", "copy-9", "recall-2"):
+        corpus = load_corpus(name)
+        assert len({split[:1000].tobytes() for split in (corpus.train, corpus.valid, corpus.test)}) == 3
+
+
+def test_whole_windows_have_their_targets():
+    assert [windows_per_epoch(length, 3) for length in (4, 6, 7, 9, 10)] == [1, 1, 2, 2, 3]

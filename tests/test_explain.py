@@ -1,5 +1,6 @@
 """`python -m ranjax.explain` as a user runs it; its page in a browser, where there is one."""
 
+import base64
 import dataclasses
 import json
 import os
@@ -389,3 +390,44 @@ def test_options_have_their_documented_defaults():
     }  # fmt: skip
     with pytest.raises(UserError, match="--text or by --file"):
         explain.read_text(options)
+
+
+def test_half_lives_and_spans_are_those_of_all_weights(run):
+    loaded, text = load_run(run), "the cat sat on the mat\nthe dog sat\n"
+    ids = loaded.vocabulary.encode(text)
+    for reduce in ("l2", "contribution"):
+        layer, _ = explanation.explain(loaded, text, reduce=reduce).layers
+        made, _ = decompositions(loaded.model, loaded.params, ids)
+        pairs, w, time = np.array(weights.reduced(made, reduce)), np.array(weights.full(made)), len(ids)
+
+        def until(kept, half, most):
+            return min(next((n for n in range(1, len(kept)) if kept[n] <= half), most), most)
+
+        np.testing.assert_allclose(layer.pairs, pairs, rtol=1e-5)
+        np.testing.assert_allclose(layer.own, np.diag(pairs), rtol=1e-5)
+        assert layer.lasting.tolist() == [until(pairs[j:, j], pairs[j, j] / 2, time) for j in range(time)]
+        horizon = time // 2 + 1
+        lives = [[until(w[j:, j, k], w[j, j, k] / 2, horizon) for j in range(time - horizon + 1)] for k in range(8)]
+        assert layer.half_lives.tolist() == [sorted(of)[(len(of) - 1) // 2] for of in lives]
+    layer = dataclasses.replace(layer, half_lives=np.array([1, 2, 2, 3, 9]), horizon=9)
+    assert views._quartiles(layer) == "quartiles 2, 2, 3 steps"
+    assert views._quartiles(dataclasses.replace(layer, horizon=3)) == "quartiles 2, 2, 3 or more steps"
+
+
+def test_the_page_holds_all_pairs(run, tmp_path):
+    found = explanation.explain(load_run(run), "the cat sat on the mat\n")
+    views.write_page(found, 1, tmp_path / "page.html")
+    page = (tmp_path / "page.html").read_text("utf-8")
+    data = json.loads(re.search(r'id="data">(.*?)</script>', page, re.DOTALL)[1])["layers"][0]
+    pairs = found.layers[0].pairs
+    roots = np.frombuffer(base64.b64decode(data["pairs"]), "<u2") / 65535
+    np.testing.assert_allclose(roots**2 * data["largest"], pairs[np.tril_indices(len(pairs))], atol=1e-4)
+
+
+def test_the_text_is_not_overwritten(run, tmp_path, capsys):
+    path = tmp_path / "text.html"
+    path.write_text(PETS)
+    with pytest.raises(SystemExit):
+        explain.main(["--checkpoint", run, "--file", str(path), "--out", str(path)])
+    assert "is the text of --file, and is left as it is" in capsys.readouterr().err
+    assert path.read_text() == PETS

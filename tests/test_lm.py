@@ -170,3 +170,12 @@ def test_all_products_are_in_the_dtype_asked_for(tie):
     products = re.findall(r":(\w+)\[[\d,]*\] = dot_general", program)
     assert set(products) == {"bf16"}
     assert model.apply(variables, TOKENS, deterministic=True)[0].dtype == jnp.float32
+
+
+def test_dropout_reaches_the_state_through_the_embedding():
+    model = LanguageModel(11, features=20, layers=1, dropout=0.5)
+    tokens = np.arange(8)[None]
+    variables = model.init(jax.random.key(0), tokens, deterministic=True)
+    _, dropped = model.apply(variables, tokens, deterministic=False, rngs={"dropout": jax.random.key(1)})
+    _, exact = model.apply(variables, tokens, deterministic=True)
+    assert jnp.any(jnp.abs(dropped[0] - exact[0]) > 1e-3)

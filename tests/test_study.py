@@ -313,3 +313,36 @@ def test_what_is_recalled_is_0_for_a_guess_and_1_for_an_answer(name, tmp_path, m
         monkeypatch.setitem(functions, "load_run", lambda _, run=run: run)
         monkeypatch.setitem(functions, "make_evaluator", evaluator)
         assert study["recalled"](tmp_path)["recalled"] == pytest.approx(recalled)
+
+
+def test_a_study_finds_its_own_rows():
+    """Settings that drift from those of the rows would be trained for anew, beside figures that they are not of."""
+    found = []
+
+    class Frozen(Table):
+        def rows_of_seeds(self, config, seeds, measure=None, **labels):
+            rows = [self._found(dataclasses.replace(config, seed=seed), labels) for seed in seeds]
+            assert None not in rows, (labels, config)
+            found.extend(map(id, rows))
+            return rows
+
+    def calls(name, study, rows):
+        if name == "ablation":
+            return [study["Ablation"]()]
+        if name == "long-context":
+            return [study["LongContext"](study=part) for part in ("truncation", "tasks")]
+        seeds = {}
+        for row in rows:
+            if row["study"] in study["STUDIES"]:
+                label = row["study"], row["model"]
+                seeds[label] = max(seeds.get(label, 1), row["seed"] + 1)
+        seeds["ptb-small-20-tuned", "RAN"] = 1  # its second is of another dropout: see the page
+        return [study["Parity"](study=part, models=(model,), seeds=n) for (part, model), n in seeds.items()]
+
+    for name, others in (("parity", 1), ("ablation", 0), ("long-context", 0)):
+        found.clear()
+        study, table = runpy.run_path(str(EXPERIMENTS / name / "run.py")), Frozen(EXPERIMENTS / name, EXPERIMENTS)
+        study["main"].__globals__["draw"] = lambda *_: None
+        for options in calls(name, study, table.rows):
+            study["main"](options, table)
+        assert len(set(found)) == len(table.rows) - others

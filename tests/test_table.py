@@ -146,3 +146,17 @@ def test_the_settings_that_came_out_best_are_those_of_the_first_seed(pets):
     assert chosen([*rows, other_steps], model="RAN") == [rows[0], rows[3], rows[5]]
     assert chosen(rows, model="LSTM") == []
     assert chosen(rows[3:]) == []  # none of the first seed yet
+
+
+def test_what_a_study_measures_is_in_the_row(pets, tmp_path):
+    row = Table(tmp_path, tmp_path / "runs").row(pets, lambda run: {"measured": (run / "result.json").exists()})
+    assert row["measured"] is True
+    result = json.loads(next((tmp_path / "runs").rglob("result.json")).read_text())
+    assert row["seconds"] == result["training_seconds"]
+
+
+def test_a_table_that_cannot_be_written_is_noticed_before_the_training(pets, tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(NotADirectoryError):
+        Table(tmp_path / "file" / "out", tmp_path / "runs").row(pets)
+    assert not (tmp_path / "runs").exists()

@@ -26,7 +26,10 @@ from ranjax.config import PRESETS, Config, load_config, parse, save_config
 from ranjax.data import load_corpus
 from ranjax.embedded import markov_entropy
 from ranjax.errors import UserError, exit_with_message
-from ranjax.evaluate import load_run, make_evaluator
+from ranjax.evaluate import Evaluation, load_run, make_evaluator
+from ranjax.report import Report
+from ranjax.sources import SPLITS
+from ranjax.vocabulary import Characters, Words
 
 TEXT = "the cat sat on the mat\nthe dog sat on the log\nthe cat saw the dog\n"
 
@@ -712,3 +715,99 @@ def test_importing_the_library_loads_no_programs():
     code = "import ranjax, sys; ranjax.RAN, ranjax.RANCell, ranjax.linear_recurrence; print(*sys.modules)"
     loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
     assert not {"datasets", "tyro", "tokenizers", "matplotlib", "orbax.checkpoint.v1", "optax"} & set(loaded)
+
+
+def test_the_state_that_validates_best_is_kept_and_tested(tmp_path, monkeypatch):
+    """The second of three epochs, where a run went on after it."""
+    (tmp_path / "text.txt").write_text(TEXT * 61)  # of 60, the validation text would be the test text
+    config = settings(str(tmp_path / "text.txt"), tmp_path / "run", batch_size=40)
+    corpus, losses, read, ended = load_corpus(config.dataset), iter([2.0, 1.0]), [], []
+
+    def evaluated(params, ids):
+        read.append(next(split for split in SPLITS if np.array_equal(ids, getattr(corpus, split))))
+        nats = next(losses, None)
+        if nats is None:  # after the last epoch
+            ended.append(jax.tree.map(np.array, params))
+        return Evaluation(nats or 1.0, 10)
+
+    monkeypatch.setattr("ranjax.evaluate.make_evaluator", lambda *_: evaluated)
+    train.train(config)
+    losses = iter([3.0])
+    train.train(dataclasses.replace(config, epochs=3, resume=True))
+    assert read == ["valid", "valid", "valid", "test", "valid", "valid", "test"]
+    for params in (*ended, load_run(config.directory).params):
+        jax.tree.map(np.testing.assert_array_equal, params, ended[0])
+
+
+def test_a_text_of_the_same_length_and_alphabet_does_not_match_either(run, tmp_path):
+    shutil.copytree(run[0], tmp_path / "copy")
+    other = tmp_path / "other.txt"
+    other.write_text((TEXT * 60)[::-1])
+    config = dataclasses.replace(load_config(tmp_path / "copy"), dataset=str(other), out=str(tmp_path / "copy"))
+    save_config(config, tmp_path / "copy")
+    with pytest.raises(UserError, match="the text of the data set is not the one"):
+        train.train(dataclasses.replace(config, resume=True))
+
+
+def test_bits_are_of_base_two():
+    assert Evaluation(math.log(8), 1).bits == pytest.approx(3)
+    assert "3.0000 bits per byte" in evaluate.report(Evaluation(math.log(8), 10), "byte")
+
+
+def test_every_token_is_drawn_after_all_before_it(run):
+    trained, greedy = load_run(run[0]), generate.Sampling(temperature=0)
+    random = jax.tree.map(lambda p: jax.random.normal(jax.random.key(p.size), p.shape), trained.params)
+    for loaded in (trained, dataclasses.replace(trained, params=random)):
+        prompt = loaded.vocabulary.encode("the cat s")
+        ids = [*prompt.tolist(), *generate.generate(loaded, prompt, 20, greedy, seed=0)]
+        logits, _ = loaded.model.apply({"params": loaded.params}, np.array([ids[:-1]]), deterministic=True)
+        np.testing.assert_array_equal(ids[9:], jnp.argmax(logits[0, 8:], axis=-1))
+
+
+def test_draws_differ_from_token_to_token_and_from_seed_to_seed(run):
+    loaded, any_token = load_run(run[0]), generate.Sampling(temperature=1e6)
+    drawn = [list(generate.generate(loaded, [0], 40, any_token, seed)) for seed in (0, 1)]
+    assert drawn[0] != drawn[1]
+    assert min(len(set(ids)) for ids in drawn) > 5
+
+
+def test_the_flags_of_generate_reach_it(run, monkeypatch):
+    asked = []
+
+    def recorded(_, prompt, *rest):
+        asked.append((prompt.tolist(), *rest))
+        return iter(())
+
+    monkeypatch.setattr(generate, "generate", recorded)
+    flags = "--length 7 --temperature 0.5 --top-k 3 --top-p 0.9 --seed 5"
+    generate.main(["--checkpoint", str(run[0]), *flags.split()])
+    line = load_run(run[0]).vocabulary.encode("\n").tolist()
+    assert asked == [(line, 7, generate.Sampling(0.5, 3, 0.9), 5)]
+    assert generate.prompt_ids(Characters("ab"), "").tolist() == [0]
+    assert generate.prompt_ids(Words(("a", "<eos>")), "").tolist() == [1]
+
+
+def test_the_speed_is_tokens_by_seconds(text, tmp_path):
+    config = settings(text, tmp_path)
+    zero = jnp.zeros(())
+    state = step.TrainState({}, None, None, 30, 2, 1.0, 1, 0, 0, zero, jnp.array(2.0), jnp.array(10), 0.0)
+    report = Report(tmp_path, config, 15, 0)
+    report._rows = [{"step": 15, "epoch": 1.0, "train_perplexity": 2.0, "valid_perplexity": 2.0}]
+    result = report.result(load_corpus(text), state, Evaluation(1.0, 1), Evaluation(1.0, 1))
+    assert result["tokens_per_second"] == 10 * 4 * 7 / 2.0
+
+
+def test_a_directory_that_is_no_run_is_not_to_go_on_with(text, tmp_path):
+    with pytest.raises(UserError, match=r"exists and is left as it is\. Give another --out"):
+        train.train(settings(text, tmp_path))
+
+
+def test_what_the_system_refuses_is_one_line(text, tmp_path, capsys):
+    with pytest.raises(SystemExit) as ended:
+        train.main(["--dataset", text, "--out", str(tmp_path / ("n" * 300))])
+    assert ended.value.code == 1
+    assert re.fullmatch(r"error: .*: File name too long\.\n", capsys.readouterr().err)
+
+
+def test_the_preset_that_help_calls_none_is_none():
+    assert parse(["--preset", "None"]) == parse([])
