@@ -2,6 +2,7 @@
 
 import math
 import signal
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -169,6 +170,9 @@ def interrupts(runs: Sequence[Run]) -> Iterator[Interrupt]:
     garbage collector (JAX has one), at the next step or on leaving.
     """
     asked = Interrupt()
+    if threading.current_thread() is not threading.main_thread():  # which has no signals
+        yield asked
+        return
 
     def ask(number, _):
         asked.signal = number

@@ -255,11 +255,12 @@ def test_a_hub_out_of_reach(tmp_path):
 def test_rows_of_the_hub_are_lines(monkeypatch):
     import datasets
 
-    rows = {"text": ["", " = A = \n", "", "b \n"]}
-    hub = {split: datasets.Dataset.from_dict(rows) for split in ("train", "validation", "test")}
+    titles = {"train": "A B C", "validation": "B", "test": "C"}
+    hub = {split: datasets.Dataset.from_dict({"text": ["", f" = {t} = \n", "", "b \n"]}) for split, t in titles.items()}
     monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: datasets.DatasetDict(hub))
     corpus = load_corpus("wikitext-103")
-    assert corpus.vocabulary.decode(corpus.test) == "\n= A =\n\nb\n"
+    for split, title in zip((corpus.train, corpus.valid, corpus.test), titles.values(), strict=True):
+        assert corpus.vocabulary.decode(split) == f"\n= {title} =\n\nb\n"
 
 
 def test_a_split_shorter_than_a_batch():

@@ -160,3 +160,10 @@ def test_a_table_that_cannot_be_written_is_noticed_before_the_training(pets, tmp
     with pytest.raises(NotADirectoryError):
         Table(tmp_path / "file" / "out", tmp_path / "runs").row(pets)
     assert not (tmp_path / "runs").exists()
+
+
+def test_every_setting_tells_rows_apart_but_where_a_run_is():
+    told = tables._settings(Config())
+    for field in dataclasses.fields(Config):
+        other = dataclasses.replace(Config(), **{field.name: "another"})
+        assert (tables._settings(other) == told) == (field.name in ("out", "resume", "data_dir"))

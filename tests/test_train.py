@@ -13,6 +13,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 
 import jax
@@ -569,6 +570,8 @@ def test_a_model_that_has_diverged_is_written_in_short():
         ("train", ["--preset", "ptb-tiny"], "--preset must be one of ptb-small, .* got 'ptb-tiny'"),
         ("train", ["--resume"], "runs/python-docs-ran is not a run"),
         ("train", ["--dataset", "{text}", "--layers", "0"], "--layers must be at least 1; got 0"),
+        ("train", ["--dataset", "{text}", "--learning-rate", "0"], "--learning-rate must be above 0; got 0"),
+        ("train", ["--dataset", "{text}", "--clip", "0"], "--clip must be above 0; got 0"),
         ("train", ["--dataset", "{text}", "--dropout", "2"], r"--dropout must be in \[0, 1\); got 2"),
         ("train", ["--dataset", "{text}", "--solver", "associative"], "`solver` must be one of 'auto', 'sequential'"),
         (
@@ -811,3 +814,10 @@ def test_what_the_system_refuses_is_one_line(text, tmp_path, capsys):
 
 def test_the_preset_that_help_calls_none_is_none():
     assert parse(["--preset", "None"]) == parse([])
+
+
+def test_a_thread_trains_without_signals(text, tmp_path):
+    thread = threading.Thread(target=train.train, args=(settings(text, tmp_path / "run", epochs=1, batch_size=40),))
+    thread.start()
+    thread.join()
+    assert (tmp_path / "run" / "result.json").exists()
