@@ -43,7 +43,7 @@ _HOMES = {
     "linear_recurrence": "scan",
     "solve": "gated",
 }
-_MODULES = ("attribution", "cell", "data", "layer", "kernels", "lm", "memory", "scan", "weights")
+_MODULES = ("attribution", "cell", "data", "kernels", "layer", "lm", "memory", "scan", "weights")
 
 __all__ = [
     "RAN",
