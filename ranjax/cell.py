@@ -12,7 +12,6 @@ gate, 1 the forget gate. Parameters are the tree that `RANCell` makes:
 """
 
 from collections.abc import Callable, Mapping
-from numbers import Integral
 from typing import Any
 
 import jax
@@ -26,6 +25,7 @@ from jax import Array
 from jax.typing import ArrayLike
 from jaxtyping import Float
 
+from ranjax.errors import check_size
 from ranjax.scan import state_dtype
 
 Params = Mapping[str, Any]  # the tree above
@@ -234,12 +234,6 @@ def check_real(name: str, x: Array) -> None:
     """Raises a TypeError for complex inputs."""
     if jnp.iscomplexobj(x):
         raise TypeError(f"`{name}` must be real; got {x.dtype}. Give real and imaginary parts as features.")
-
-
-def check_size(name: str, value: Any) -> None:
-    """Raises a ValueError for what is no size: a whole number, at least 1."""
-    if not isinstance(value, Integral) or isinstance(value, bool) or int(value) < 1:
-        raise ValueError(f"`{name}` must be a whole number, at least 1; got {value!r}.")
 
 
 def checked_carry(name: str, carry: ArrayLike, shape: tuple[int, ...]) -> Array:

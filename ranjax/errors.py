@@ -6,6 +6,7 @@ import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from numbers import Integral
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,17 @@ class UserError(ValueError):
 
 class DivergedError(UserError):
     """A training whose loss, gradient or validation is no longer finite; the checkpoints before it are intact."""
+
+
+def check_size(name: str, value: Any) -> None:
+    """Raises a ValueError for an argument that is no size: a whole number, at least 1."""
+    if not is_size(value):
+        raise ValueError(f"`{name}` must be a whole number, at least 1; got {value!r}.")
+
+
+def is_size(value: Any) -> bool:
+    """Whether it is a whole number, at least 1."""
+    return isinstance(value, Integral) and not isinstance(value, bool) and int(value) >= 1
 
 
 def check_utf8(flag: str, text: str) -> None:

@@ -10,13 +10,13 @@ and how much sooner all of them are depends on how near D is to the Jacobian.
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from numbers import Integral
 from typing import Any, Literal, NamedTuple, get_args
 
 import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
+from ranjax.errors import is_size
 from ranjax.mesh import chained, largest, largest_anywhere, steps_walked, summed, varying_as
 
 Splitting = Literal["diagonal", "frozen"]
@@ -95,8 +95,7 @@ class FixedPoint:
                 raise ValueError(f"`{name}` must be above 0 and below 1, or None; got {value!r}.")
         for name, none in (("max_iterations", ""), ("window", ", or None")):
             value = getattr(self, name)
-            whole = isinstance(value, Integral) and not isinstance(value, bool) and int(value) >= 1
-            if not whole and not (none and value is None):
+            if not is_size(value) and not (none and value is None):
                 raise ValueError(f"`{name}` must be a whole number, at least 1{none}; got {value!r}.")
 
 

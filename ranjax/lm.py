@@ -12,7 +12,8 @@ from jax import Array
 from jax.typing import ArrayLike
 from jaxtyping import Float, Int
 
-from ranjax.cell import RANCell, check_size, uniform
+from ranjax.cell import RANCell, uniform
+from ranjax.errors import check_size
 from ranjax.fixed_point import FixedPoint
 from ranjax.layer import RAN
 from ranjax.stepwise import Stepwise

@@ -9,8 +9,8 @@ from jaxtyping import Int
 
 from ranjax import weights
 from ranjax.attribution import decompositions
-from ranjax.cell import Params, check_size
-from ranjax.errors import UserError
+from ranjax.cell import Params
+from ranjax.errors import UserError, check_size
 from ranjax.lm import LanguageModel, zero_state
 
 

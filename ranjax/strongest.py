@@ -15,8 +15,8 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jaxtyping import Float, Int
 
-from ranjax.cell import check_size
 from ranjax.decomposition import Decomposition, measure_of, measure_pairs, rows, scale_of
+from ranjax.errors import check_size
 
 BLOCK = 256  # steps
 
