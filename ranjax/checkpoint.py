@@ -1,6 +1,11 @@
 """Saving and loading of trees of arrays: the only file that knows orbax."""
 
+import logging
+import os
+import re
 import shlex
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +28,12 @@ class Checkpoints:
         self.directory = directory / "checkpoints"
 
     def save(self, kind: str, step: int, tree: Any) -> None:
-        """Saves `tree` as the newest checkpoint of its kind, `"latest"` or `"best"`, and drops the older ones."""
-        with self._open(kind) as checkpointer:
+        """Saves `tree` as the newest checkpoint of its kind, `"latest"` or `"best"`, and drops the older ones.
+
+        Raises:
+          OSError: where the system refuses it, as on a disk that is full; what was saved before is intact.
+        """
+        with _refused_as_oserror(self.directory), self._open(kind) as checkpointer:
             if step not in [saved.step for saved in checkpointer.checkpoints]:
                 checkpointer.save_checkpointables(step, {"tree": tree}, force=True)
 
@@ -61,6 +70,23 @@ class Checkpoints:
 
         keep: Any = ocp.training.preservation_policies.LatestN(1)
         return ocp.training.Checkpointer(str(self.directory / kind), preservation_policy=keep)
+
+
+@contextmanager
+def _refused_as_oserror(path: Path) -> Iterator[None]:
+    """Orbax has a ValueError for what the system refuses, and logs it once more for each of its threads."""
+    log = logging.getLogger("absl")
+    level = log.level
+    log.setLevel(logging.CRITICAL)
+    try:
+        yield
+    except ValueError as error:
+        code = re.search(r"os_error_code='(\d+)'", str(error))
+        if code is None:
+            raise
+        raise OSError(int(code[1]), os.strerror(int(code[1])), str(path)) from None
+    finally:
+        log.setLevel(level)
 
 
 def _check_shapes(path: Path, saved: list, expected: list) -> None:

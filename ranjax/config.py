@@ -4,13 +4,14 @@ import argparse
 import dataclasses
 import json
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from ranjax.data import EMBEDDED, KNOWN
 from ranjax.embedded import task_of
-from ranjax.errors import UserError, read_json
+from ranjax.errors import UserError, is_size, read_json
 
 
 @dataclass(frozen=True)
@@ -91,22 +92,32 @@ class Config:
     def directory(self) -> Path:
         """Where the run is kept, absolute."""
         out = self.out or f"runs/{Path(self.dataset).stem}-{self.cell}"
-        return Path(out).expanduser().resolve()
+        return Path(os.path.expanduser(out)).resolve()
 
 
 def check(config: Config) -> None:
     """Raises a UserError for a setting out of its range."""
     for names, holds, expected in (
-        ("layers epochs batch_size steps embedding projection streams", lambda v: v is None or v >= 1, "at least 1"),
-        ("features", lambda v: v and min(v) >= 1, "one or more sizes of at least 1"),
-        ("learning_rate clip decay init_scale", lambda v: v is None or v > 0, "above 0"),
-        ("weight_decay warmup decay_after", lambda v: v >= 0, "at least 0"),
+        ("epochs batch_size steps streams", is_size, "a whole number, at least 1"),
+        ("layers embedding projection", lambda v: v is None or is_size(v), "a whole number, at least 1"),
+        ("features", lambda v: v and all(map(is_size, v)), "one or more whole numbers, each at least 1"),
+        ("learning_rate clip decay", lambda v: v > 0, "above 0"),
+        ("init_scale", lambda v: v is None or v > 0, "above 0"),
+        ("weight_decay", lambda v: v >= 0, "at least 0"),
+        ("warmup decay_after", lambda v: v == 0 or is_size(v), "a whole number, at least 0"),
         ("dropout", lambda v: 0 <= v < 1, "in [0, 1)"),
-        ("seed", lambda v: 0 <= v < 2**31, "in [0, 2**31)"),
+        ("seed", lambda v: (v == 0 or is_size(v)) and v < 2**31, "in [0, 2**31)"),
     ):
         for name in names.split():
-            if not holds(getattr(config, name)):
-                raise UserError(f"--{name.replace('_', '-')} must be {expected}; got {getattr(config, name)}.")
+            if not _holds(holds, getattr(config, name)):
+                raise UserError(f"--{name.replace('_', '-')} must be {expected}; got {getattr(config, name)!r}.")
+
+
+def _holds(condition: Callable[[Any], Any], value: Any) -> bool:
+    try:
+        return bool(condition(value))
+    except TypeError:  # a text for a number, one size for several
+        return False
 
 
 _ZAREMBA = Config(optimizer="sgd", schedule="decay", tie=False, dataset="ptb", activation="tanh", warmup=0)
@@ -158,10 +169,10 @@ def parse(argv: list[str] | None = None) -> Config:
 
 def _absolute(config: Config) -> Config:
     """Paths of text as absolute ones, so that a run can be used from any directory."""
-    path = Path(config.dataset).expanduser()
+    path = Path(os.path.expanduser(config.dataset))
     named = config.dataset in (*KNOWN, *EMBEDDED) or task_of(config.dataset) is not None
     local = os.path.exists(path) and not named  # False, too, for a name that no path can have
-    data_dir = config.data_dir and str(Path(config.data_dir).expanduser().resolve())
+    data_dir = config.data_dir and str(Path(os.path.expanduser(config.data_dir)).resolve())
     return dataclasses.replace(config, dataset=str(path.resolve()) if local else config.dataset, data_dir=data_dir)
 
 
@@ -187,7 +198,7 @@ def save_config(config: Config, directory: Path) -> None:
 
 def load_config(directory: Path) -> Config:
     """Reads the settings of a run."""
-    path = directory.expanduser().resolve() / "config.json"
+    path = Path(os.path.expanduser(directory)).resolve() / "config.json"
     if not path.is_file():
         raise UserError(f"{path.parent} is not a run: it has no config.json. Give the --out directory of a run.")
     saved = read_json(path, "features")
@@ -195,5 +206,11 @@ def load_config(directory: Path) -> Config:
     if set(saved) - fields:
         unknown = ", ".join(sorted(set(saved) - fields))
         raise UserError(f"{path} has settings this version does not know: {unknown}. Use the version that wrote it.")
-    saved["features"] = tuple(saved["features"])
-    return Config(**saved)
+    if isinstance(saved["features"], list):
+        saved["features"] = tuple(saved["features"])
+    config = Config(**saved)
+    try:
+        check(config)
+    except UserError as error:
+        raise UserError(f"{path} is damaged: {error} Restore it, or train anew.") from None
+    return config

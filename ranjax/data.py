@@ -120,7 +120,7 @@ def _texts(name: str, data_dir: str | Path | None) -> tuple[str, list[bytes]]:
         return "ranjax.embedded", task_texts(*task)
     if name in KNOWN:
         return _known_texts(name, KNOWN[name], data_dir)
-    path = Path(name).expanduser()
+    path = Path(os.path.expanduser(name))
     if not os.path.exists(path):  # False, too, for a name that no path can have
         names = ", ".join((*EMBEDDED, *KNOWN, *(f"{task}-D" for task in TASKS)))
         raise UserError(f"there is no data set or path {name!r}. Known names: {names}. Or give a file or a directory.")
@@ -193,7 +193,7 @@ def _known_texts(name: str, known: Known, data_dir: str | Path | None) -> tuple[
                 f"DIR/{name} or DIR has them."
             )
         return known.hub[0], hub_texts(name, *known.hub)
-    folder = Path(data_dir).expanduser()
+    folder = Path(os.path.expanduser(data_dir))
     if not folder.is_dir():
         raise UserError(f"--data-dir {folder} is not a directory; expected the folder that holds {name}.")
     folder = folder / name if (folder / name).is_dir() else folder

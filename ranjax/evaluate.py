@@ -1,6 +1,7 @@
 """Exact evaluation of a language model: `python -m ranjax.evaluate --checkpoint DIR`."""
 
 import math
+import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -79,7 +80,7 @@ def load_run(directory: str | Path) -> Run:
     from ranjax.step import build_model
     from ranjax.vocabulary import load_vocabulary
 
-    directory = Path(directory).expanduser().resolve()
+    directory = Path(os.path.expanduser(directory)).resolve()
     config = load_config(directory)
     vocabulary = load_vocabulary(directory / "vocabulary.json")
     model = build_model(config, len(vocabulary))
@@ -170,7 +171,7 @@ def evaluate_split(options: Options) -> tuple[Evaluation, Run]:
     data_dir = options.data_dir or (run.config.data_dir if own else None)
     dataset = options.dataset or run.config.dataset
     ids = load_split(dataset, options.split, run.vocabulary, data_dir)
-    text = Path(options.checkpoint).expanduser() / "text.json"
+    text = Path(os.path.expanduser(options.checkpoint)) / "text.json"
     if own and read_json(text).get(options.split) != identity(ids):
         raise UserError(
             f"the {options.split} split of {dataset} is not the one that the run in {options.checkpoint} was made "

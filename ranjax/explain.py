@@ -1,5 +1,6 @@
 """Which words a model remembers: `python -m ranjax.explain --checkpoint DIR --text "..."`."""
 
+import os
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
@@ -39,7 +40,7 @@ def read_text(options: Options) -> str:
     if options.text is not None:
         check_utf8("--text", options.text)
         return options.text
-    path = Path(str(options.file)).expanduser()
+    path = Path(os.path.expanduser(str(options.file)))
     try:
         return path.read_text("utf-8")
     except OSError as error:
@@ -56,10 +57,11 @@ def check(options: Options, layers: int) -> None:
         raise UserError(f"--top must be at least 1; got {options.top}.")
     if options.out is not None and Path(options.out).suffix.lower() not in (".html", ".png"):
         raise UserError(f"--out must end in .html (a page) or .png (a figure); got {options.out}.")
-    out = None if options.out is None else Path(options.out).expanduser()
+    out = None if options.out is None else Path(os.path.expanduser(options.out))
     if out is not None and not out.absolute().parent.is_dir():
         raise UserError(f"--out is to be in {out.parent}, which is not a directory.")
-    if out is not None and options.file is not None and out.exists() and out.samefile(Path(options.file).expanduser()):
+    file = None if options.file is None else Path(os.path.expanduser(options.file))
+    if out is not None and file is not None and out.exists() and out.samefile(file):
         raise UserError(f"--out {out} is the text of --file, and is left as it is. Give another --out.")
 
 
@@ -81,7 +83,7 @@ def main(argv: list[str] | None = None) -> None:
             raise UserError(f"--out shows {have}. Leave --out away, or give a part of it.")
         views.print_sources(explanation, options.layer)
         if options.out is not None:
-            write(explanation, options.layer, Path(options.out).expanduser())
+            write(explanation, options.layer, Path(os.path.expanduser(options.out)))
 
 
 def write(explanation: "Explanation", layer: int, path: Path) -> None:

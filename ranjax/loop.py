@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from ranjax.config import Config
-from ranjax.errors import DivergedError
+from ranjax.errors import DivergedError, UserError
 
 if TYPE_CHECKING:
     from ranjax.checkpoint import Checkpoints
@@ -44,7 +44,16 @@ class Run:
 
     def save(self, state: "TrainState") -> None:
         """The end of an epoch is saved before its validation and after it: the number grows with either."""
-        self.checkpoints.save("latest", int(state.step) + int(state.epoch), state)
+        self._write("latest", int(state.step) + int(state.epoch), state)
+
+    def _write(self, kind: str, number: int, tree: Any) -> None:
+        try:
+            self.checkpoints.save(kind, number, tree)
+        except OSError as error:
+            raise UserError(
+                f"{error.filename} cannot be written: {error.strerror}. What was saved before is intact: --resume goes "
+                "on with it once that is mended."
+            ) from None
 
     def check(self, state: "TrainState") -> None:
         """Raises a UserError for a run that has diverged."""
@@ -65,7 +74,7 @@ class Run:
                 "intact. Lower --learning-rate or --clip and start again, with another --out."
             )
         if evaluation.nats < float(state.best):
-            self.checkpoints.save("best", int(state.step), state.params)
+            self._write("best", int(state.step), state.params)
             state = state._replace(best=state.best.at[()].set(evaluation.nats))
         state = state._replace(epoch=state.epoch + 1)
         self.save(state)

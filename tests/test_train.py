@@ -6,9 +6,11 @@ import errno
 import gc
 import io
 import json
+import logging
 import math
 import os
 import re
+import resource
 import shutil
 import signal
 import subprocess
@@ -567,9 +569,10 @@ def test_a_model_that_has_diverged_is_written_in_short():
     ("module", "flags", "message"),
     [
         ("train", ["--out", "{run}"], "pets exists and is left as it is"),
+        ("generate", ["--checkpoint", "~nosuchuser/x"], "~nosuchuser/x is not a run: it has no config.json"),
         ("train", ["--preset", "ptb-tiny"], "--preset must be one of ptb-small, .* got 'ptb-tiny'"),
         ("train", ["--resume"], "runs/python-docs-ran is not a run"),
-        ("train", ["--dataset", "{text}", "--layers", "0"], "--layers must be at least 1; got 0"),
+        ("train", ["--dataset", "{text}", "--layers", "0"], "--layers must be a whole number, at least 1; got 0"),
         ("train", ["--dataset", "{text}", "--learning-rate", "0"], "--learning-rate must be above 0; got 0"),
         ("train", ["--dataset", "{text}", "--clip", "0"], "--clip must be above 0; got 0"),
         ("train", ["--dataset", "{text}", "--dropout", "2"], r"--dropout must be in \[0, 1\); got 2"),
@@ -633,6 +636,8 @@ def test_a_vocabulary_that_does_not_match(run, tmp_path):
     [
         ("config.json", b"{", "config.json cannot be read: Expecting property name"),
         ("config.json", b"[]", r"config.json must hold an object and 'features'; got \[\]"),
+        ("config.json", b'{"features": 8}', "damaged: --features must be one or more whole numbers, .*got 8"),
+        ("config.json", b'{"features": [8], "steps": "7"}', "damaged: --steps must be a whole number, .*got '7'"),
         ("vocabulary.json", None, "vocabulary.json cannot be read: .*No such file"),
         ("text.json", b"\xff", "text.json cannot be read: 'utf-8' codec"),
     ],
@@ -810,6 +815,27 @@ def test_what_the_system_refuses_is_one_line(text, tmp_path, capsys):
         train.main(["--dataset", text, "--out", str(tmp_path / ("n" * 300))])
     assert ended.value.code == 1
     assert re.fullmatch(r"error: .*: File name too long\.\n", capsys.readouterr().err)
+
+
+def test_a_full_disk_ends_a_run_with_one_message_and_loses_nothing(run, text, tmp_path, monkeypatch, caplog):
+    shutil.copytree(run[0], tmp_path / "copy")
+    config = dataclasses.replace(load_config(tmp_path / "copy"), out=str(tmp_path / "copy"), resume=True, epochs=4)
+    save, before, (soft, hard) = Checkpoints.save, final_state(config, text), resource.getrlimit(resource.RLIMIT_FSIZE)
+
+    def full(*args):
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1000, hard))  # bytes that a file may have
+        try:
+            save(*args)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+    with monkeypatch.context() as broken:
+        broken.setattr(Checkpoints, "save", full)
+        with pytest.raises(UserError, match="checkpoints cannot be written: File too large"):
+            train.train(config)
+    assert not [record for record in caplog.records if record.levelno >= logging.ERROR]
+    assert_same(final_state(config, text), before)
+    assert train.train(config)["test_tokens"] > 0
 
 
 def test_the_preset_that_help_calls_none_is_none():
