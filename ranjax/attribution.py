@@ -21,11 +21,12 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import Array
+from jax import Array, lax
 from jax.typing import ArrayLike
 
 from ranjax.cell import Params, content, output
 from ranjax.decomposition import Decomposition, checked_index, decompose
+from ranjax.errors import check_size
 from ranjax.gated import solve
 from ranjax.lm import LanguageModel, State
 from ranjax.scan import linear_recurrence, state_dtype
@@ -132,7 +133,8 @@ def shares_of(
             c = linear_recurrence(made.f, made.i * u, made.c0 * scale.carry[n])
             h = c if model.activation == "identity" else c * _ratio(made.c)
             if "projection" in cell:
-                h = jnp.dot(h, cell["projection"]["kernel"]) + scale.bias * cell["projection"]["bias"]
+                h = jnp.dot(h, cell["projection"]["kernel"])
+                h = h + scale.bias * lax.broadcast_to_rank(cell["projection"]["bias"], h.ndim)
         weight, bias = _output_layer(model, params, target)
         return jnp.dot(h[step], weight) + scale.bias * bias
 
@@ -165,7 +167,8 @@ def integrated_gradients(
       nodes: points of the path at which the gradient is taken.
 
     Raises:
-      ValueError: for a model of another cell, a text, a state, a target or a step that does not fit, `nodes` below 1.
+      ValueError: for a model of another cell, a text, a state, a target or a step that does not fit, `nodes` that is
+        no size.
 
     Example:
       >>> import jax, jax.numpy as jnp, ranjax
@@ -180,8 +183,7 @@ def integrated_gradients(
     """
     _check_cell(model)
     _check_text(tokens)
-    if nodes < 1:
-        raise ValueError(f"`nodes` must be at least 1; got {nodes}.")
+    check_size("nodes", nodes)
     x = _embedded(params, tokens)
     target, step = checked_index("target", target, model.vocabulary), checked_index("step", step, len(x))
     sizes = zip(model.carries(state), model.sizes, strict=True)

@@ -21,7 +21,7 @@ from flax import linen as nn
 from flax.core import meta
 from flax.linen.dtypes import promote_dtype
 from flax.typing import Dtype, Initializer
-from jax import Array
+from jax import Array, lax
 from jax.typing import ArrayLike
 from jaxtyping import Float
 
@@ -44,7 +44,8 @@ def content(params: Params, x: Array) -> Vector:
 def gates_of_input(params: Params, x: Array) -> Gates:
     """W_x x + b: the part of both gates' pre-activations that the input gives."""
     gates = params["gates"]
-    return jnp.tensordot(x, gates["kernel"], 1) + gates["bias"]
+    z = jnp.tensordot(x, gates["kernel"], 1)
+    return z + lax.broadcast_to_rank(gates["bias"], z.ndim)
 
 
 def gates_of_state(params: Params, c: Vector, activation: str) -> Gates:
@@ -52,7 +53,8 @@ def gates_of_state(params: Params, c: Vector, activation: str) -> Gates:
     kernel = params["gates"]["recurrent_kernel"]
     h = output(params, c, activation).astype(kernel.dtype)
     if kernel.ndim == 2:
-        return h[..., None, :] * kernel
+        h = h[..., None, :]
+        return h * lax.broadcast_to_rank(kernel, h.ndim)
     return jnp.tensordot(h, kernel, 1)
 
 
@@ -67,7 +69,8 @@ def output(params: Params, c: Vector, activation: str) -> Array:
     if "projection" not in params:
         return h
     kernel, bias = params["projection"]["kernel"], params["projection"]["bias"]
-    return jnp.dot(h.astype(kernel.dtype), kernel) + bias
+    h = jnp.dot(h.astype(kernel.dtype), kernel)
+    return h + lax.broadcast_to_rank(bias, h.ndim)
 
 
 def step(params: Params, c: Vector, x: Array, activation: str = "tanh") -> Vector:

@@ -142,14 +142,14 @@ def measure_pairs(reduce: str, p: Array, w: Array) -> Array:
     """The measure of the products of every row of `p` with every row of `w`, `(rows of p, rows of w)`."""
     measure = measure_of(reduce)
     if measure is _largest:
-        return measure(p[:, None] * w)
+        return measure(p[:, None] * w[None])
     if measure is _total:
         return _products(p, w)
     scale = 2.0 ** (jnp.finfo(p.dtype).maxexp * 7 // 32)
     norms = jnp.sqrt(_products(jnp.square(scale * p), jnp.square(scale * w))) / scale**2
     # Squares of a row that are lost, below 2^-91 of float32, are nothing beside a norm above 2^-60.
     certain = jnp.all(norms > 2.0 ** (-jnp.finfo(p.dtype).maxexp * 15 // 32))
-    return lax.cond(certain, lambda: norms, lambda: measure(p[:, None] * w))
+    return lax.cond(certain, lambda: norms, lambda: measure(p[:, None] * w[None]))
 
 
 def _products(p: Array, w: Array) -> Array:

@@ -154,7 +154,8 @@ def averaged(
     size = square - 2 * turned + square_before
     usable = (turned < 0) & jnp.isfinite(size) & (residual < 1)
     weight = jnp.minimum((square - turned) / jnp.where(usable, size, 1), 0.5)
-    return jnp.where(usable & ~settled, after - weight * step, after), jnp.where(usable, 0, step)
+    moves = usable & ~lax.broadcast_to_rank(settled, x.ndim)
+    return jnp.where(moves, after - weight * step, after), jnp.where(usable, 0, step)
 
 
 def iterate(

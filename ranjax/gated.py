@@ -10,7 +10,7 @@ from typing import cast
 
 import jax
 import jax.numpy as jnp
-from jax import Array
+from jax import Array, lax
 from jax.typing import ArrayLike
 from jaxtyping import Float
 
@@ -234,5 +234,6 @@ def _step(c: Array, weights: Rows, rows: Rows, activation: str) -> Array:
     c = seen(z_f, c)
     if weights:
         h = ACTIVATIONS[activation](c)
-        z_i, z_f = z_i + weights[0] * h, z_f + weights[1] * h
+        w_i, w_f = (lax.broadcast_to_rank(w, h.ndim) for w in weights)
+        z_i, z_f = z_i + w_i * h, z_f + w_f * h
     return jax.nn.sigmoid(z_i) * u + jax.nn.sigmoid(z_f) * c

@@ -76,7 +76,8 @@ def diagonal(params: Params) -> Array:
 def clipped(jacobians: Jacobians, weights: Array) -> Array:
     """The diagonals of the Jacobians, in [-1, 1], so that no iterate grows over time; `weights`: their `diagonal`."""
     f, answer, slope = jacobians
-    return jnp.clip(f + slope * jnp.sum(answer * weights.astype(f.dtype), axis=-2), -1, 1)
+    weights = lax.broadcast_to_rank(weights.astype(f.dtype), answer.ndim)
+    return jnp.clip(f + slope * jnp.sum(answer * weights, axis=-2), -1, 1)
 
 
 def jacobian_product(params: Params, jacobians: Jacobians, v: Array) -> Array:
@@ -99,7 +100,7 @@ def _transposed_product(turned: Params, jacobians: Jacobians, v: Array) -> Array
     """The transpose of J_t, times v, for one step or for all of them."""
     d_z, kernel = jacobians.answer * v[..., None, :], turned["gates"]["recurrent_kernel"]
     if jacobians.answer.shape[-2:] == kernel.shape:  # diagonal
-        d_h = jnp.sum(d_z * kernel, axis=-2)
+        d_h = jnp.sum(d_z * lax.broadcast_to_rank(kernel, d_z.ndim), axis=-2)
     else:
         d_h = jnp.dot(d_z.reshape(*v.shape[:-1], -1).astype(kernel.dtype), kernel)
     if "projection" in turned:

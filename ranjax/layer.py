@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 from flax.linen.recurrent import flip_sequences
 from flax.typing import Dtype
-from jax import Array
+from jax import Array, lax
 from jax.typing import ArrayLike
 
 from ranjax.cell import RANCell, checked_carry, content, gates_of_input, output
@@ -169,6 +169,5 @@ class RAN(nn.Module):
 
 def _starts_in_reverse(flipped: Array, time: int) -> Array:
     """Where segments start for a walk from the end: right after the step that began one."""
-    first = jnp.arange(flipped.shape[time]) == 0
-    first = first.reshape(first.shape + (1,) * (flipped.ndim - 1 - time))
+    first = lax.broadcasted_iota(jnp.int32, flipped.shape, time) == 0
     return jnp.roll(flipped, 1, axis=time) & ~first

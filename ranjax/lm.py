@@ -173,7 +173,7 @@ class LanguageModel(nn.Module):
     def logits(self, hidden: Array) -> Array:
         """The output layer: `(..., vocabulary)` in float32 or wider."""
         rows = hidden.reshape(-1, hidden.shape[-1])  # with two axes XLA on a CPU copies their gradients, turned
-        logits = self.embed.attend(rows) + self.bias if self.tie else self.decode(rows)
+        logits = self.embed.attend(rows) + self.bias[None] if self.tie else self.decode(rows)
         return logits.astype(jnp.result_type(jnp.float32, logits)).reshape(*hidden.shape[:-1], self.vocabulary)
 
     def __call__(self, tokens: ArrayLike, state: State | None = None, *, deterministic: bool) -> tuple[Array, State]:

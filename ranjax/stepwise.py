@@ -68,7 +68,7 @@ def _joined(params: Params, layers: str, leaf: str) -> Array:
 
 
 def _lstm(params: Params, x: Array) -> tuple[Array, Array]:
-    rows = x @ _joined(params, "ii if ig io", "kernel") + _joined(params, "hi hf hg ho", "bias")
+    rows = x @ _joined(params, "ii if ig io", "kernel") + _joined(params, "hi hf hg ho", "bias")[None]
     return _joined(params, "hi hf hg ho", "kernel"), rows
 
 
@@ -81,7 +81,7 @@ def _lstm_step(kernel, carry, row):
 
 
 def _gru(params: Params, x: Array) -> tuple[tuple[Array, Array], Array]:
-    rows = x @ _joined(params, "ir iz in", "kernel") + _joined(params, "ir iz in", "bias")
+    rows = x @ _joined(params, "ir iz in", "kernel") + _joined(params, "ir iz in", "bias")[None]
     return (_joined(params, "hr hz hn", "kernel"), params["hn"]["bias"]), rows
 
 
@@ -89,13 +89,13 @@ def _gru_step(weights, h, row):
     kernel, bias = weights
     of_x, of_h = jnp.split(row, 3, axis=-1), jnp.split(h.astype(row.dtype) @ kernel, 3, axis=-1)
     r, z = (sigmoid(a + b) for a, b in zip(of_x[:2], of_h[:2], strict=True))
-    n = jnp.tanh(of_x[2] + r * (of_h[2] + bias))
+    n = jnp.tanh(of_x[2] + r * (of_h[2] + lax.broadcast_to_rank(bias, row.ndim)))
     h = (1 - z) * n + z * h
     return h, h
 
 
 def _rnn(params: Params, x: Array) -> tuple[Array, Array]:
-    return params["h"]["kernel"], x @ params["i"]["kernel"] + params["i"]["bias"]
+    return params["h"]["kernel"], x @ params["i"]["kernel"] + params["i"]["bias"][None]
 
 
 def _rnn_step(kernel, h, row):

@@ -88,12 +88,12 @@ def _top(i: Array, f: Array, k: int, reduce: str) -> tuple[Array, Array]:
     def of_block(b):
         def going(loop):
             a, decay, (values, _) = loop
-            bound = measure_pairs(reduce, from_start[b] * decay, most[jnp.maximum(a, 0)][None])[:, 0]
+            bound = measure_pairs(reduce, from_start[b] * decay[None], most[jnp.maximum(a, 0)][None])[:, 0]
             return (a >= 0) & jnp.any(bound > values[:, -1])
 
         def back(loop):
             a, decay, found = loop
-            scores = measure_pairs(reduce, from_start[b] * decay, to_end[a])
+            scores = measure_pairs(reduce, from_start[b] * decay[None], to_end[a])
             better = jnp.any(scores > found[0][:, -1:])
             found = lax.cond(better, lambda: _merged(found, scores, a * size), lambda: found)
             return a - 1, decay * whole[a], found

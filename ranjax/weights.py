@@ -31,6 +31,7 @@ from jax.typing import ArrayLike
 from jaxtyping import Float, Int
 
 from ranjax.decomposition import MEASURES, Decomposition, checked_index, decompose, measure_of, rows, scale_of
+from ranjax.errors import check_size
 from ranjax.strongest import top
 
 __all__ = [
@@ -147,7 +148,7 @@ def half_lives(made: Decomposition, most: int = 1024) -> Int[Array, "*batch time
       most: steps that are looked ahead.
 
     Raises:
-      ValueError: for `most` below 1.
+      ValueError: for `most` that is no size.
 
     Example:
       >>> import jax.numpy as jnp
@@ -169,7 +170,7 @@ def spans(made: Decomposition, reduce: str = "l2", share: float = 0.5, most: int
       most: as for `half_lives`; what is longer is `most`.
 
     Raises:
-      ValueError: for another `reduce`, a share out of its range, `most` below 1.
+      ValueError: for another `reduce`, a share out of its range, `most` that is no size.
     """
     if not 0 < share < 1:
         raise ValueError(f"`share` must be above 0 and below 1; got {share}.")
@@ -184,13 +185,12 @@ def _lasting(made: Decomposition, most: int, n: Array, holds: Callable[[Array], 
 
     Products of 1, 2, 4, ... steps are made once; from the longest on, each is taken if the product with it still holds.
     """
-    if most < 1:
-        raise ValueError(f"`most` must be at least 1; got {most}.")
+    check_size("most", most)
     time = made.f.ndim - 2
     j = jnp.arange(made.f.shape[time])[:, None]
 
     def after(products, n):
-        return jnp.take_along_axis(products, j + n, time, mode="fill", fill_value=1)
+        return jnp.take_along_axis(products, lax.broadcast_to_rank(j, n.ndim) + n, time, mode="fill", fill_value=1)
 
     levels = [after(made.f, jnp.ones_like(made.f, jnp.int32))]
     while 2 ** len(levels) < most:

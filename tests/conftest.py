@@ -33,6 +33,8 @@ import hypothesis  # noqa: E402
 import jax  # noqa: E402
 import pytest  # noqa: E402
 
+jax.config.update("jax_numpy_rank_promotion", "raise")  # as some users have it
+
 hypothesis.settings.register_profile(
     "ranjax",
     deadline=None,

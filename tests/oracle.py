@@ -29,12 +29,12 @@ def ran(params, x, c0, activation, starts=None, lengths=None):
     def output(c):
         if "projection" not in params:
             return g(c)
-        return g(c) @ params["projection"]["kernel"] + params["projection"]["bias"]
+        return g(c) @ np.asarray(params["projection"]["kernel"]) + np.asarray(params["projection"]["bias"])
 
     c, states = np.array(c0, np.float64), []
     for t in range(x.shape[1]):
         before = c if starts is None else np.where(starts[:, t, None], 0, c)
-        z = np.einsum("bn,ngf->bgf", np.nan_to_num(x[:, t]), kernel) + gates["bias"]
+        z = np.einsum("bn,ngf->bgf", np.nan_to_num(x[:, t]), kernel) + np.asarray(gates["bias"])
         u = np.asarray(gates.get("recurrent_kernel", np.zeros(0)), np.float64)
         if u.ndim == 3:
             z = z + np.einsum("bn,ngf->bgf", output(before), u)
@@ -53,9 +53,9 @@ def gates(params, x, states, c0, activation, starts=None, lengths=None):
     g = np.tanh if activation == "tanh" else lambda c: c
     before = np.concatenate([np.asarray(c0)[:, None], states[:, :-1]], axis=1)
     before = before if starts is None else np.where(np.asarray(starts)[..., None], 0, before)
-    z = np.einsum("btn,ngf->btgf", np.nan_to_num(x), params["gates"]["kernel"]) + params["gates"]["bias"]
-    u = params["gates"].get("recurrent_kernel")
-    if u is not None:
+    z = np.einsum("btn,ngf->btgf", np.nan_to_num(x), params["gates"]["kernel"]) + np.asarray(params["gates"]["bias"])
+    u = np.asarray(params["gates"].get("recurrent_kernel", np.zeros(0)))
+    if u.ndim > 1:
         z = z + (np.einsum("btn,ngf->btgf", g(before), u) if u.ndim == 3 else g(before)[:, :, None] * u)
     i, f = np.moveaxis(sigmoid(z), 2, 0)
     if starts is not None:

@@ -151,7 +151,7 @@ def test_what_does_not_fit_is_named(x64):
         for tokens in (TOKENS[None], TOKENS[:0]):
             with pytest.raises(ValueError, match="`tokens` must be the ids of one text"):
                 rule(model, params, tokens, 4, 0)
-    with pytest.raises(ValueError, match="`nodes` must be at least 1; got 0"):
+    with pytest.raises(ValueError, match="`nodes` must be a whole number, at least 1; got 0"):
         attribution.integrated_gradients(model, params, TOKENS, 4, 9, nodes=0)
 
 

@@ -74,7 +74,7 @@ def reading_ahead(carry, _, rows):
 def with_constants(carry, constants, rows):
     """Not affine, and a carry of two arrays."""
     (c, total), (w,), (a, b) = carry, constants, rows
-    c = a * jnp.tanh(w * c) + b
+    c = a * jnp.tanh(jax.lax.broadcast_to_rank(w, c.ndim) * c) + b
     return (c, total + c), (c,)
 
 

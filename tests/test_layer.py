@@ -242,7 +242,7 @@ def test_sigmoids_of_bfloat16_pre_activations_are_float32(gates, solver):
     def walked(z, u):
         c, states = c0, []
         for t in range(12):
-            z_i, z_f = (z[:, t, n] + (weights[n] * jnp.tanh(c) if weights else 0) for n in range(2))
+            z_i, z_f = (z[:, t, n] + (weights[n][None] * jnp.tanh(c) if weights else 0) for n in range(2))
             c = jax.nn.sigmoid(z_i) * u[:, t] + jax.nn.sigmoid(z_f) * c
             states.append(c)
         states = jnp.stack(states, axis=1)

@@ -64,7 +64,8 @@ def test_tied_output_is_the_embedding():
     assert set(params) == {"embed", "stack_0", "stack_1", "bias"}
     hidden, _ = model.apply(variables, TOKENS, deterministic=True, method="hidden")
     logits, _ = model.apply(variables, TOKENS, deterministic=True)
-    np.testing.assert_allclose(logits, hidden @ params["embed"]["embedding"].T + params["bias"], atol=1e-5)
+    embedding, bias = np.asarray(params["embed"]["embedding"]), np.asarray(params["bias"])
+    np.testing.assert_allclose(logits, np.asarray(hidden) @ embedding.T + bias, atol=1e-5)
 
 
 @pytest.mark.skipif(jax.default_backend() != "cpu", reason="reads a CPU's program")

@@ -252,7 +252,7 @@ def test_weights_are_differentiated_through_the_gates(x64, reduce):
     @jax.jit
     def number(params, x):
         made = weights.decompose(params, x, c0)
-        return jnp.sum(weights.reduced(made, reduce)[:, -1] * jnp.arange(6.0)) + jnp.sum(weights.at(made, 3) ** 2)
+        return jnp.sum(weights.reduced(made, reduce)[:, -1] * jnp.arange(6.0)[None]) + jnp.sum(weights.at(made, 3) ** 2)
 
     check_grads(number, (params, x), order=1, modes=["rev"], atol=1e-6)
 
@@ -262,7 +262,7 @@ def test_a_hundred_thousand_steps_in_bounded_memory():
     time = 100_000
     key = jax.random.split(jax.random.key(0), 3)
     i, u = jax.random.uniform(key[0], (time, 64)), jax.random.normal(key[1], (time, 64))
-    f = jax.nn.sigmoid(jax.random.normal(key[2], (time, 64)) + jnp.linspace(-2, 4, 64))
+    f = jax.nn.sigmoid(jax.random.normal(key[2], (time, 64)) + jnp.linspace(-2, 4, 64)[None])
     made = weights.Decomposition(i, f, u, u, u[0])
     compiled = jax.jit(weights.top, static_argnums=(1, 2)).lower(made, 5, "l2").compile()
     assert compiled.memory_analysis().temp_size_in_bytes < 12 * f.nbytes
@@ -322,7 +322,7 @@ def test_bad_arguments_say_how_to_mend_them():
     for step in (-1, TIME, 1.5, [1, 2]):
         with pytest.raises(ValueError, match="`step` must be"):
             weights.at(made, step)
-    with pytest.raises(ValueError, match="`most` must be at least 1"):
+    with pytest.raises(ValueError, match="`most` must be a whole number, at least 1"):
         weights.half_lives(made, 0)
     with pytest.raises(ValueError, match="`share` must be above 0 and below 1; got 1"):
         weights.spans(made, share=1)
