@@ -212,7 +212,7 @@ def test_gradients_equal_autodiff_of_the_walk(options, splitting, x64):
     def loss(solver):
         def of(*arrays):
             states, _ = solve(*arrays, solver=solver, activation=options.get("activation", "tanh"))
-            return jnp.sum(jnp.sin(states) * jnp.arange(60.0)[:, None])
+            return jnp.sum(jnp.sin(states) * jnp.arange(60.0)[None, :, None])
 
         return jax.jit(jax.grad(of, (0, 1, 2)))
 
@@ -222,7 +222,7 @@ def test_gradients_equal_autodiff_of_the_walk(options, splitting, x64):
             return c, c
 
         states = jnp.swapaxes(jax.lax.scan(walk, c0, jnp.swapaxes(x, 0, 1))[1], 0, 1)
-        return jnp.sum(jnp.sin(states) * jnp.arange(60.0)[:, None])
+        return jnp.sum(jnp.sin(states) * jnp.arange(60.0)[None, :, None])
 
     expected = jax.jit(jax.grad(plain, (0, 1, 2)))(*arrays)
     failing = FixedPoint(splitting, max_iterations=2)
@@ -391,8 +391,8 @@ def test_a_pass_makes_a_step_exact_and_no_average_undoes_it(reverse, x64):
     time = 9
     b = 0.1 * jnp.asarray(np.random.default_rng(0).normal(size=(2, time, 1)))
     shift = -0.9 * jnp.eye(time, k=1 if reverse else -1)
-    expected = jnp.linalg.solve(jnp.eye(time) - shift, b)
-    far = np.arange(time)[:, None][:: -1 if reverse else 1]
+    expected = np.linalg.solve(np.eye(time) - shift, b)
+    far = np.arange(time)[None, :: -1 if reverse else 1, None]
 
     def apply(x):
         after = b + shift @ x

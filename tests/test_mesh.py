@@ -174,7 +174,7 @@ def test_a_layer_over_time_and_batch(x64, gates, projection, masks):
 def test_an_average_is_of_the_whole_sequence(x64):
     """Every device alone would say something else: on one the step has turned, on the other it has not."""
     _, step, _ = drawn()
-    before = jnp.where(jnp.arange(TIME)[:, None] < TIME // 2, -3.0, 0.3) * step
+    before = jnp.where(jnp.arange(TIME)[None, :, None] < TIME // 2, -3.0, 0.3) * step
     arrays, axes = (jnp.zeros_like(step), step, before), P(None, "time")
     others = jnp.float64(0.1), jnp.bool(False)
     over = spread(lambda *a: averaged(*a, *others, "time"), mesh(time=2), (axes,) * 3, (axes, axes))
