@@ -817,6 +817,7 @@ def test_what_the_system_refuses_is_one_line(text, tmp_path, capsys):
     assert re.fullmatch(r"error: .*: File name too long\.\n", capsys.readouterr().err)
 
 
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # a thread of orbax goes on
 def test_a_full_disk_ends_a_run_with_one_message_and_loses_nothing(run, text, tmp_path, monkeypatch, caplog):
     shutil.copytree(run[0], tmp_path / "copy")
     config = dataclasses.replace(load_config(tmp_path / "copy"), out=str(tmp_path / "copy"), resume=True, epochs=4)
