@@ -33,7 +33,7 @@ class Checkpoints:
         Raises:
           OSError: where the system refuses it, as on a disk that is full; what was saved before is intact.
         """
-        with _refused_as_oserror(self.directory), self._open(kind) as checkpointer:
+        with _refused_as_oserror(), self._open(kind) as checkpointer:
             if step not in [saved.step for saved in checkpointer.checkpoints]:
                 checkpointer.save_checkpointables(step, {"tree": tree}, force=True)
 
@@ -73,7 +73,7 @@ class Checkpoints:
 
 
 @contextmanager
-def _refused_as_oserror(path: Path) -> Iterator[None]:
+def _refused_as_oserror() -> Iterator[None]:
     """Orbax has a ValueError for what the system refuses, and logs it once more for each of its threads."""
     log = logging.getLogger("absl")
     level = log.level
@@ -84,7 +84,7 @@ def _refused_as_oserror(path: Path) -> Iterator[None]:
         code = re.search(r"os_error_code='(\d+)'", str(error))
         if code is None:
             raise
-        raise OSError(int(code[1]), os.strerror(int(code[1])), str(path)) from None
+        raise OSError(int(code[1]), os.strerror(int(code[1]))) from None
     finally:
         log.setLevel(level)
 

@@ -51,8 +51,8 @@ class Run:
             self.checkpoints.save(kind, number, tree)
         except OSError as error:
             raise UserError(
-                f"{error.filename} cannot be written: {error.strerror}. What was saved before is intact: --resume goes "
-                "on with it once that is mended."
+                f"{self.checkpoints.directory} cannot be written: {error.strerror or error}. What was saved before is "
+                "intact: --resume goes on with it once that is mended."
             ) from None
 
     def check(self, state: "TrainState") -> None:

@@ -817,24 +817,39 @@ def test_what_the_system_refuses_is_one_line(text, tmp_path, capsys):
     assert re.fullmatch(r"error: .*: File name too long\.\n", capsys.readouterr().err)
 
 
+@contextlib.contextmanager
+def files_of_at_most(size):
+    """The system refuses to write more bytes to a file."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # a thread of orbax goes on
-def test_a_full_disk_ends_a_run_with_one_message_and_loses_nothing(run, text, tmp_path, monkeypatch, caplog):
+def test_arrays_that_the_system_refuses_are_an_oserror(tmp_path, caplog):
+    numbers = {"a": np.random.default_rng(0).normal(size=100_000)}
+    with files_of_at_most(100_000), pytest.raises(OSError, match="File too large"):
+        Checkpoints(tmp_path).save("latest", 0, numbers)
+    assert not [record for record in caplog.records if record.levelno >= logging.ERROR]
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+def test_a_full_disk_ends_a_run_with_one_message_and_loses_nothing(run, text, tmp_path, monkeypatch):
     shutil.copytree(run[0], tmp_path / "copy")
     config = dataclasses.replace(load_config(tmp_path / "copy"), out=str(tmp_path / "copy"), resume=True, epochs=4)
-    save, before, (soft, hard) = Checkpoints.save, final_state(config, text), resource.getrlimit(resource.RLIMIT_FSIZE)
+    save, before = Checkpoints.save, final_state(config, text)
 
     def full(*args):
-        resource.setrlimit(resource.RLIMIT_FSIZE, (1000, hard))  # bytes that a file may have
-        try:
+        with files_of_at_most(1000):
             save(*args)
-        finally:
-            resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
     with monkeypatch.context() as broken:
         broken.setattr(Checkpoints, "save", full)
         with pytest.raises(UserError, match="checkpoints cannot be written: File too large"):
             train.train(config)
-    assert not [record for record in caplog.records if record.levelno >= logging.ERROR]
     assert_same(final_state(config, text), before)
     assert train.train(config)["test_tokens"] > 0
 
