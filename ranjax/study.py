@@ -11,6 +11,8 @@ from ranjax.errors import UserError, exit_with_message
 from ranjax.hugepages import restart_with_huge_pages
 from ranjax.table import Table
 
+LONGEST = 1_000_000  # minutes, about two years
+
 
 @dataclass(frozen=True)
 class Options:
@@ -39,8 +41,16 @@ def run(main: Callable[[Any, Table], None], flags: type[Options], folder: Path) 
     restart_with_huge_pages()
     with exit_with_message():
         options = tyro.cli(flags)
+        for name, given in vars(options).items():
+            if given == ():
+                raise UserError(f"--{name} must be followed by at least one name.")
         with budget(options.minutes):
-            main(options, Table(Path(options.out or folder), Path(options.runs), options.data_dir))
+            table = Table(Path(options.out or folder), Path(options.runs), options.data_dir)
+            try:
+                main(options, table)
+            except (KeyboardInterrupt, SystemExit):
+                print("The study was stopped; the same command goes on with it.", flush=True)
+                raise
 
 
 def rounds(seeds: int) -> list[list[int]]:
@@ -55,8 +65,8 @@ def rounds(seeds: int) -> list[list[int]]:
 @contextmanager
 def budget(minutes: float | None) -> Iterator[None]:
     """Ends the program after so many minutes, what is being trained saved, as Ctrl-C does."""
-    if minutes is not None and not minutes > 0:
-        raise UserError(f"--minutes must be above 0; got {minutes}.")
+    if minutes is not None and not 0 < minutes <= LONGEST:
+        raise UserError(f"--minutes must be above 0 and at most {LONGEST}; got {minutes}.")
     if minutes is None:
         yield
         return

@@ -32,7 +32,7 @@ class Table:
       data_dir: folder of the data sets; without it WikiText (only) is downloaded.
 
     Raises:
-      UserError: a line of the file is not JSON.
+      UserError: a line of the file is not a row in JSON.
     """
 
     def __init__(self, folder: Path, runs: Path, data_dir: str | None = None):
@@ -164,14 +164,18 @@ def chosen(rows: Iterable[dict[str, Any]], **labels: str | int) -> list[dict[str
 def _read(path: Path) -> list[dict[str, Any]]:
     """The rows of a file, if it is there."""
     rows = []
-    for number, line in enumerate(path.read_text("utf-8").splitlines() if path.exists() else (), 1):
+    for number, line in enumerate(path.read_bytes().splitlines() if path.exists() else (), 1):
         try:
-            rows.append(json.loads(line))
-        except json.JSONDecodeError as error:
+            row = json.loads(line)
+            if not isinstance(row, dict) or not isinstance(row.get("config"), dict):
+                raise ValueError("it has no settings")
+        except ValueError as error:  # neither JSON nor UTF-8 is one too
+            began = line[:40].decode(errors="replace")
             raise UserError(
-                f"line {number} of {path} must be the JSON of one row; got {line[:40]!r} ({error}). If it was cut off "
+                f"line {number} of {path} must be the JSON of one row; got {began!r} ({error}). If it was cut off "
                 "while it was written, delete it: its run is still in the folder of runs, and writes it again."
             ) from None
+        rows.append(row)
     return rows
 
 

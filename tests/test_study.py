@@ -48,18 +48,24 @@ def test_seeds_go_one_after_another_on_a_cpu_and_together_elsewhere(monkeypatch)
 def test_time_runs_out(pets, tmp_path):
     """Cut off by its budget, saved as by Ctrl-C, without a row; table and runs are where the flags say."""
     program = (
-        "import pathlib, sys; from orbax.checkpoint import v1\n"
+        "import pathlib, signal, sys, threading, time; from orbax.checkpoint import v1\n"
         "from ranjax import study; from ranjax.config import Config\n"
-        f"config = Config(dataset={pets.dataset!r}, features=(8,), layers=1, batch_size=4, steps=7, epochs=400)\n"
+        f"config = Config(dataset={pets.dataset!r}, features=(8,), layers=1, batch_size=4, steps=7, epochs=4000)\n"
+        "def hurry():\n"  # the minutes are over once it has begun to train, however slow the machine is
+        "    while not any(path.stat().st_size for path in pathlib.Path('kept').glob('*/metrics.jsonl')):\n"
+        "        time.sleep(0.1)\n"
+        "    signal.setitimer(signal.ITIMER_REAL, 0.01)\n"
+        "threading.Thread(target=hurry, daemon=True).start()\n"
         "main = lambda options, table: print(table.folder) or table.row(config, study='pets')\n"
         "study.run(main, study.Options, pathlib.Path('the study'))\n"
     )
     (tmp_path / "study.py").write_text(program)
-    command = [sys.executable, "study.py", "--minutes", "0.12", "--runs", "kept", "--out", "cut"]
+    command = [sys.executable, "study.py", "--minutes", "5", "--runs", "kept", "--out", "cut"]
     first = subprocess.run(command, capture_output=True, text=True, check=False, timeout=120, cwd=tmp_path)
     assert first.returncode == 143, first.stderr
     assert first.stdout.startswith("cut\n")
     assert "saved. Go on with" in first.stdout
+    assert first.stdout.endswith("The study was stopped; the same command goes on with it.\n")
     assert not list((tmp_path / "cut").iterdir())
     assert [path.name[:4] for path in (tmp_path / "kept").iterdir()] == ["pets"]
 
@@ -70,8 +76,9 @@ def test_a_budget_is_taken_back():
         pass
     time.sleep(0.1)
     assert [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGALRM)] == before
-    with pytest.raises(UserError, match="--minutes must be above 0; got 0"), study.budget(0):
-        pass
+    for minutes in (0, -1, math.inf, math.nan, 1e300):
+        with pytest.raises(UserError, match=re.escape(f"--minutes must be above 0 and at most 1000000; got {minutes}")):
+            study.budget(minutes).__enter__()
 
 
 def test_time_that_runs_out_between_two_trainings_ends_the_program_in_order():
@@ -121,6 +128,24 @@ def test_a_page_states_what_its_rows_say(name):
             short = row.get("study", "").endswith("-grid")
             figure, digits = row["valid_perplexity" if short else "test_perplexity"], 3 if "length" in row else 2
         assert figure is None or f"{figure:.{digits}f}" in page, row  # None: it diverged
+
+
+def test_a_table_of_parity_has_its_figures_in_the_line_of_their_model():
+    """But for the tables whose columns are the models, and what stands in prose."""
+    lines = (EXPERIMENTS / "parity" / "README.md").read_text("utf-8").splitlines()
+    parity = runpy.run_path(str(EXPERIMENTS / "parity" / "run.py"))
+    rows = [json.loads(line) for line in (EXPERIMENTS / "parity" / "results.jsonl").read_text("utf-8").splitlines()]
+    checked = 0
+    for study_ in parity["STUDIES"].keys() - {"ptb-small-35-columns", "ptb-small-reach", "text8-wide"}:
+        for model in parity["MODELS"]:
+            name = "RAN (tanh, recurrent gates)" if model == "RAN" else model
+            figures = re.findall(r"\d+\.\d+", " ".join(line for line in lines if line.startswith(f"| {name}")))
+            for row in chosen(rows, study=study_, model=model):
+                if row["test_perplexity"] is not None:
+                    bits = row["dataset"] in ("text8", "enwik8")
+                    assert (f"{row['test_bits']:.3f}" if bits else f"{row['test_perplexity']:.2f}") in figures, row
+                    checked += 1
+    assert checked > 40
 
 
 @pytest.mark.parametrize(("name", "what", "least"), [("parity", ("study", "model"), 8), ("ablation", ("variant",), 13)])
@@ -253,14 +278,19 @@ def test_the_parity_study_draws_what_there_is(tmp_path):
 
 @pytest.mark.parametrize(
     ("name", "flags"),
-    [("parity", ["--study", "ptb"]), ("ablation", ["--variants", "GRU"]), ("long-context", ["--models", "GRU"])],
+    [
+        ("parity", ["--study", "ptb"]),
+        ("ablation", ["--variants", "GRU"]),
+        ("long-context", ["--models", "GRU"]),
+        ("parity", ["--models"]),
+    ],
 )
 def test_what_a_study_does_not_know_is_refused(name, flags):
     program = [sys.executable, str(EXPERIMENTS / name / "run.py"), *flags]
     ended = subprocess.run(program, capture_output=True, text=True, check=False)
     assert ended.returncode == 1
-    assert "invalid choice" in ended.stderr
-    assert flags[1] in ended.stderr
+    assert "invalid choice" in ended.stderr or f"{flags[0]} must be followed by at least one name." in ended.stderr
+    assert flags[-1] in ended.stderr
     assert "Traceback" not in ended.stderr
 
 

@@ -87,14 +87,16 @@ def test_a_perplexity_beyond_all_figures_is_none_in_the_row():
     assert row["train_perplexities"] == [None, 3.0]
 
 
-def test_a_row_that_was_cut_off_is_named(tmp_path):
+@pytest.mark.parametrize(
+    ("line", "why"),
+    [(b'{"model": "LS', "Unterminated"), (b"{}", "no settings"), (b"[]", "no settings"), (b"\xff", "'utf-8' codec")],
+)
+def test_a_line_that_is_no_row_is_named(line, why, tmp_path):
     file = tmp_path / "results.jsonl"
-    file.write_text('{"model": "RAN"}\n{"model": "LS')
-    with pytest.raises(
-        UserError, match=re.escape(f'line 2 of {file} must be the JSON of one row; got \'{{"model": "LS\'')
-    ):
+    file.write_bytes(b'{"config": {}}\n' + line)
+    with pytest.raises(UserError, match=rf"line 2 of {re.escape(str(file))} must be the JSON of one row; got .*{why}"):
         Table(tmp_path, tmp_path)
-    assert file.read_text() == '{"model": "RAN"}\n{"model": "LS'
+    assert file.read_bytes() == b'{"config": {}}\n' + line
 
 
 def test_seeds_are_trained_together_and_one_that_diverges_has_its_row(pets, tmp_path, monkeypatch, capsys):

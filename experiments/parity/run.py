@@ -5,6 +5,7 @@ first tries each model's settings (`GRID`) with one seed: those of the lowest va
 """
 
 from dataclasses import dataclass, replace
+from math import inf
 from pathlib import Path
 from typing import Literal
 
@@ -27,6 +28,7 @@ SMALL = replace(PRESETS["ptb-small"], epochs=8)
 TEXT8 = Config(dataset="text8", features=(256,), tie=False, dropout=0.0, epochs=1, steps=50, schedule="cosine")
 STUDIES = {
     "ptb-small": SMALL,
+    "ptb-small-35-steps": replace(SMALL, steps=35),
     "ptb-small-tuned": replace(SMALL, steps=35, dropout=0.25),
     "ptb-small-20-tuned": replace(SMALL, dropout=0.1),
     "ptb-small-35-columns": replace(SMALL, batch_size=35, dropout=0.25),
@@ -85,17 +87,20 @@ def draw(rows: list[dict], path: Path) -> None:
         found = [(value(row, key), model) for model in MODELS for row in chosen(rows, study=study, model=model)]
         published = [(x, model) for model, x in PUBLISHED.get(study, {}).items()]
         most, data, edge = 1.15 * min(found)[0], axes.transData, axes.get_yaxis_transform()
-        for label, style, where, dots in (
-            ("measured, a dot a seed", "oC0", data, [dot for dot in found if dot[0] <= most]),
-            ("measured, beyond the axis", ">C0", edge, [(0.92, model) for x, model in found if x > most]),
-            ("published", "xC3", data, [dot for dot in published if dot[0] <= most]),
-            ("published, beyond the axis", ">C3", edge, [(0.97, model) for x, model in published if x > most]),
+        axes.yaxis.update_units([model for model in MODELS if model in {name for _, name in found + published}])
+        for label, marker, color, transform, dots in (
+            ("measured, a dot a seed", "o", "C0", data, [dot for dot in found if dot[0] <= most]),
+            ("beyond the axis", ">", "C0", edge, [(1, model) for x, model in found if most < x < inf]),
+            ("not finite", "D", "C0", edge, [(1.04, model) for x, model in found if x == inf]),
+            ("published", "x", "C3", data, [dot for dot in published if dot[0] <= most]),
+            ("beyond the axis", ">", "C3", edge, [(1.04, model) for x, model in published if x > most]),
         ):
-            axes.plot([x for x, _ in dots], [model for _, model in dots], style, label=label, transform=where)
+            style = {"marker": marker, "color": color, "ls": "", "clip_on": False, "in_layout": False}
+            axes.plot([x for x, _ in dots], [model for _, model in dots], label=label, transform=transform, **style)
         axes.set(title=study, xlabel=f"test {unit}")
         axes.invert_yaxis()
         axes.grid(alpha=0.3)
-    figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=4, frameon=False)
+    figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=5, frameon=False)
     figure.savefig(path, dpi=110)
 
 
