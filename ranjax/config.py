@@ -66,7 +66,7 @@ class Config:
     learning_rate: float = 2e-3
     """Learning rate at its highest."""
     weight_decay: float = 0.0
-    """Of adamw."""
+    """Of adamw; for sgd there is none."""
     schedule: Literal["constant", "cosine", "decay"] = "decay"
     """constant; cosine: --warmup steps up, then down to a hundredth over --epochs (so more epochs stretch it);
     decay: constant for --decay-after epochs, then times --decay each epoch."""
@@ -111,6 +111,8 @@ def check(config: Config) -> None:
         for name in names.split():
             if not _holds(holds, getattr(config, name)):
                 raise UserError(f"--{name.replace('_', '-')} must be {expected}; got {getattr(config, name)!r}.")
+    if config.weight_decay and config.optimizer != "adamw":
+        raise UserError(f"--weight-decay is for --optimizer adamw; got {config.weight_decay} with {config.optimizer}.")
 
 
 def _holds(condition: Callable[[Any], Any], value: Any) -> bool:

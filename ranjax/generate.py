@@ -48,13 +48,12 @@ def sample(key: "Array", logits: "Array", sampling: Sampling) -> "Array":
     if sampling.temperature < 1e-6:  # as good as 0, and a quotient could overflow
         return jnp.argmax(logits)
     logits = logits / sampling.temperature
-    ordered = jnp.sort(logits, descending=True)
-    least = ordered[min(sampling.top_k or len(logits), len(logits)) - 1]
-    before = jnp.cumsum(jax.nn.softmax(jnp.where(ordered >= least, ordered, -jnp.inf)))
-    kept = jnp.concatenate([jnp.zeros(1), before[:-1]]) < sampling.top_p  # a token counts if those above fall short
+    order = jnp.argsort(-logits)  # of equal ones the first comes first, as in argmax
+    kept = jnp.arange(len(logits)) < (sampling.top_k or len(logits))
     if sampling.top_p < 1:
-        least = jnp.maximum(least, jnp.min(jnp.where(kept, ordered, jnp.inf)))
-    return jax.random.categorical(key, jnp.where(logits >= least, logits, -jnp.inf))
+        sums = jnp.cumsum(jax.nn.softmax(jnp.where(kept, logits[order], -jnp.inf)))
+        kept &= jnp.concatenate([jnp.zeros(1), sums[:-1]]) < sampling.top_p  # a token counts if those above fall short
+    return jax.random.categorical(key, jnp.where(kept[jnp.argsort(order)], logits, -jnp.inf))
 
 
 def generate(run: "Run", prompt: "ArrayLike", length: int, sampling: Sampling, seed: int) -> Iterator[int]:

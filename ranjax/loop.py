@@ -67,7 +67,10 @@ class Run:
             )
 
     def validated(self, state: "TrainState", evaluation: "Evaluation") -> "TrainState":
-        """Ends an epoch: keeps the state if it is the best so far, and saves it to go on from."""
+        """Ends an epoch: keeps the state if it is the best so far, tells of it, and saves it to go on from.
+
+        Told first: what is told of a state that was not saved is told again when the run goes on.
+        """
         if not math.isfinite(evaluation.nats):
             raise DivergedError(
                 f"the validation loss is {evaluation.nats}; the checkpoints before it, in {self.config.directory}, are "
@@ -77,8 +80,8 @@ class Run:
             self._write("best", int(state.step), state.params)
             state = state._replace(best=state.best.at[()].set(evaluation.nats))
         state = state._replace(epoch=state.epoch + 1)
-        self.save(state)
         self.report.epoch(state, evaluation)
+        self.save(state)
         return state
 
 

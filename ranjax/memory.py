@@ -44,7 +44,7 @@ def memory(
 ) -> list[Memory]:
     """Half-lives and spans in every layer, over a text read as one stream.
 
-    The last `most` - 1 steps, and what does not fill a window before them, are read but not counted: every step counted
+    The last `most` steps, and what does not fill a window before them, are read but not counted: every step counted
     is seen for `most` steps.
 
     Args:

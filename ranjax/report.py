@@ -35,17 +35,29 @@ class Report:
       config: its settings.
       windows: steps an epoch.
       first_step: where this process begins; what an earlier one logged beyond it is dropped.
+      validated: epochs whose validation has been saved by then; what an earlier one logged of others is dropped.
       side_by_side: how many runs this process trains in one program; their seconds are those of all.
       quiet: whether another of them tells of the progress.
     """
 
     def __init__(
-        self, directory: Path, config: Config, windows: int, first_step: int, side_by_side: int = 1, quiet: bool = False
+        self,
+        directory: Path,
+        config: Config,
+        windows: int,
+        first_step: int,
+        validated: int,
+        side_by_side: int = 1,
+        quiet: bool = False,
     ):
         self.directory, self.config, self.windows = directory, config, windows
         self.side_by_side, self.quiet = side_by_side, quiet
         self.steps = 0  # of this process
-        self._rows = [row for row in _read_rows(directory / "metrics.jsonl") if row["step"] <= first_step]
+        self._rows = [
+            row
+            for row in _read_rows(directory / "metrics.jsonl")
+            if row["step"] <= first_step and ("valid_perplexity" not in row or row["epoch"] <= validated)
+        ]
         _write_rows(directory / "metrics.jsonl", self._rows)
         self._console = Console(quiet=quiet)
         columns = "{task.description}", BarColumn(None), "{task.fields[status]}", TimeRemainingColumn()

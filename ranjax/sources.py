@@ -80,10 +80,11 @@ def hub_texts(name: str, hub_id: str, config: str) -> list[bytes]:
     if not _hub_answers():
         os.environ["HF_HUB_OFFLINE"] = "1"  # read when `datasets` is imported: no minutes of retries
     from datasets import load_dataset
+    from huggingface_hub.errors import HTTPError  # of whichever HTTP client that uses
 
     try:
         rows = load_dataset(hub_id, config)
-    except (OSError, ValueError) as error:  # unreachable; or not this configuration in the cache
+    except (OSError, ValueError, HTTPError) as error:  # unreachable; or not this configuration in the cache
         raise UserError(
             f"{name} could not be loaded from the hub ({hub_id}): {type(error).__name__}: {error}. Ways out: local "
             "files with --data-dir DIR; a cached copy, fetched once with a network (HF_HOME tells where); with a "

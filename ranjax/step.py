@@ -121,8 +121,9 @@ def make_step(
 ) -> Callable[[TrainState, "Array"], TrainState]:
     """One update on the window that the state points at: `step(state, text) -> state`, jitted, state donated.
 
-    `text` is `(batch, length)`. A loss or a gradient that is not finite leaves parameters, optimiser and carry
-    as they were, and is counted. Of several `seeds` the states are stacked, each with its own dropout.
+    `text` is `(batch, length)`. A loss or a gradient that is not finite leaves parameters, optimiser (and with it the
+    step by which the learning rate is scheduled) and carry as they were, and is counted. Of several `seeds` the
+    states are stacked, each with its own dropout.
     """
     import jax
     import jax.numpy as jnp

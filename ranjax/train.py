@@ -77,8 +77,8 @@ def train_together(configs: Sequence[Config]) -> list[dict[str, Any]]:
             held.close()
             return [train(replace(config, resume=True)) for config in configs]
 
-        at, number = int(states[0].step), len(configs)
-        reports = [Report(c.directory, c, windows, at, side_by_side=number, quiet=c is not first) for c in configs]
+        at = int(states[0].step), int(states[0].epoch)
+        reports = [Report(c.directory, c, windows, *at, len(configs), quiet=c is not first) for c in configs]
         runs = [Run(c, Checkpoints(c.directory), report) for c, report in zip(configs, reports, strict=True)]
         step = make_step(model, optimizer, first, windows, [config.seed for config in configs])
         loop, evaluate = Loop(runs, step, jax.device_put(text), windows), make_evaluator(model, first.streams)

@@ -1,12 +1,14 @@
 """Corpora, vocabularies and their errors."""
 
 import gzip
+import http.server
 import math
 import os
 import re
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections import Counter
 
@@ -249,6 +251,33 @@ def test_a_hub_out_of_reach(tmp_path):
         began = time.monotonic()
         done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
     assert time.monotonic() - began < 30
+    assert re.search(r"UserError: wikitext-2 could not be loaded.*--data-dir.*HF_HUB_OFFLINE", done.stderr)
+
+
+def test_a_hub_that_hangs_up(tmp_path):
+    """It answers that it is there, and nothing more."""
+
+    class Hub(http.server.BaseHTTPRequestHandler):
+        def do_HEAD(self):
+            if self.path == "/":
+                self.send_response(200)
+                self.end_headers()
+            else:
+                self.do_GET()
+
+        def do_GET(self):
+            self.connection.shutdown(socket.SHUT_RDWR)
+
+        def log_message(self, *_):
+            pass
+
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Hub) as hub:
+        threading.Thread(target=hub.serve_forever, daemon=True).start()
+        environment = {name: value for name, value in os.environ.items() if name != "HF_HUB_OFFLINE"}
+        environment |= {"HF_ENDPOINT": f"http://127.0.0.1:{hub.server_port}", "HF_HOME": str(tmp_path)}
+        code = "from ranjax.data import load_corpus; load_corpus('wikitext-2')"
+        done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
+        hub.shutdown()
     assert re.search(r"UserError: wikitext-2 could not be loaded.*--data-dir.*HF_HUB_OFFLINE", done.stderr)
 
 

@@ -188,6 +188,12 @@ def test_a_file_with_an_end_of_line_is_read_as_it_is(run, tmp_path, capsys):
     assert "2 ⏎" in capsys.readouterr().out
 
 
+def test_a_file_is_read_as_training_reads_it(tmp_path):
+    (tmp_path / "text.txt").write_bytes(b"a\r\nb\r")
+    options = explain.Options(checkpoint="", file=str(tmp_path / "text.txt"))
+    assert explain.read_text(options) == "a\r\nb\r"
+
+
 def test_an_lstm_is_refused(tmp_path, capsys):
     out = trained(tmp_path, cell="lstm")
     assert "'lstm', whose states are not weighted sums" in said(["--checkpoint", out, "--text", "cat"], capsys)

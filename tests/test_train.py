@@ -249,6 +249,28 @@ def test_a_signal_lost_in_a_callback_ends_the_program_all_the_same(lost, text, t
     assert_same(final_state(broken, text), final_state(straight, text))
 
 
+@pytest.mark.parametrize("saved", [False, True])  # killed before the validated state is saved, or after
+def test_every_epoch_of_a_killed_run_is_told_of_once(saved, text, tmp_path, monkeypatch):
+    straight, broken = (settings(text, tmp_path / name, epochs=3) for name in ("straight", "broken"))
+    whole = train.train(straight)
+
+    def killed(self, state, write=loop.Run.save):
+        if saved or int(state.epoch) < 2:
+            write(self, state)
+        if int(state.epoch) == 2:
+            raise MemoryError
+
+    with monkeypatch.context() as patch:
+        patch.setattr(loop.Run, "save", killed)
+        with pytest.raises(MemoryError):
+            train.train(broken)
+    resumed = train.train(dataclasses.replace(broken, resume=True))
+    for name in ("valid_perplexities", "train_perplexities"):
+        assert resumed[name] == whole[name]
+        assert len(resumed[name]) == 3
+    assert_same(final_state(broken, text), final_state(straight, text))
+
+
 def test_a_run_killed_before_its_first_step_can_be_resumed(text, tmp_path, monkeypatch):
     config = settings(text, tmp_path / "run", epochs=1)
     with monkeypatch.context() as patch:
@@ -477,6 +499,11 @@ def test_sampling_takes_only_what_it_may():
     np.testing.assert_allclose(drawn(top_k=2), [0.625, 0.375, 0, 0], atol=0.06)
     np.testing.assert_allclose(drawn(top_p=0.81), [0.526, 0.316, 0.158, 0], atol=0.06)
     np.testing.assert_allclose(drawn(top_p=0.4), [1, 0, 0, 0])
+    np.testing.assert_allclose(drawn(top_p=0.81, top_k=2), [0.625, 0.375, 0, 0], atol=0.06)
+    alike = jnp.array([0.0, 1.0, 1.0, 1.0])
+    for options in ({"top_k": 1}, {"top_p": 0.2}):  # equal ones are not kept beyond the number or the sum
+        assert {int(generate.sample(key, alike, generate.Sampling(**options))) for key in keys[:20]} == {1}
+    assert {int(generate.sample(key, alike, generate.Sampling(top_k=2))) for key in keys[:20]} == {1, 2}
     flat = jnp.zeros(40_000)  # in float32 the probabilities reach 1 before the last token
     tokens = jax.vmap(lambda key: generate.sample(key, flat, generate.Sampling()))(keys[:200])
     assert int(tokens.max()) > 39_000
@@ -575,6 +602,11 @@ def test_a_model_that_has_diverged_is_written_in_short():
         ("train", ["--dataset", "{text}", "--layers", "0"], "--layers must be a whole number, at least 1; got 0"),
         ("train", ["--dataset", "{text}", "--learning-rate", "0"], "--learning-rate must be above 0; got 0"),
         ("train", ["--dataset", "{text}", "--clip", "0"], "--clip must be above 0; got 0"),
+        (
+            "train",
+            ["--preset", "ptb-small", "--weight-decay", "0.1"],
+            "--weight-decay is for --optimizer adamw; got 0.1",
+        ),
         ("train", ["--dataset", "{text}", "--dropout", "2"], r"--dropout must be in \[0, 1\); got 2"),
         ("train", ["--dataset", "{text}", "--solver", "associative"], "`solver` must be one of 'auto', 'sequential'"),
         (
@@ -799,7 +831,7 @@ def test_the_speed_is_tokens_by_seconds(text, tmp_path):
     config = settings(text, tmp_path)
     zero = jnp.zeros(())
     state = step.TrainState({}, None, None, 30, 2, 1.0, 1, 0, 0, zero, jnp.array(2.0), jnp.array(10), 0.0)
-    report = Report(tmp_path, config, 15, 0)
+    report = Report(tmp_path, config, 15, 0, 0)
     report._rows = [{"step": 15, "epoch": 1.0, "train_perplexity": 2.0, "valid_perplexity": 2.0}]
     result = report.result(load_corpus(text), state, Evaluation(1.0, 1), Evaluation(1.0, 1))
     assert result["tokens_per_second"] == 10 * 4 * 7 / 2.0
