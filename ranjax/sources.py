@@ -80,7 +80,7 @@ def hub_texts(name: str, hub_id: str, config: str) -> list[bytes]:
     if not _hub_answers():
         os.environ["HF_HUB_OFFLINE"] = "1"  # read when `datasets` is imported: no minutes of retries
     from datasets import load_dataset
-    from huggingface_hub.errors import HTTPError  # of whichever HTTP client that uses
+    from huggingface_hub.errors import HTTPError  # pyright: ignore[reportPrivateImportUsage]  # of whichever client it has
 
     try:
         rows = load_dataset(hub_id, config)

@@ -79,6 +79,7 @@ def draw(rows: list[dict], path: Path) -> None:
     columns, shared = min(len(studies), 3), {}
     height = -(-len(studies) // columns)
     figure = blank_figure(4.2 * columns, 3 * height + 0.4)
+    figure.get_layout_engine().set(wspace=0.06)  # for the marks beyond the axes
     for number, study in enumerate(studies, 1):
         kind = STUDIES[study].dataset, study.startswith("ptb-small")  # its studies share an axis
         axes = shared[kind] = figure.add_subplot(height, columns, number, sharex=shared.get(kind))
