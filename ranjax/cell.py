@@ -44,8 +44,7 @@ def content(params: Params, x: Array) -> Vector:
 def gates_of_input(params: Params, x: Array) -> Gates:
     """W_x x + b: the part of both gates' pre-activations that the input gives."""
     gates = params["gates"]
-    z = jnp.tensordot(x, gates["kernel"], 1)
-    return z + lax.broadcast_to_rank(gates["bias"], z.ndim)
+    return plus_bias(jnp.tensordot(x, gates["kernel"], 1), gates["bias"])
 
 
 def gates_of_state(params: Params, c: Vector, activation: str) -> Gates:
@@ -69,8 +68,13 @@ def output(params: Params, c: Vector, activation: str) -> Array:
     if "projection" not in params:
         return h
     kernel, bias = params["projection"]["kernel"], params["projection"]["bias"]
-    h = jnp.dot(h.astype(kernel.dtype), kernel)
-    return h + lax.broadcast_to_rank(bias, h.ndim)
+    return plus_bias(jnp.dot(h.astype(kernel.dtype), kernel), bias)
+
+
+def plus_bias(products: Array, bias: Array) -> Array:
+    """Products with a bias added, in their dtype; it is added, and its gradient summed, in float32 or wider."""
+    dtype = state_dtype(products, bias)
+    return (products.astype(dtype) + lax.broadcast_to_rank(bias, products.ndim).astype(dtype)).astype(products.dtype)
 
 
 def step(params: Params, c: Vector, x: Array, activation: str = "tanh") -> Vector:
@@ -231,6 +235,26 @@ def check_gates(gates: str, params: Params) -> None:
     """Raises a ValueError for gates that are not those of the parameters."""
     if gates != gates_of(params):
         raise ValueError(f"`gates` must be {gates_of(params)!r}, which these parameters are for; got {gates!r}.")
+
+
+def check_params(params: Params) -> None:
+    """Raises a ValueError for what is not the tree of a `RANCell`."""
+    if not {"content", "gates"} <= set(params):
+        raise ValueError(
+            "`params` must be those that a RANCell makes: variables['params'] of a cell, "
+            f"variables['params']['cell'] of a layer; got {', '.join(params) or 'nothing'}."
+        )
+
+
+def check_inputs(params: Params, x: Array) -> None:
+    """Raises a TypeError or a ValueError for inputs of a sequence that these parameters are not for."""
+    check_real("x", x)
+    width = params["gates"]["kernel"].shape[0]
+    if x.ndim < 2 or x.shape[-1] != width:
+        raise ValueError(
+            f"`x` must have the axes (*batch, time, in), with in = {width} for these parameters; got the shape "
+            f"{x.shape}."
+        )
 
 
 def check_real(name: str, x: Array) -> None:

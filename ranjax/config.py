@@ -3,11 +3,12 @@
 import argparse
 import dataclasses
 import json
+import math
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from ranjax.data import EMBEDDED, KNOWN
 from ranjax.embedded import task_of
@@ -98,12 +99,15 @@ class Config:
 def check(config: Config) -> None:
     """Raises a UserError for a setting out of its range."""
     for names, holds, expected in (
+        ("dataset", lambda v: isinstance(v, str | os.PathLike), "a name or a path"),
+        ("data_dir out", lambda v: v is None or isinstance(v, str | os.PathLike), "a path"),
         ("epochs batch_size steps streams", is_size, "a whole number, at least 1"),
         ("layers embedding projection", lambda v: v is None or is_size(v), "a whole number, at least 1"),
         ("features", lambda v: v and all(map(is_size, v)), "one or more whole numbers, each at least 1"),
         ("learning_rate clip decay", lambda v: v > 0, "above 0"),
         ("init_scale", lambda v: v is None or v > 0, "above 0"),
         ("weight_decay", lambda v: v >= 0, "at least 0"),
+        ("learning_rate decay init_scale weight_decay", lambda v: v is None or math.isfinite(v), "finite"),
         ("warmup decay_after", lambda v: v == 0 or is_size(v), "a whole number, at least 0"),
         ("dropout", lambda v: 0 <= v < 1, "in [0, 1)"),
         ("seed", lambda v: (v == 0 or is_size(v)) and v < 2**31, "in [0, 2**31)"),
@@ -111,8 +115,25 @@ def check(config: Config) -> None:
         for name in names.split():
             if not _holds(holds, getattr(config, name)):
                 raise UserError(f"--{name.replace('_', '-')} must be {expected}; got {getattr(config, name)!r}.")
+    for name, choices in _CHOICES.items():
+        value = getattr(config, name)
+        if not any(value is c or (isinstance(c, str) and value == c) for c in choices):
+            raise UserError(f"--{name.replace('_', '-')} must be one of {', '.join(map(str, choices))}; got {value!r}.")
     if config.weight_decay and config.optimizer != "adamw":
         raise UserError(f"--weight-decay is for --optimizer adamw; got {config.weight_decay} with {config.optimizer}.")
+
+
+def _choices(kind: Any) -> tuple:
+    """The values that a setting of this type may have, where they can be told one by one."""
+    if kind is bool:
+        return True, False
+    if get_origin(kind) is Literal:
+        return get_args(kind)
+    parts = get_args(kind)
+    return (*get_args(parts[0]), None) if parts and get_origin(parts[0]) is Literal else ()
+
+
+_CHOICES = {name: choices for name, kind in get_type_hints(Config).items() if (choices := _choices(kind))}
 
 
 def _holds(condition: Callable[[Any], Any], value: Any) -> bool:
@@ -161,7 +182,7 @@ def parse(argv: list[str] | None = None) -> Config:
         raise UserError(f"--preset must be one of {', '.join(PRESETS)}; got {preset!r}.")
 
     def read(default: Config) -> Config:
-        return _absolute(tyro.cli(Config, args=argv, default=default, prog="python -m ranjax.train"))
+        return normalised(tyro.cli(Config, args=argv, default=default, prog="python -m ranjax.train"))
 
     config = read(PRESETS.get(preset or "", Config()))
     if config.resume:
@@ -169,13 +190,19 @@ def parse(argv: list[str] | None = None) -> Config:
     return config
 
 
-def _absolute(config: Config) -> Config:
-    """Paths of text as absolute ones, so that a run can be used from any directory."""
-    path = Path(os.path.expanduser(config.dataset))
-    named = config.dataset in (*KNOWN, *EMBEDDED) or task_of(config.dataset) is not None
-    local = os.path.exists(path) and not named  # False, too, for a name that no path can have
-    data_dir = config.data_dir and str(Path(os.path.expanduser(config.data_dir)).resolve())
-    return dataclasses.replace(config, dataset=str(path.resolve()) if local else config.dataset, data_dir=data_dir)
+def normalised(config: Config) -> Config:
+    """The settings as a run keeps them: paths of text as absolute ones, so that it can be used from any directory."""
+    dataset, data_dir, features = str(config.dataset), config.data_dir, config.features
+    path = Path(os.path.expanduser(dataset))
+    named = dataset in (*KNOWN, *EMBEDDED) or task_of(dataset) is not None
+    if os.path.exists(path) and not named:  # False, too, for a name that no path can have
+        dataset = str(path.resolve())
+    return dataclasses.replace(
+        config,
+        dataset=dataset,
+        data_dir=data_dir and str(Path(os.path.expanduser(data_dir)).resolve()),
+        features=tuple(features) if isinstance(features, list) else features,
+    )
 
 
 def check_same(config: Config, saved: Config) -> None:
@@ -208,11 +235,9 @@ def load_config(directory: Path) -> Config:
     if set(saved) - fields:
         unknown = ", ".join(sorted(set(saved) - fields))
         raise UserError(f"{path} has settings this version does not know: {unknown}. Use the version that wrote it.")
-    if isinstance(saved["features"], list):
-        saved["features"] = tuple(saved["features"])
     config = Config(**saved)
     try:
         check(config)
     except UserError as error:
         raise UserError(f"{path} is damaged: {error} Restore it, or train anew.") from None
-    return config
+    return normalised(config)

@@ -13,7 +13,16 @@ from jax.core import Tracer
 from jax.typing import ArrayLike
 from jaxtyping import Float
 
-from ranjax.cell import ACTIVATIONS, Params, check_real, checked_carry, content, gates_of, gates_of_input
+from ranjax.cell import (
+    ACTIVATIONS,
+    Params,
+    check_inputs,
+    check_params,
+    checked_carry,
+    content,
+    gates_of,
+    gates_of_input,
+)
 from ranjax.fixed_point import FixedPoint
 from ranjax.gated import check_solver, states_and_gates
 from ranjax.masks import Steps, checked, checked_lengths, masked, padding_after
@@ -26,8 +35,8 @@ class Decomposition(NamedTuple):
     """What the states of a sequence are sums of; every array but `c0` is `(*batch, time, features)`.
 
     Attributes:
-      i, f: the gates as they were. Where a segment starts f is 0; in padding i is 0 and f is 1 (which half-lives and
-        spans take for steps that are never forgotten: leave padding out by its lengths).
+      i, f: the gates as they were. Where a segment starts f is 0; in padding i is 0 and f is 1 (its half-lives are
+        `most`, its spans 1: leave padding out by its lengths).
       u: the contents.
       c: the states.
       c0: the state before the first step, `(*batch, features)`.
@@ -78,9 +87,9 @@ def decompose(
     """
     if activation not in ACTIVATIONS:
         raise ValueError(f"`activation` must be one of {', '.join(map(repr, ACTIVATIONS))}; got {activation!r}.")
+    check_params(params)
     x = jnp.asarray(x)
-    check_real("x", x)
-    _check_shapes(params, x)
+    check_inputs(params, x)
     check_solver(solver, gates_of(params))
     starts = checked("segment_starts", segment_starts, jnp.bool_, x.shape[:-1])
     lengths, padding = checked_lengths(seq_lengths, x.shape[:-2], x.shape[-2]), None
@@ -96,15 +105,6 @@ def decompose(
     c, gates = states_and_gates(params, steps, c0, activation=activation, solver=solver)
     i, f, u, c = (jnp.moveaxis(a, 0, -2) for a in (gates[..., 0, :], gates[..., 1, :], steps.u, c))
     return Decomposition(i, f, u, c, c0)
-
-
-def _check_shapes(params: Params, x: Array) -> None:
-    kernel = params["content"]["kernel"].shape if "content" in params else None
-    if kernel is None or x.ndim < 2 or x.shape[-1] != kernel[0]:
-        raise ValueError(
-            "`params` must be the tree that a RANCell makes, and `x` have the axes (*batch, time, in) that fit its "
-            f"kernels; got {', '.join(params)} with a content kernel of {kernel}, and x of {x.shape}."
-        )
 
 
 def _promoted(x: Array, params: Params, dtype: Dtype | None) -> tuple[Array, Params]:

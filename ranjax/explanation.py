@@ -111,7 +111,7 @@ def explain(run: "Run", text: str, *, reduce: str = "l2", top: int = 3) -> Expla
     _check_memory(program.memory_analysis(), len(ids))
     layers, probabilities, targets, shares = jax.device_get(program(run.params, ids))
     predictions = [
-        Prediction(piece(run.vocabulary, int(v)), float(p), words, float(bias))
+        Prediction(visible(piece(run.vocabulary, int(v))), float(p), words, float(bias))
         for v, p, words, bias in zip(targets, probabilities, shares.words, shares.bias, strict=True)
     ]
     words, horizon = [piece(run.vocabulary, i) for i in ids], _horizon(len(ids))
@@ -163,6 +163,11 @@ def piece(vocabulary: "Vocabulary", token: int) -> str:
     """A token as it is shown: ends of lines, tabs and what else cannot be printed by their signs."""
     shown = vocabulary.decode([token]).replace("\n", "⏎").replace("\t", "⇥")
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in shown)
+
+
+def visible(word: str) -> str:
+    """A token as it is shown by itself, where a space would not be seen."""
+    return word if word.strip() else "␠" * len(word)
 
 
 def _check_memory(needed: Any, time: int) -> None:

@@ -18,7 +18,8 @@ from ranjax.cell import (
     ACTIVATIONS,
     Params,
     check_gates,
-    check_real,
+    check_inputs,
+    check_params,
     checked_carry,
     content,
     gates_of,
@@ -76,20 +77,11 @@ def solve(
     """
     if activation not in ACTIVATIONS:
         raise ValueError(f"`activation` must be one of {', '.join(map(repr, ACTIVATIONS))}; got {activation!r}.")
-    if "gates" not in params:
-        raise ValueError(
-            "`params` must be those that a RANCell makes: variables['params'] of a cell, "
-            f"variables['params']['cell'] of a layer; got {', '.join(params)}."
-        )
+    check_params(params)
     check_gates(gates, params)
     check_solver(solver, gates, axis_name)
-    x, width = jnp.asarray(x), params["gates"]["kernel"].shape[0]
-    check_real("x", x)
-    if x.ndim < 2 or x.shape[-1] != width:
-        raise ValueError(
-            f"`x` must have the axes (*batch, time, in), with in = {width} for these parameters; got the shape "
-            f"{x.shape}."
-        )
+    x = jnp.asarray(x)
+    check_inputs(params, x)
     u, z = content(params, x), gates_of_input(params, x)
     shape = (*u.shape[:-2], u.shape[-1])
     c0 = jnp.zeros(shape, state_dtype(u)) if c0 is None else checked_carry("c0", c0, shape)

@@ -7,6 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
+from flax.linen.dtypes import promote_dtype
 from flax.typing import Dtype
 from jax import Array
 from jax.typing import ArrayLike
@@ -107,6 +108,8 @@ class LanguageModel(nn.Module):
     def sizes(self) -> tuple[int, ...]:
         """The size of each layer's state."""
         sizes = tuple(self.features) if isinstance(self.features, (tuple, list)) else (self.features,)
+        if not sizes:
+            raise ValueError("`features` must be one size, or one for each layer; got none.")
         layers = self.layers or (2 if len(sizes) == 1 else len(sizes))
         for size in sizes:
             check_size("features", size)
@@ -144,7 +147,9 @@ class LanguageModel(nn.Module):
             self.bias = self.param("bias", nn.initializers.zeros_init(), (self.vocabulary,))
         else:
             kernel_init = init if self.init_scale else nn.initializers.lecun_normal()
-            self.decode = nn.Dense(self.vocabulary, kernel_init=kernel_init, dtype=self.dtype)
+            self.decode = nn.Dense(
+                self.vocabulary, kernel_init=kernel_init, dtype=self.dtype, promote_dtype=_promoted_but_bias
+            )
 
     def _layer(self, features: int) -> nn.Module:
         """One layer over a sequence that returns `(carry, outputs)`."""
@@ -192,6 +197,12 @@ class LanguageModel(nn.Module):
         """
         hidden, state = self.hidden(tokens, state, deterministic=deterministic)
         return self.logits(hidden), state
+
+
+def _promoted_but_bias(*arrays: Array | None, dtype: Dtype | None = None, inexact: bool = True) -> list[Array | None]:
+    """The operands of a product in its dtype; the bias, whose gradient is a sum over all rows, stays as it is."""
+    *operands, bias = arrays
+    return [*promote_dtype(*operands, dtype=dtype, inexact=inexact), bias]
 
 
 def zero_state(model: LanguageModel, params: Any, batch_size: int) -> State:

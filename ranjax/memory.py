@@ -28,6 +28,8 @@ class Memory(NamedTuple):
 
     def quantile(self, q: float) -> Int[np.ndarray, " features"]:
         """The half-life that a share `q` of the steps does not exceed, of each component."""
+        if not 0 < q <= 1:
+            raise ValueError(f"`q` must be above 0 and at most 1; got {q!r}.")
         share = np.cumsum(self.half_lives, axis=1) / self.half_lives.sum(axis=1, keepdims=True)
         return 1 + np.argmax(share >= q, axis=1)
 

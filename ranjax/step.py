@@ -1,5 +1,6 @@
 """One step of training: the state it changes, the update rule, the jitted step."""
 
+import re
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -64,8 +65,16 @@ def build_model(config: Config, vocabulary: int) -> "LanguageModel":
             constraint(config.ablation), jax.eval_shape(init, jax.random.key(0), jnp.zeros((1, 1), jnp.int32))
         )
     except ValueError as error:
-        raise UserError(str(error)) from None
+        raise UserError(_with_flags(str(error), names.split())) from None
     return model
+
+
+def _with_flags(message: str, names: Sequence[str]) -> str:
+    """A message of the model's in the words of the program: `tie` as --tie, cell='ran' as --cell ran."""
+    for name in names:
+        flag = f"--{name.replace('_', '-')}"
+        message = re.sub(rf"\b{name}='?([\w-]+)'?", rf"{flag} \1", message.replace(f"`{name}`", flag))
+    return message
 
 
 def learning_rate(config: Config, per_epoch: int) -> Callable[[Any], Any]:

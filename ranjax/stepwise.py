@@ -17,7 +17,7 @@ from jax import Array, lax
 from jax.nn import sigmoid
 from jax.typing import ArrayLike
 
-from ranjax.cell import Params
+from ranjax.cell import Params, plus_bias
 from ranjax.mesh import varying_as
 from ranjax.scan import unroll
 
@@ -30,7 +30,7 @@ class Stepwise(nn.Module):
 
     Raises:
       TypeError: for another cell.
-      ValueError: for activations, or a residual connection, that are not flax's default.
+      ValueError: for activations, or a residual connection, that are not flax's default; for a carry of other shapes.
     """
 
     cell: nn.RNNCellBase
@@ -48,11 +48,14 @@ class Stepwise(nn.Module):
 
     def __call__(self, inputs: ArrayLike, *, initial_carry: Any = None) -> tuple[Any, Array]:
         """The carry after the last step of `inputs`, `(time, *batch, in)`, and the outputs, `(time, *batch, out)`."""
-        x, carry = jnp.asarray(inputs), initial_carry
-        if carry is None:
-            carry = self.cell.initialize_carry(jax.random.key(0), x.shape[1:])
+        x = jnp.asarray(inputs)
+        first = self.cell.initialize_carry(jax.random.key(0), x.shape[1:])
+        carry = first if initial_carry is None else initial_carry
+        expected, got = (jax.tree.map(jnp.shape, c) for c in (first, carry))
+        if got != expected:
+            raise ValueError(f"`initial_carry` must have the shapes {expected}, as a call returns it; got {got}.")
         if self.is_initializing():
-            self.cell(carry, x[0])
+            self.cell(carry, jnp.zeros(x.shape[1:], x.dtype))  # there may be no step at all
         params = self.cell.variables["params"]
         dtype = self.cell.dtype or jnp.result_type(x, *jax.tree.leaves(params))
         params, x = jax.tree.map(lambda a: a.astype(dtype), (params, x))
@@ -68,7 +71,7 @@ def _joined(params: Params, layers: str, leaf: str) -> Array:
 
 
 def _lstm(params: Params, x: Array) -> tuple[Array, Array]:
-    rows = x @ _joined(params, "ii if ig io", "kernel") + _joined(params, "hi hf hg ho", "bias")[None]
+    rows = plus_bias(x @ _joined(params, "ii if ig io", "kernel"), _joined(params, "hi hf hg ho", "bias"))
     return _joined(params, "hi hf hg ho", "kernel"), rows
 
 
@@ -81,7 +84,7 @@ def _lstm_step(kernel, carry, row):
 
 
 def _gru(params: Params, x: Array) -> tuple[tuple[Array, Array], Array]:
-    rows = x @ _joined(params, "ir iz in", "kernel") + _joined(params, "ir iz in", "bias")[None]
+    rows = plus_bias(x @ _joined(params, "ir iz in", "kernel"), _joined(params, "ir iz in", "bias"))
     return (_joined(params, "hr hz hn", "kernel"), params["hn"]["bias"]), rows
 
 
@@ -95,7 +98,7 @@ def _gru_step(weights, h, row):
 
 
 def _rnn(params: Params, x: Array) -> tuple[Array, Array]:
-    return params["h"]["kernel"], x @ params["i"]["kernel"] + params["i"]["bias"][None]
+    return params["h"]["kernel"], plus_bias(x @ params["i"]["kernel"], params["i"]["bias"])
 
 
 def _rnn_step(kernel, h, row):

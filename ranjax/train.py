@@ -10,7 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ranjax.config import Config, check, check_same, load_config, parse, save_config
+from ranjax.config import Config, check, check_same, load_config, normalised, parse, save_config
 from ranjax.errors import UserError, exit_with_message, read_json
 from ranjax.hugepages import restart_with_huge_pages
 from ranjax.vocabulary import load_vocabulary, save_vocabulary
@@ -52,6 +52,9 @@ def train_together(configs: Sequence[Config]) -> list[dict[str, Any]]:
       UserError: as `train`; for settings that differ in more.
       SystemExit: after an interrupt, once the states are saved.
     """
+    for config in configs:
+        check(config)
+    configs = [normalised(config) for config in configs]
     _check_together(configs)
     import jax
 
@@ -63,7 +66,6 @@ def train_together(configs: Sequence[Config]) -> list[dict[str, Any]]:
     from ranjax.step import build_model, initial_state, make_optimizer, make_step
 
     first = configs[0]
-    check(first)
     if len(configs) > 1 and first.solver in ("fixed_point", "newton"):
         return [train(config) for config in configs]
     corpus = load_corpus(first.dataset, first.data_dir, first.tokenizer)

@@ -11,6 +11,7 @@ from rich.cells import cell_len, set_cell_size
 from rich.console import Console
 from rich.text import Text
 
+from ranjax.explanation import visible
 from ranjax.report import blank_figure
 
 if TYPE_CHECKING:
@@ -25,7 +26,7 @@ NAMES = {"max": "the largest weight", "l1": "L1 norm of the weights", "l2": "L2 
 def print_sources(explanation: "Explanation", number: int) -> None:
     """Every word with its strongest sources in one layer, the half-lives, and the next word with its shares."""
     console, layer = Console(highlight=False, soft_wrap=True), explanation.layers[number - 1]
-    words = [word if word.strip() else "␠" * len(word) for word in explanation.words]
+    words = list(map(visible, explanation.words))
     strongest, width = float(layer.weights.max(initial=0)) or 1.0, min(max(map(cell_len, words)), 20)
     console.print(f"Layer {number}. Each word, its weight in its own state ({NAMES[explanation.reduce]}), and the")
     console.print("earlier words that are strongest in that state, with their weights and how far back they are.")

@@ -134,6 +134,7 @@ def test_cross_entropy_is_minus_log_probability():
         ({"features": (1, 2, 3)}, "`features` must be one size, or one for each of 2 layers"),
         ({"tie": True, "embedding": 5}, "`tie` needs the embedding .* got embedding=5 and an output of 6"),
         ({"embedding": 0}, "`embedding` must be a whole number, at least 1; got 0"),
+        ({"features": ()}, "`features` must be one size, or one for each layer; got none"),
         ({"features": (3, 0)}, "`features` must be a whole number, at least 1; got 0"),
         ({"init_scale": 0.0}, "`init_scale` must be above 0; got 0.0"),
         ({"dropout": 1.0}, r"`dropout` must be a rate in \[0, 1\); got 1.0"),
@@ -171,6 +172,48 @@ def test_all_products_are_in_the_dtype_asked_for(tie):
     products = re.findall(r":(\w+)\[[\d,]*\] = dot_general", program)
     assert set(products) == {"bf16"}
     assert model.apply(variables, TOKENS, deterministic=True)[0].dtype == jnp.float32
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"tie": False, "gates": "input"},
+        {"tie": True, "gates": "diagonal"},
+        {"tie": False, "projection": 4},
+        {"tie": False, "cell": "lstm"},
+    ],
+    ids=str,
+)
+def test_gradients_of_biases_are_summed_in_float32_with_bfloat16_products(options):
+    """Off by the rounding of what is summed, not by that of thousands of sums, one after the other."""
+    tokens = np.random.default_rng(0).integers(0, 11, (8, 1000))
+    exact = LanguageModel(11, features=16, layers=1, **options)
+    variables = exact.init(jax.random.key(0), tokens[:, :1], deterministic=True)
+
+    def bias_gradients(model):
+        def loss(variables):
+            logits, _ = model.apply(variables, tokens, deterministic=True)
+            return jnp.mean(jnp.square(logits - 3))  # all of one sign: nothing cancels
+
+        leaves = jax.tree_util.tree_leaves_with_path(jax.jit(jax.grad(loss))(variables))
+        return {jax.tree_util.keystr(path): g for path, g in leaves if "bias" in jax.tree_util.keystr(path)}
+
+    found, expected = bias_gradients(exact.copy(dtype=jnp.bfloat16)), bias_gradients(exact)
+    for name, g in expected.items():
+        if np.any(g):
+            off = np.abs(found[name] - g).max() / np.abs(g).max()
+            assert off < 0.01, (name, off)
+
+
+@pytest.mark.parametrize("cell", ["ran", "lstm", "gru", "rnn"])
+def test_no_tokens_and_states_of_another_model(cell):
+    model = LanguageModel(11, cell=cell, features=6)
+    variables = model.init(jax.random.key(0), np.zeros((2, 0), np.int32), deterministic=True)
+    logits, state = model.apply(variables, np.zeros((2, 0), np.int32), deterministic=True)
+    assert logits.shape == (2, 0, 11)
+    other = jax.tree.map(lambda c: c[:, :5], state)
+    with pytest.raises(ValueError, match=r"`initial_carry` must have the shape.*\(2, 6\).*got.*\(2, 5\)"):
+        model.apply(variables, TOKENS[:2], other, deterministic=True)
 
 
 def test_dropout_reaches_the_state_through_the_embedding():

@@ -601,6 +601,7 @@ def test_a_model_that_has_diverged_is_written_in_short():
         ("train", ["--resume"], "runs/python-docs-ran is not a run"),
         ("train", ["--dataset", "{text}", "--layers", "0"], "--layers must be a whole number, at least 1; got 0"),
         ("train", ["--dataset", "{text}", "--learning-rate", "0"], "--learning-rate must be above 0; got 0"),
+        ("train", ["--dataset", "{text}", "--learning-rate", "inf"], "--learning-rate must be finite; got inf"),
         ("train", ["--dataset", "{text}", "--clip", "0"], "--clip must be above 0; got 0"),
         (
             "train",
@@ -608,18 +609,22 @@ def test_a_model_that_has_diverged_is_written_in_short():
             "--weight-decay is for --optimizer adamw; got 0.1",
         ),
         ("train", ["--dataset", "{text}", "--dropout", "2"], r"--dropout must be in \[0, 1\); got 2"),
-        ("train", ["--dataset", "{text}", "--solver", "associative"], "`solver` must be one of 'auto', 'sequential'"),
+        (
+            "train",
+            ["--dataset", "{text}", "--solver", "associative"],
+            "--solver must be one of .*for --gates recurrent; got",
+        ),
         (
             "train",
             ["--dataset", "{text}", "--gates", "diagonal", "--projection", "3", "--no-tie"],
-            "`projection` cannot",
+            "--projection cannot go with --gates diagonal",
         ),
-        ("train", ["--dataset", "{text}", "--layers", "2", "--features", "4", "5", "6"], "`features` must be one size"),
+        ("train", ["--dataset", "{text}", "--layers", "2", "--features", "4", "5", "6"], "--features must be one size"),
         ("generate", ["--checkpoint", "{run}", "--length", "0"], "--length must be at least 1; got 0"),
         ("train", ["--resume", "--out", "{tmp}/none"], "none is not a run: it has no config.json"),
         ("train", ["--resume", "--out", "{run}", "--features", "9"], "another configuration .*--features"),
         ("train", ["--dataset", "{text}", "--batch-size", "4000"], "fewer than one batch"),
-        ("train", ["--dataset", "{text}", "--embedding", "3"], "`tie` needs the embedding"),
+        ("train", ["--dataset", "{text}", "--embedding", "3"], "--tie needs the embedding .* got --embedding 3"),
         ("train", ["--dataset", "{text}", "--cell", "gru", "--ablation", "gates"], "--ablation is an option of --cell"),
         ("train", ["--dataset", "{text}", "--ablation", "content", "--no-tie", "--embedding", "3"], "inputs as wide"),
         ("train", ["--dataset", "copy-8"], "the distance of the task copy must be 9 to 2048; got 'copy-8'"),
@@ -650,6 +655,40 @@ def test_bad_input(module, flags, message, run, text, tmp_path, capsys, monkeypa
     assert re.match(f"error: .*{message}", error), error
     assert "Traceback" not in error
     assert sorted(path.stat().st_mtime_ns for path in run[0].rglob("*")) == before
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"optimizer": "adam"}, "--optimizer must be one of sgd, adamw; got 'adam'"),
+        ({"schedule": "linear"}, "--schedule must be one of constant, cosine, decay; got 'linear'"),
+        ({"tokenizer": "words"}, "--tokenizer must be one of word, character, byte, bpe, None; got 'words'"),
+        ({"tie": "no"}, "--tie must be one of True, False; got 'no'"),
+        ({"tie": 1}, "--tie must be one of True, False; got 1"),
+        ({"dataset": None}, "--dataset must be a name or a path; got None"),
+        ({"data_dir": 5}, "--data-dir must be a path; got 5"),
+        ({"seed": -5}, "--seed must be in [0, 2**31); got -5"),
+    ],
+)
+def test_settings_from_python_are_checked_as_flags_are(options, message, text, tmp_path):
+    good = settings(text, tmp_path / "run")
+    bad = dataclasses.replace(good, out=str(tmp_path / "other"), **options)
+    for configs in ([bad], [good, bad]):  # of several, every one
+        with pytest.raises(UserError, match=re.escape(message)):
+            train.train_together(configs)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_run_begun_in_python_goes_on_from_the_program(text, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    shutil.copy(text, tmp_path / "small.txt")
+    begun = settings("small.txt", "run", features=[8], epochs=1)
+    train.train(begun)
+    train.train(dataclasses.replace(begun, resume=True))
+    train.main(["--resume", "--dataset", "small.txt", "--out", "run", "--epochs", "2"])
+    monkeypatch.chdir("/")
+    evaluate.main(["--checkpoint", str(tmp_path / "run")])
+    assert "perplexity" in capsys.readouterr().out
 
 
 def test_a_vocabulary_that_does_not_match(run, tmp_path):

@@ -329,10 +329,17 @@ def test_bad_arguments_say_how_to_mend_them():
     with pytest.raises(ValueError, match="`activation`"):
         weights.decompose(params, x, activation="relu")
     for bad in (x[0, 0], x[..., :3]):
-        with pytest.raises(ValueError, match=r"`x` have the axes \(\*batch, time, in\)"):
+        with pytest.raises(ValueError, match=r"`x` must have the axes \(\*batch, time, in\)"):
             weights.decompose(params, bad)
-    with pytest.raises(ValueError, match=r"the tree that a RANCell makes.*got params"):
-        weights.decompose({"params": params}, x)
+    for bad, got in (
+        ({"params": params}, "params"),
+        ({"gates": 0}, "gates"),
+        ({"content": 0}, "content"),
+        ({}, "nothing"),
+    ):
+        for use in (weights.decompose, partial(ranjax.solve, gates="recurrent")):
+            with pytest.raises(ValueError, match=f"`params` must be those that a RANCell makes.*got {got}"):
+                use(bad, x)
     for use in (weights.decompose, partial(ranjax.solve, gates="recurrent")):
         with pytest.raises(TypeError, match="`x` must be real; got complex64"):
             use(params, 1j * x)
