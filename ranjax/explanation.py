@@ -27,7 +27,7 @@ class Layer:
     Attributes:
       own: the reduced weight of each step in its own state, `(time,)`.
       weights, sources: of the strongest earlier ones, `(time, top)`: the reduced weights, and their steps, -1 for none.
-      lasting: how many steps each word keeps half or more of its weight, `(time,)`; that of the text or more where it
+      lasting: how many steps each word keeps more than half of its weight, `(time,)`; that of the text or more where it
         does so to the end.
       half_lives: the median of each component's, `(features,)`; `horizon` stands for that and more.
       horizon: steps that were looked ahead.

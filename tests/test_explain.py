@@ -111,6 +111,7 @@ def test_one_word_and_other_tokenizers(tmp_path, run, capsys):
     out = trained(tmp_path, tokenizer="character", gates="input", activation="identity", layers=1)
     explain.main(["--checkpoint", out, "--text", "the cat\n", "--top", "50", "--out", str(tmp_path / "it.html")])
     assert shown(tmp_path / "it.html")["words"] == list("the cat⏎")
+    assert "␠" in [prediction["word"] for prediction in shown(tmp_path / "it.html")["predictions"]]
     assert "error: the vocabulary has no <unk> and not the characters 'Q'" in said(
         ["--checkpoint", out, "--text", "Quick cat"], capsys
     )
@@ -273,7 +274,7 @@ def test_the_page_lights_what_a_word_remembers(browser, page):
     assert lit[7]
     lasting, words = data["layers"][0]["lasting"][6], data["words"]
     until = "only in its own" if lasting == 1 else f"until {words[5 + lasting]}, {lasting - 1} steps later"
-    assert f"half of its weight or more {until}" in tab.inner_text("#sources")
+    assert f"more than half of its weight {until}" in tab.inner_text("#sources")
     rows = [re.split(r"\t", line) for line in tab.inner_text("#lives").splitlines()[1:]]
     assert sum(int(row[1]) for row in rows) == 8  # components
     assert int(rows[0][1]) == sum(life == 1 for life in data["layers"][0]["halfLives"])
