@@ -176,7 +176,7 @@ def _encoded(vocabulary: Vocabulary, text: bytes, where: str) -> np.ndarray:
 
 def _decoded(text: bytes, where: str) -> str:
     try:
-        return text.decode("utf-8")
+        return text.decode("utf-8-sig")  # a byte order mark is no character of a text
     except UnicodeDecodeError as error:
         raise UserError(
             f"{where} is not UTF-8: byte {text[error.start]:#04x} at position {error.start}. "

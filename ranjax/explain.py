@@ -42,7 +42,7 @@ def read_text(options: Options) -> str:
         return options.text
     path = Path(os.path.expanduser(str(options.file)))
     try:
-        return path.read_bytes().decode("utf-8")  # as training reads it: "\r" stays
+        return path.read_bytes().decode("utf-8-sig")  # as training reads it: "\r" stays, a mark of the byte order not
     except OSError as error:
         raise UserError(f"--file {path} cannot be read: {error.strerror}.") from None
     except UnicodeDecodeError as error:

@@ -106,8 +106,8 @@ class RAN(nn.Module):
             padding, whatever it holds: the state passes through it and its outputs repeat the last valid one.
           segment_starts: bool, `(*batch, time)` or `(time, *batch)` as the inputs: True where a new segment
             begins, which sees nothing of what came before it. With `reverse` each segment is processed from
-            its own end, and sees nothing of what comes after it. A start is encoded as a forget gate's pre-activation of
-            -inf, so weights that make one begin a segment, too. A state that is not finite stays in its segment with
+            its own end, and sees nothing of what comes after it. A start is encoded as a forget gate's pre-activation
+            of -inf, so weights that make one begin a segment, too. A state that is not finite stays in its segment with
             input and diagonal gates and the solvers `"auto"`, on a CPU, a TPU, or a GPU with the kernel, and
             `"pallas"`, without `axis_name`. Elsewhere it reaches the gradients of earlier segments, and with input
             gates the states of later ones.

@@ -193,6 +193,12 @@ def write(path, content):
     path.write_bytes(content)
 
 
+def test_a_byte_order_mark_is_no_character(tmp_path):
+    (tmp_path / "a.txt").write_bytes(b"\xef\xbb\xbf" + b"abc " * 100)
+    sizes = [len(load_corpus(str(tmp_path / "a.txt"), tokenizer=name).vocabulary) for name in ("character", "byte")]
+    assert sizes == [4, 7]  # to bytes it is three like any others
+
+
 @pytest.mark.parametrize(
     ("files", "name", "options", "message"),
     [

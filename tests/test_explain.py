@@ -190,7 +190,7 @@ def test_a_file_with_an_end_of_line_is_read_as_it_is(run, tmp_path, capsys):
 
 
 def test_a_file_is_read_as_training_reads_it(tmp_path):
-    (tmp_path / "text.txt").write_bytes(b"a\r\nb\r")
+    (tmp_path / "text.txt").write_bytes(b"\xef\xbb\xbfa\r\nb\r")
     options = explain.Options(checkpoint="", file=str(tmp_path / "text.txt"))
     assert explain.read_text(options) == "a\r\nb\r"
 
