@@ -66,7 +66,7 @@ KNOWN = {
 EMBEDDED = {"python-docs": "bpe", "markov": "character"}  # and their usual tokenizers
 
 
-def load_corpus(name: str, data_dir: str | Path | None = None, tokenizer: str | None = None) -> Corpus:
+def load_corpus(name: str | Path, data_dir: str | Path | None = None, tokenizer: str | None = None) -> Corpus:
     """Loads a corpus by its name or from a path.
 
     Args:
@@ -95,18 +95,20 @@ def load_corpus(name: str, data_dir: str | Path | None = None, tokenizer: str | 
     """
     if tokenizer is not None and tokenizer not in TOKENIZERS:
         raise UserError(f"`tokenizer` must be one of {', '.join(TOKENIZERS)}; got {tokenizer!r}.")
+    name = str(name)
     source, texts = _texts(name, data_dir)
     known = KNOWN.get(name)
     usual = EMBEDDED.get(name) or (known.tokenizer if known else "word" if Path(source).is_dir() else "character")
     return _corpus(name, source, texts, tokenizer or usual, known)
 
 
-def load_split(name: str, split: str, vocabulary: Vocabulary, data_dir: str | Path | None = None) -> np.ndarray:
+def load_split(name: str | Path, split: str, vocabulary: Vocabulary, data_dir: str | Path | None = None) -> np.ndarray:
     """The ids of one split of a corpus, read with the vocabulary of a trained model.
 
     Raises:
       UserError: as `load_corpus`; and for text that the vocabulary has no tokens for.
     """
+    name = str(name)
     source, texts = _texts(name, data_dir)
     return _encoded(vocabulary, texts[SPLITS.index(split)], f"the {split} split of {source}")
 

@@ -72,8 +72,9 @@ def split_text(text: bytes) -> list[bytes]:
     for share in SHARES:
         total += share
         cut = round(len(text) * total)
-        while 0 < cut < len(text) and text[cut] & 0xC0 == 0x80:
-            cut += 1
+        for _ in range(3):  # bytes of a character after its first, at most
+            if 0 < cut < len(text) and text[cut] & 0xC0 == 0x80:
+                cut += 1
         cuts.append(cut)
     return [text[a:b] for a, b in zip(cuts, [*cuts[1:], len(text)], strict=True)]
 

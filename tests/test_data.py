@@ -11,6 +11,7 @@ import sys
 import threading
 import time
 from collections import Counter
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -193,6 +194,13 @@ def write(path, content):
     path.write_bytes(content)
 
 
+@pytest.mark.parametrize("kind", [str, Path])
+def test_paths_of_either_kind(tmp_path, kind):
+    (tmp_path / "a.txt").write_text("abc " * 100)
+    corpus = load_corpus(kind(tmp_path / "a.txt"))
+    np.testing.assert_array_equal(load_split(kind(tmp_path / "a.txt"), "train", corpus.vocabulary), corpus.train)
+
+
 def test_a_byte_order_mark_is_no_character(tmp_path):
     (tmp_path / "a.txt").write_bytes(b"\xef\xbb\xbf" + b"abc " * 100)
     sizes = [len(load_corpus(str(tmp_path / "a.txt"), tokenizer=name).vocabulary) for name in ("character", "byte")]
@@ -209,6 +217,7 @@ def test_a_byte_order_mark_is_no_character(tmp_path):
         ({}, "recall-\u0663", {}, "no data set or path"),
         ({}, "markov", {"tokenizer": "words"}, "`tokenizer` must be one of word, character, byte, bpe; got 'words'"),
         ({"a.txt": b""}, "a.txt", {}, "the train split of .*a.txt is empty"),
+        ({"a.txt": b"\x80\x81\x82" * 100}, "a.txt", {}, "the train split of .*a.txt is not UTF-8: byte 0x80"),
         ({"a.txt": b"caf\xe9 au lait" * 20}, "a.txt", {}, "not UTF-8: byte 0xe9 at position 3.*--tokenizer byte"),
         ({"a.txt.gz": b"not packed"}, "a.txt.gz", {}, "a.txt.gz could not be read"),
         ({"a.txt": b"abc"}, "a.txt", {}, "the valid split of .*a.txt is empty"),
