@@ -237,24 +237,21 @@ def check_gates(gates: str, params: Params) -> None:
         raise ValueError(f"`gates` must be {gates_of(params)!r}, which these parameters are for; got {gates!r}.")
 
 
-def check_params(params: Params) -> None:
-    """Raises a ValueError for what is not the tree of a `RANCell`."""
+def checked_inputs(params: Params, x: ArrayLike) -> Array:
+    """The inputs of a sequence as an array, once it and the parameters are seen to be a cell's and to fit."""
     if not {"content", "gates"} <= set(params):
         raise ValueError(
             "`params` must be those that a RANCell makes: variables['params'] of a cell, "
             f"variables['params']['cell'] of a layer; got {', '.join(params) or 'nothing'}."
         )
-
-
-def check_inputs(params: Params, x: Array) -> None:
-    """Raises a TypeError or a ValueError for inputs of a sequence that these parameters are not for."""
+    x, width = jnp.asarray(x), params["gates"]["kernel"].shape[0]
     check_real("x", x)
-    width = params["gates"]["kernel"].shape[0]
     if x.ndim < 2 or x.shape[-1] != width:
         raise ValueError(
             f"`x` must have the axes (*batch, time, in), with in = {width} for these parameters; got the shape "
             f"{x.shape}."
         )
+    return x
 
 
 def check_real(name: str, x: Array) -> None:

@@ -200,6 +200,7 @@ def normalised(config: Config) -> Config:
     return dataclasses.replace(
         config,
         dataset=dataset,
+        out=config.out and str(config.out),
         data_dir=data_dir and str(Path(os.path.expanduser(data_dir)).resolve()),
         features=tuple(features) if isinstance(features, list) else features,
     )

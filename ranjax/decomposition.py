@@ -13,16 +13,7 @@ from jax.core import Tracer
 from jax.typing import ArrayLike
 from jaxtyping import Float
 
-from ranjax.cell import (
-    ACTIVATIONS,
-    Params,
-    check_inputs,
-    check_params,
-    checked_carry,
-    content,
-    gates_of,
-    gates_of_input,
-)
+from ranjax.cell import ACTIVATIONS, Params, checked_carry, checked_inputs, content, gates_of, gates_of_input
 from ranjax.fixed_point import FixedPoint
 from ranjax.gated import check_solver, states_and_gates
 from ranjax.masks import Steps, checked, checked_lengths, masked, padding_after
@@ -87,9 +78,7 @@ def decompose(
     """
     if activation not in ACTIVATIONS:
         raise ValueError(f"`activation` must be one of {', '.join(map(repr, ACTIVATIONS))}; got {activation!r}.")
-    check_params(params)
-    x = jnp.asarray(x)
-    check_inputs(params, x)
+    x = checked_inputs(params, x)
     check_solver(solver, gates_of(params))
     starts = checked("segment_starts", segment_starts, jnp.bool_, x.shape[:-1])
     lengths, padding = checked_lengths(seq_lengths, x.shape[:-2], x.shape[-2]), None

@@ -18,9 +18,8 @@ from ranjax.cell import (
     ACTIVATIONS,
     Params,
     check_gates,
-    check_inputs,
-    check_params,
     checked_carry,
+    checked_inputs,
     content,
     gates_of,
     gates_of_input,
@@ -77,11 +76,9 @@ def solve(
     """
     if activation not in ACTIVATIONS:
         raise ValueError(f"`activation` must be one of {', '.join(map(repr, ACTIVATIONS))}; got {activation!r}.")
-    check_params(params)
+    x = checked_inputs(params, x)
     check_gates(gates, params)
     check_solver(solver, gates, axis_name)
-    x = jnp.asarray(x)
-    check_inputs(params, x)
     u, z = content(params, x), gates_of_input(params, x)
     shape = (*u.shape[:-2], u.shape[-1])
     c0 = jnp.zeros(shape, state_dtype(u)) if c0 is None else checked_carry("c0", c0, shape)

@@ -50,12 +50,13 @@ def _parquet_rows(data: bytes, path: Path) -> list[str | None]:
     from pyarrow import ArrowInvalid, parquet, types
 
     try:
-        table = parquet.read_table(io.BytesIO(data))
+        file = parquet.ParquetFile(io.BytesIO(data))
+        names = file.schema_arrow.names
+        if "text" not in names:
+            raise UserError(f"{path} must have a column `text`; got {', '.join(names) or 'none'}.")
+        column = file.read(columns=["text"])["text"]
     except ArrowInvalid as error:
         raise UserError(f"{path} must be a parquet file: {error}.") from None
-    if "text" not in table.column_names:
-        raise UserError(f"{path} must have a column `text`; got {', '.join(table.column_names) or 'none'}.")
-    column = table["text"]
     if not (types.is_string(column.type) or types.is_large_string(column.type)):
         raise UserError(f"the column `text` of {path} must be of strings; got {column.type}.")
     return column.to_pylist()

@@ -17,6 +17,7 @@ import subprocess
 import sys
 import threading
 import time
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -682,7 +683,8 @@ def test_settings_from_python_are_checked_as_flags_are(options, message, text, t
 def test_a_run_begun_in_python_goes_on_from_the_program(text, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     shutil.copy(text, tmp_path / "small.txt")
-    begun = settings("small.txt", "run", features=[8], epochs=1)
+    begun = settings(Path("small.txt"), "run", features=[8], epochs=1)
+    begun = dataclasses.replace(begun, out=Path("run"))
     train.train(begun)
     train.train(dataclasses.replace(begun, resume=True))
     train.main(["--resume", "--dataset", "small.txt", "--out", "run", "--epochs", "2"])
