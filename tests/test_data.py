@@ -247,13 +247,20 @@ def test_bad_input(files, name, options, message, tmp_path, monkeypatch):
         load_corpus(name, **options)
 
 
-def test_a_column_of_numbers_is_refused(tmp_path):
+@pytest.mark.parametrize(
+    ("column", "message"),
+    [
+        ("text", r"the column `text` of .*train.parquet must be of strings; got int64"),
+        ("words", r"train.parquet must have a column `text`; got words\.$"),
+    ],
+)
+def test_a_parquet_file_without_a_column_of_text_is_refused(column, message, tmp_path):
     import pyarrow
     from pyarrow import parquet
 
     for split in ("train", "valid", "test"):
-        parquet.write_table(pyarrow.table({"text": [1, 2]}), tmp_path / f"{split}.parquet")
-    with pytest.raises(UserError, match=r"the column `text` of .*train.parquet must be of strings; got int64"):
+        parquet.write_table(pyarrow.table({column: [1, 2]}), tmp_path / f"{split}.parquet")
+    with pytest.raises(UserError, match=message):
         load_corpus(str(tmp_path))
 
 
