@@ -26,7 +26,7 @@ class Config:
     dataset: str = "python-docs"
     """Name of a corpus (python-docs, markov, wikitext-2, ptb, text8, enwik8, ...), or a path to text."""
     data_dir: str | None = None
-    """Folder that holds the data set's folder, or that folder itself; without it WikiText (only) is downloaded."""
+    """Folder that holds the data set's folder, or that folder itself; without it WikiText and text8 are downloaded."""
     tokenizer: Literal["word", "character", "byte", "bpe"] | None = None
     """How text becomes tokens; the data set's usual way if not given."""
     out: str | None = None

@@ -45,7 +45,8 @@ class Known:
       tokenizer: its usual one.
       closed: its words are the published vocabulary, all of them; otherwise rare words become `<unk>`.
       hub: id and configuration on the hub, or None where only local files serve.
-      totals: published numbers of word tokens, `<eos>` included, of train, valid and test, and of the vocabulary.
+      totals: published numbers of its usual tokens, `<eos>` included, of train, valid and test, and of the vocabulary.
+        A part of a text of characters is taken from local files, but not from the hub.
     """
 
     tokenizer: str
@@ -60,7 +61,7 @@ KNOWN = {
     "wikitext-2-raw": Known("word", False, ("Salesforce/wikitext", "wikitext-2-raw-v1")),
     "wikitext-103-raw": Known("word", False, ("Salesforce/wikitext", "wikitext-103-raw-v1")),
     "ptb": Known("word", True, None, (929_589, 73_760, 82_430, 10_000)),
-    "text8": Known("character"),
+    "text8": Known("character", False, ("afmck/text8", "default"), (90_000_000, 5_000_000, 5_000_000, 27)),
     "enwik8": Known("byte"),
 }
 EMBEDDED = {"python-docs": "bpe", "markov": "character"}  # and their usual tokenizers
@@ -138,7 +139,8 @@ def _corpus(name: str, source: str, texts: list[bytes], tokenizer: str, known: K
     parts = [_encoded(vocabulary, text, f"the {split} split of {source}") for split, text in _named(texts)]
     train, valid, test = parts
     totals = len(train), len(valid), len(test), len(vocabulary)
-    if tokenizer == "word" and known and known.totals and totals != known.totals:
+    whole = known is not None and (known.closed or (known.hub is not None and source == known.hub[0]))
+    if whole and tokenizer == known.tokenizer and known.totals and totals != known.totals:
         raise UserError(
             f"{source} is not {name} as published: expected {known.totals} tokens in train, valid, test and the "
             f"vocabulary, got {totals}. Fetch the files again, or name the folder itself as --dataset."

@@ -63,7 +63,9 @@ def _parquet_rows(data: bytes, path: Path) -> list[str | None]:
 
 
 def _joined(rows: list[str | None]) -> bytes:
-    """Rows of lines as one text; a blank row is a line like any other."""
+    """Rows of lines as one text; a blank row is a line like any other. A single row is the text itself."""
+    if len(rows) == 1:
+        return (rows[0] or "").encode()
     return "".join((row or "").removesuffix("\n") + "\n" for row in rows).encode()
 
 

@@ -19,7 +19,7 @@ class Options:
     """What every study takes."""
 
     data_dir: str | None = None
-    """Folder of the data sets; without it WikiText (only) is downloaded."""
+    """Folder of the data sets; without it WikiText and text8 are downloaded."""
     runs: str = "runs"
     """Folder that keeps the runs while the study lasts."""
     minutes: float | None = None

@@ -29,7 +29,7 @@ class Table:
     Args:
       folder: where it is, and the study's pictures beside it.
       runs: folder that keeps the runs while the study lasts.
-      data_dir: folder of the data sets; without it WikiText (only) is downloaded.
+      data_dir: folder of the data sets; without it WikiText and text8 are downloaded.
 
     Raises:
       UserError: a line of the file is not a row in JSON.

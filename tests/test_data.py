@@ -11,12 +11,13 @@ import sys
 import threading
 import time
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from ranjax import embedded
+from ranjax import data, embedded
 from ranjax.data import columns, load_corpus, load_split, windows_per_epoch
 from ranjax.embedded import MARKOV_NOISE, markov_entropy, markov_ids, task_answers
 from ranjax.errors import UserError
@@ -312,6 +313,21 @@ def test_rows_of_the_hub_are_lines(monkeypatch):
     corpus = load_corpus("wikitext-103")
     for split, title in zip((corpus.train, corpus.valid, corpus.test), titles.values(), strict=True):
         assert corpus.vocabulary.decode(split) == f"\n= {title} =\n\nb\n"
+
+
+def test_text8_of_the_hub_is_all_of_it_or_nothing(monkeypatch):
+    import datasets
+
+    texts = {"train": "ab" * 50, "validation": "ba", "test": "aa"}
+    hub = datasets.DatasetDict({split: datasets.Dataset.from_dict({"text": [t]}) for split, t in texts.items()})
+    monkeypatch.setattr(datasets, "load_dataset", lambda *asked: {("afmck/text8", "default"): hub}[asked])
+    with pytest.raises(UserError, match=r"afmck/text8 is not text8 as published: .* got \(100, 2, 2, 2\)"):
+        load_corpus("text8")
+    monkeypatch.setitem(data.KNOWN, "text8", replace(data.KNOWN["text8"], totals=(100, 2, 2, 2)))
+    corpus = load_corpus("text8")
+    assert corpus.vocabulary == Characters("ab")  # no line ends a text of one row
+    ids = load_corpus("text8", tokenizer="byte").train
+    assert "".join(chr(97 + i) for i in ids) == "ab" * 50
 
 
 def test_a_split_shorter_than_a_batch():
