@@ -11,6 +11,8 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
+from ranjax.errors import check_choice
+
 CONSTANT = {"input-gate": (0,), "forget-gate": (1,), "gates": (0, 1)}  # which gates are constant in time
 ABLATIONS = (*CONSTANT, "complement", "content")
 
@@ -41,8 +43,7 @@ def constraint(ablation: str | None) -> Callable[[Any], Any]:
     """
     if ablation is None:
         return lambda params: params
-    if ablation not in ABLATIONS:
-        raise ValueError(f"`ablation` must be one of {', '.join(map(repr, ABLATIONS))}, or None; got {ablation!r}.")
+    check_choice("ablation", ablation, (*ABLATIONS, None))
     return lambda params: jax.tree_util.tree_map_with_path(lambda path, p: _rule(ablation, path)[0](p), params)
 
 

@@ -25,7 +25,7 @@ from jax import Array, lax
 from jax.typing import ArrayLike
 from jaxtyping import Float
 
-from ranjax.errors import check_size
+from ranjax.errors import check_choice, check_size
 from ranjax.scan import state_dtype
 
 Params = Mapping[str, Any]  # the tree above
@@ -169,9 +169,7 @@ class RANCell(nn.RNNCellBase):
 
     def __post_init__(self):
         for name, choices in (("gates", GATES), ("activation", tuple(ACTIVATIONS))):
-            value = getattr(self, name)
-            if value not in choices:
-                raise ValueError(f"`{name}` must be one of {', '.join(map(repr, choices))}; got {value!r}.")
+            check_choice(name, getattr(self, name), choices)
         for name in ("features", "projection"):
             value = getattr(self, name)
             if name == "features" or value is not None:

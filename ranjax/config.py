@@ -12,7 +12,7 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from ranjax.data import EMBEDDED, KNOWN
 from ranjax.embedded import task_of
-from ranjax.errors import UserError, is_size, read_json
+from ranjax.errors import UserError, is_choice, is_size, read_json
 
 
 @dataclass(frozen=True)
@@ -117,7 +117,7 @@ def check(config: Config) -> None:
                 raise UserError(f"--{name.replace('_', '-')} must be {expected}; got {getattr(config, name)!r}.")
     for name, choices in _CHOICES.items():
         value = getattr(config, name)
-        if not any(value is c or (isinstance(c, str) and value == c) for c in choices):
+        if not is_choice(value, choices):
             raise UserError(f"--{name.replace('_', '-')} must be one of {', '.join(map(str, choices))}; got {value!r}.")
     if config.weight_decay and config.optimizer != "adamw":
         raise UserError(f"--weight-decay is for --optimizer adamw; got {config.weight_decay} with {config.optimizer}.")

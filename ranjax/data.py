@@ -46,13 +46,16 @@ class Known:
       closed: its words are the published vocabulary, all of them; otherwise rare words become `<unk>`.
       hub: id and configuration on the hub, or None where only local files serve.
       totals: published numbers of its usual tokens, `<eos>` included, of train, valid and test, and of the vocabulary.
-        A part of a text of characters is taken from local files, but not from the hub.
     """
 
     tokenizer: str
     closed: bool = False
     hub: tuple[str, str] | None = None
     totals: tuple[int, int, int, int] | None = None
+
+    def all_of_it(self, source: str) -> bool:
+        """Whether the text must have the published totals: words, and what is of the hub."""
+        return self.totals is not None and (self.closed or (self.hub is not None and source == self.hub[0]))
 
 
 KNOWN = {
@@ -139,8 +142,7 @@ def _corpus(name: str, source: str, texts: list[bytes], tokenizer: str, known: K
     parts = [_encoded(vocabulary, text, f"the {split} split of {source}") for split, text in _named(texts)]
     train, valid, test = parts
     totals = len(train), len(valid), len(test), len(vocabulary)
-    whole = known is not None and (known.closed or (known.hub is not None and source == known.hub[0]))
-    if whole and tokenizer == known.tokenizer and known.totals and totals != known.totals:
+    if known and tokenizer == known.tokenizer and known.all_of_it(source) and totals != known.totals:
         raise UserError(
             f"{source} is not {name} as published: expected {known.totals} tokens in train, valid, test and the "
             f"vocabulary, got {totals}. Fetch the files again, or name the folder itself as --dataset."

@@ -14,6 +14,7 @@ from jax.typing import ArrayLike
 from jaxtyping import Float
 
 from ranjax.cell import ACTIVATIONS, Params, checked_carry, checked_inputs, content, gates_of, gates_of_input
+from ranjax.errors import check_choice
 from ranjax.fixed_point import FixedPoint
 from ranjax.gated import check_solver, states_and_gates
 from ranjax.masks import Steps, checked, checked_lengths, masked, padding_after
@@ -76,8 +77,7 @@ def decompose(
       >>> bool(jnp.allclose(jnp.sum(w * made.u, axis=-2), made.c[:, 49], atol=1e-6))
       True
     """
-    if activation not in ACTIVATIONS:
-        raise ValueError(f"`activation` must be one of {', '.join(map(repr, ACTIVATIONS))}; got {activation!r}.")
+    check_choice("activation", activation, ACTIVATIONS)
     x = checked_inputs(params, x)
     check_solver(solver, gates_of(params))
     starts = checked("segment_starts", segment_starts, jnp.bool_, x.shape[:-1])
@@ -122,8 +122,7 @@ MEASURES = {"max": _largest, "l1": _total, "l2": _norm, "contribution": _total}
 
 def measure_of(reduce: str) -> Callable[[Array], Array]:
     """One number for the (scaled) weights of all components, over the last axis."""
-    if reduce not in MEASURES:
-        raise ValueError(f"`reduce` must be one of {', '.join(map(repr, MEASURES))}; got {reduce!r}.")
+    check_choice("reduce", reduce, MEASURES)
     return MEASURES[reduce]
 
 

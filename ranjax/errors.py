@@ -4,7 +4,7 @@ import io
 import json
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from numbers import Integral
 from pathlib import Path
@@ -17,6 +17,18 @@ class UserError(ValueError):
 
 class DivergedError(UserError):
     """A training whose loss, gradient or validation is no longer finite; the checkpoints before it are intact."""
+
+
+def check_choice(name: str, value: Any, choices: Iterable[Any], why: str = "") -> None:
+    """Raises a ValueError for an argument that is none of the choices; `why` goes on after what was got."""
+    choices = tuple(choices)
+    if not is_choice(value, choices):
+        raise ValueError(f"`{name}` must be one of {', '.join(map(repr, choices))}; got {value!r}{why}.")
+
+
+def is_choice(value: Any, choices: tuple) -> bool:
+    """Whether it is one of them: 1 is not True."""
+    return any(value is choice for choice in choices) or (isinstance(value, str) and value in choices)
 
 
 def check_size(name: str, value: Any) -> None:

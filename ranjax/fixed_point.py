@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
-from ranjax.errors import is_size
+from ranjax.errors import check_choice, is_size
 from ranjax.mesh import chained, largest, largest_anywhere, steps_walked, summed, varying_as
 
 Splitting = Literal["diagonal", "frozen"]
@@ -86,9 +86,7 @@ class FixedPoint:
             ("precision", get_args(Precision)),
             ("on_failure", get_args(OnFailure)),
         ):
-            value = getattr(self, name)
-            if value not in choices:
-                raise ValueError(f"`{name}` must be one of {', '.join(map(repr, choices))}; got {value!r}.")
+            check_choice(name, getattr(self, name), choices)
         for name in ("rtol", "adjoint_rtol"):
             value = getattr(self, name)
             if value is not None and not 0 < value < 1:

@@ -25,6 +25,7 @@ from ranjax.cell import (
     gates_of_input,
     gates_of_state,
 )
+from ranjax.errors import check_choice
 from ranjax.fixed_point import FixedPoint, Record, exact
 from ranjax.kernels import Rows, Walk
 from ranjax.masks import Gates, States, Steps, seen
@@ -74,8 +75,7 @@ def solve(
       >>> states.shape, bool(record.converged)
       ((2, 50, 4), True)
     """
-    if activation not in ACTIVATIONS:
-        raise ValueError(f"`activation` must be one of {', '.join(map(repr, ACTIVATIONS))}; got {activation!r}.")
+    check_choice("activation", activation, ACTIVATIONS)
     x = checked_inputs(params, x)
     check_gates(gates, params)
     check_solver(solver, gates, axis_name)
@@ -96,14 +96,14 @@ def check_solver(solver: str | FixedPoint, gates: str, axis_name: str | None = N
         "diagonal": (*walks, *fused, "newton"),
         "recurrent": (*walks, "fixed_point"),
     }[gates]
-    if solver in allowed or (isinstance(solver, FixedPoint) and gates in ITERATED):
+    if isinstance(solver, FixedPoint) and gates in ITERATED:
         return
-    why = f" With axis_name={axis_name!r} no device can walk through all steps." if axis_name is not None else ""
-    if gates != "input" and solver in SOLVERS:
-        why = " These gates read h_{t-1}, so this is not one linear recurrence; gates='input' is." + why
-    raise ValueError(
-        f"`solver` must be one of {', '.join(map(repr, allowed))} for gates={gates!r}; got {solver!r}.{why}"
-    )
+    why = f" with gates={gates!r}"
+    if axis_name is not None:
+        why += f" and axis_name={axis_name!r}, where no device can walk through all steps"
+    if gates != "input":
+        why += ". Gates that read h_{t-1} make no linear recurrence; gates='input' do"
+    check_choice("solver", solver, allowed, why)
 
 
 # Compiled once for a shape where it is called outside `jit`; inside, nothing is left of this one.

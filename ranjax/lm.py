@@ -14,7 +14,7 @@ from jax.typing import ArrayLike
 from jaxtyping import Float, Int
 
 from ranjax.cell import RANCell, uniform
-from ranjax.errors import check_size
+from ranjax.errors import check_choice, check_size
 from ranjax.fixed_point import FixedPoint
 from ranjax.layer import RAN
 from ranjax.stepwise import Stepwise
@@ -82,8 +82,7 @@ class LanguageModel(nn.Module):
     axis_name: str | None = None
 
     def __post_init__(self):
-        if self.cell not in CELLS:
-            raise ValueError(f"`cell` must be one of {', '.join(map(repr, CELLS))}; got {self.cell!r}.")
+        check_choice("cell", self.cell, CELLS)
         for name in ("vocabulary", "layers", "embedding", "projection"):
             size = getattr(self, name)
             if size is not None:

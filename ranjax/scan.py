@@ -15,6 +15,7 @@ from jax import Array, lax
 from jax.typing import ArrayLike
 from jaxtyping import Float
 
+from ranjax.errors import check_choice
 from ranjax.kernels import Rows, Solver, Step, Walk
 from ranjax.kernels.plain import associative, chunked, sequential
 from ranjax.mesh import at_the_edge, before, carry_in, check_spread, varying_as, varying_axes
@@ -78,8 +79,7 @@ def linear_recurrence(
     References:
       Martin and Cundy, "Parallelizing Linear Recurrent Neural Nets Over Sequence Length", ICLR 2018.
     """
-    if solver not in SOLVERS:
-        raise ValueError(f"`solver` must be one of {', '.join(map(repr, SOLVERS))}; got {solver!r}.")
+    check_choice("solver", solver, SOLVERS)
     decay, inputs, initial = _as_states(decay, inputs, initial)
     check_spread("`decay` or `inputs`", (decay, inputs), axis_name)
     if inputs.size == 0:

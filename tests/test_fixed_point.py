@@ -513,11 +513,11 @@ def test_bad_settings(setting, message):
 
 def test_names_of_the_iteration_fit_the_gates():
     for gates, solver in (("input", "fixed_point"), ("input", FixedPoint()), ("input", "newton")):
-        with pytest.raises(ValueError, match=rf"for gates='input'; got {re.escape(repr(solver))}"):
+        with pytest.raises(ValueError, match=rf"got {re.escape(repr(solver))} with gates='input'"):
             RAN(RANCell(4, gates), solver)
-    with pytest.raises(ValueError, match="'pallas', 'newton' for gates='diagonal'; got 'fixed_point'"):
+    with pytest.raises(ValueError, match="'pallas', 'newton'; got 'fixed_point' with gates='diagonal'"):
         RAN(RANCell(4, "diagonal"), "fixed_point")
-    with pytest.raises(ValueError, match="'sequential', 'fixed_point' for gates='recurrent'; got 'newton'"):
+    with pytest.raises(ValueError, match="'sequential', 'fixed_point'; got 'newton' with gates='recurrent'"):
         RAN(RANCell(4), "newton")
 
 

@@ -394,11 +394,11 @@ def test_bad_options():
     with pytest.raises(TypeError, match=r"(?s)cell.*LSTMCell"):
         RAN(nn.LSTMCell(4))
     with pytest.raises(
-        ValueError, match=r"`solver` must be one of 'auto', 'sequential', 'fixed_point' .* read h_{t-1}"
+        ValueError, match=r"`solver` must be one of 'auto', 'sequential', 'fixed_point'; .* read h_{t-1}"
     ):
         RAN(RANCell(4), solver="associative")
     with pytest.raises(
-        ValueError, match=r"`solver` must be one of 'auto', 'sequential', 'pallas', 'newton' .* read h_{t-1}"
+        ValueError, match=r"`solver` must be one of 'auto', 'sequential', 'pallas', 'newton'; .* read h_{t-1}"
     ):
         RAN(RANCell(4, gates="diagonal"), solver="chunked")
     with pytest.raises(ValueError, match=r"`solver` must be one of .*'associative'.* got 'magic'"):

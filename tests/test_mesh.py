@@ -411,7 +411,7 @@ def test_across_two_processes(tmp_path):
 
 
 def test_what_cannot_be_spread_is_refused():
-    with pytest.raises(ValueError, match=r"got 'sequential'.* With axis_name='time' no device can walk"):
+    with pytest.raises(ValueError, match=r"got 'sequential' with .* and axis_name='time', where no device can walk"):
         ranjax.RAN(ranjax.RANCell(4), "sequential", axis_name="time")
     with pytest.raises(ValueError, match="got 'pallas'"):
         ranjax.RAN(ranjax.RANCell(4, "diagonal"), "pallas", axis_name="time")

@@ -613,7 +613,7 @@ def test_a_model_that_has_diverged_is_written_in_short():
         (
             "train",
             ["--dataset", "{text}", "--solver", "associative"],
-            "--solver must be one of .*for --gates recurrent; got",
+            "--solver must be one of .* got '.*' with --gates recurrent",
         ),
         (
             "train",
