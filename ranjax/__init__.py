@@ -16,11 +16,12 @@ h_{t-1} (`gates="recurrent"`, the default).
 
 Public names: `RANCell`, `RAN`, `FixedPoint`, `solve`, `linear_recurrence`, `LanguageModel`; the modules `data`,
 `weights` (which inputs made a state), `attribution` (which words made a prediction) and `memory` (how long states
-last over a corpus).
+last over a corpus); `__version__`.
 They are imported when first used, so that programs can answer `--help` at once.
 """
 
 from importlib import import_module
+from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -34,6 +35,8 @@ if TYPE_CHECKING:
     from ranjax.layer import RAN as RAN
     from ranjax.lm import LanguageModel as LanguageModel
     from ranjax.scan import linear_recurrence as linear_recurrence
+
+    __version__: str
 
 _HOMES = {
     "FixedPoint": "fixed_point",
@@ -64,6 +67,8 @@ def __getattr__(name: str) -> Any:
         return getattr(import_module(f"ranjax.{_HOMES[name]}"), name)
     if name in _MODULES:
         return import_module(f"ranjax.{name}")
+    if name == "__version__":
+        return version("ranjax")
     raise AttributeError(f"module 'ranjax' has no attribute {name!r}")
 
 

@@ -111,6 +111,12 @@ def load_split(name: str | Path, split: str, vocabulary: Vocabulary, data_dir: s
 
     Raises:
       UserError: as `load_corpus`; and for text that the vocabulary has no tokens for.
+
+    Example:
+      >>> from ranjax.data import load_corpus, load_split
+      >>> corpus = load_corpus("markov")
+      >>> bool((load_split("markov", "valid", corpus.vocabulary) == corpus.valid).all())
+      True
     """
     name = str(name)
     source, texts = _texts(name, data_dir)
@@ -165,13 +171,13 @@ def _built(tokenizer: str, source: str, texts: list[bytes], closed: bool) -> Voc
 
 
 def _encoded(vocabulary: Vocabulary, text: bytes, where: str) -> np.ndarray:
-    if isinstance(vocabulary, Bytes):
-        ids = vocabulary.encode_bytes(text)
-    else:
-        decoded = _decoded(text, where)
-        if isinstance(vocabulary, Words) and not decoded.endswith("\n"):
-            decoded += "\n"  # the last line is a line too
-        ids = vocabulary.encode(decoded)
+    decoded = "" if isinstance(vocabulary, Bytes) else _decoded(text, where)
+    if isinstance(vocabulary, Words) and not decoded.endswith("\n"):
+        decoded += "\n"  # the last line is a line too
+    try:
+        ids = vocabulary.encode_bytes(text) if isinstance(vocabulary, Bytes) else vocabulary.encode(decoded)
+    except UserError as error:
+        raise UserError(f"{where} does not fit the model: {error}") from None
     if len(ids) < 2:
         raise UserError(
             f"{where} must have at least 2 tokens, to predict one from another; got {len(ids)}. Give more text (a "
@@ -216,6 +222,15 @@ def columns(ids: np.ndarray, batch_size: int, steps: int, split: str = "train") 
 
     Window n of an epoch is `[:, n * steps : (n + 1) * steps]`, its targets are one further on, so a position
     in training is two integers, the epoch and n. The tokens that do not fill a row are left out.
+
+    Raises:
+      UserError: for a text, the `split` by name, that is too short for a window of every row.
+
+    Example:
+      >>> import numpy as np
+      >>> from ranjax.data import columns
+      >>> columns(np.arange(11), batch_size=2, steps=4).tolist()
+      [[0, 1, 2, 3, 4], [5, 6, 7, 8, 9]]
     """
     length = len(ids) // batch_size
     if length < steps + 1:

@@ -99,6 +99,14 @@ def make_evaluator(model: "LanguageModel", streams: int = 1) -> Callable[..., Ev
     Raises:
       UserError: from the function, for a text without a prediction.
       ValueError: from the function, for `counted` of another shape or dtype, or with none marked.
+
+    Example:
+      >>> import jax, numpy as np, ranjax
+      >>> from ranjax.evaluate import make_evaluator
+      >>> model, ids = ranjax.LanguageModel(vocabulary=9, layers=1, features=4), np.arange(100) % 9
+      >>> params = model.init(jax.random.key(0), ids[None, :1], deterministic=True)["params"]
+      >>> make_evaluator(model)(params, ids).tokens
+      99
     """
     import jax
     import jax.numpy as jnp

@@ -63,6 +63,15 @@ class FixedPoint:
     Raises:
       ValueError: for a setting out of its range.
 
+    Example:
+      >>> import jax, jax.numpy as jnp, ranjax
+      >>> x = jax.random.normal(jax.random.key(0), (2, 300, 3))
+      >>> layer = ranjax.RAN(ranjax.RANCell(features=4), solver=ranjax.FixedPoint(window=100))
+      >>> variables = layer.init(jax.random.key(1), x)
+      >>> walked = ranjax.RAN(ranjax.RANCell(features=4), solver="sequential").apply(variables, x)
+      >>> bool(jnp.allclose(layer.apply(variables, x), walked, atol=1e-4))
+      True
+
     References:
       Gonzalez, Warrington, Smith, Linderman, "Towards Scalable and Stable Parallelization of Nonlinear RNNs", NeurIPS
       2024 (quasi-DEER).

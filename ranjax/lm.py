@@ -205,14 +205,30 @@ def _promoted_but_bias(*arrays: Array | None, dtype: Dtype | None = None, inexac
 
 
 def zero_state(model: LanguageModel, params: Any, batch_size: int) -> State:
-    """The state before the first token."""
+    """The state before the first token.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, ranjax
+      >>> from ranjax.lm import zero_state
+      >>> model = ranjax.LanguageModel(vocabulary=9, layers=2, features=4)
+      >>> params = model.init(jax.random.key(0), jnp.zeros((1, 1), jnp.int32), deterministic=True)["params"]
+      >>> [c.shape for c in zero_state(model, params, batch_size=3)]
+      [(3, 4), (3, 4)]
+    """
     tokens = jax.ShapeDtypeStruct((batch_size, 1), jnp.int32)
     _, state = jax.eval_shape(partial(model.apply, deterministic=True), {"params": params}, tokens)
     return jax.tree.map(lambda c: jnp.zeros(c.shape, c.dtype), state)
 
 
 def cross_entropy(logits: Float[Array, "*n vocabulary"], targets: Int[Array, "*n"]) -> Float[Array, "*n"]:
-    """-log p(target), in nats, of each prediction."""
+    """-log p(target), in nats, of each prediction.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from ranjax.lm import cross_entropy
+      >>> round(cross_entropy(jnp.zeros(8), jnp.array(5)).item(), 3)  # ln 8
+      2.079
+    """
     import optax
 
     return optax.softmax_cross_entropy_with_integer_labels(logits, targets)

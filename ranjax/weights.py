@@ -171,6 +171,14 @@ def spans(made: Decomposition, reduce: str = "l2", share: float = 0.5, most: int
 
     Raises:
       ValueError: for another `reduce`, a share out of its range, `most` that is no size.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from ranjax import weights
+      >>> f = jnp.array([[0.5, 0.9]] * 10)
+      >>> made = weights.Decomposition(i=f, f=f, u=f, c=f, c0=f[0])
+      >>> weights.spans(made, "l1")[0].item(), weights.spans(made, "max")[0].item()
+      (4, 7)
     """
     if not 0 < share < 1:
         raise ValueError(f"`share` must be above 0 and below 1; got {share}.")

@@ -3,9 +3,12 @@
 import re
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
+
+import ranjax
 
 ROOT = Path(__file__).parents[1]
 README = ROOT / "README.md"
@@ -29,6 +32,10 @@ def test_every_public_name_is_there_once_ranjax_is_imported():
     names = re.findall(r"`(ranjax\.[\w.]+)`", table)
     assert len(names) > 10
     subprocess.run([sys.executable, "-c", "\n".join(["import ranjax", *names])], check=True)
+
+
+def test_the_version_is_the_one_of_the_package():
+    assert ranjax.__version__ == tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]["version"]
 
 
 def test_every_flag_named_exists():
