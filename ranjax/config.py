@@ -42,8 +42,7 @@ class Config:
     activation: Literal["tanh", "identity"] = "tanh"
     """A RAN's output h = g(c). With recurrent gates the identity diverges with some seeds at the default settings."""
     ablation: Literal["input-gate", "forget-gate", "gates", "complement", "content"] | None = None
-    """What a RAN does without: a gate, or both, that answers to nothing (a learned constant), an input gate of its own
-    (i = 1 - f), or the content layer (u = x)."""
+    """A RAN with a constant, learned gate, or both; with i = 1 - f (complement); or with u = x (content)."""
     layers: int | None = None
     """Number of recurrent layers; that of the sizes in --features, or 2 for a single one, if not given."""
     features: tuple[int, ...] = (200,)
@@ -84,8 +83,8 @@ class Config:
     solver: Literal["auto", "sequential", "associative", "chunked", "pallas", "fixed_point", "newton"] = "auto"
     """How a RAN layer solves its recurrence."""
     streams: int = 1
-    """Validation and test text are read as so many streams side by side, in less time where the text is long and in as
-    many times the memory; each but the first begins 512 tokens before those that it counts."""
+    """Validation and test text are read as so many streams, in less time if long and in as many times the memory.
+    Each but the first begins 512 tokens before those that it counts."""
     seed: int = 0
     """Seed of the weights and of dropout."""
 
