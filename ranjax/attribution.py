@@ -24,7 +24,7 @@ import numpy as np
 from jax import Array, lax
 from jax.typing import ArrayLike
 
-from ranjax.cell import Params, content, output
+from ranjax.cell import Params, checked_carry, content, output
 from ranjax.decomposition import Decomposition, checked_index, decompose
 from ranjax.errors import check_size
 from ranjax.gated import solve
@@ -75,7 +75,7 @@ def decompositions(
     """
     _check_cell(model)
     x, layers, options = _embedded(params, tokens), [], {"activation": model.activation, "dtype": model.dtype}
-    for n, carry in enumerate(model.carries(state)):
+    for n, carry in enumerate(_carries(model, state, x.shape[:-2])):
         cell = params[f"stack_{n}"]["cell"]
         layers.append(decompose(cell, x, carry, solver=model.solver, **options))
         x = output(cell, layers[-1].c, model.activation)
@@ -186,7 +186,7 @@ def integrated_gradients(
     check_size("nodes", nodes)
     x = _embedded(params, tokens)
     target, step = checked_index("target", target, model.vocabulary), checked_index("step", step, len(x))
-    sizes = zip(model.carries(state), model.sizes, strict=True)
+    sizes = zip(_carries(model, state, ()), model.sizes, strict=True)
     state = tuple(jnp.zeros(size, state_dtype(x)) if c is None else c for c, size in sizes)
 
     def logit(scale: Array, x: Array, state: State) -> Array:
@@ -219,8 +219,29 @@ def _check_text(tokens: ArrayLike) -> None:
         raise ValueError(f"`tokens` must be the ids of one text, (time,), of at least one; got the shape {shape}.")
 
 
+def _carries(model: LanguageModel, state: State | None, batch: tuple[int, ...]) -> list[Array | None]:
+    """One carry, or None, for each layer, once it is seen to be of as many sequences as the text."""
+    carries = list(model.carries(state))
+    for n, (carry, size) in enumerate(zip(carries, model.sizes, strict=True)):
+        shape = (*batch, size)
+        if getattr(carry, "shape", shape) != shape:
+            raise ValueError(
+                f"`state[{n}]` must have the shape {shape}, of the sequences that `tokens` has; got {carry.shape}. Of "
+                "a batch of one, jax.tree.map(lambda c: c[0], state) is the state of one sequence."
+            )
+        carries[n] = None if carry is None else checked_carry(f"state[{n}]", carry, shape)
+    return carries
+
+
 def _embedded(params: Params, tokens: ArrayLike) -> Array:
     """The embeddings of the tokens; NaN for an id that is none, as in the model."""
+    if "embed" not in params:
+        raise ValueError(
+            f"`params` must be those of the model, variables['params']; got {', '.join(params) or 'nothing'}."
+        )
+    tokens = jnp.asarray(tokens)
+    if not jnp.issubdtype(tokens.dtype, jnp.integer):
+        raise ValueError(f"`tokens` must be ids, which are integers; got {tokens.dtype}.")
     return jnp.take(params["embed"]["embedding"], jnp.asarray(tokens), axis=0)
 
 

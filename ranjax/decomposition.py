@@ -6,6 +6,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax.linen.dtypes import promote_dtype
 from flax.typing import Dtype
 from jax import Array, lax
@@ -166,9 +167,8 @@ def rows(i: Sequence, f: Sequence, emit: Callable[[Array], Array]) -> Array:
 
 def checked_index(name: str, value: ArrayLike, size: int) -> Array:
     """An index from 0 to size - 1, once it is seen to be one; a traced one is taken as it comes."""
-    index = jnp.asarray(value)
-    if index.shape or not jnp.issubdtype(index.dtype, jnp.integer):
+    if np.ndim(value) or not jnp.issubdtype(jnp.result_type(value), jnp.integer):
         raise ValueError(f"`{name}` must be one integer; got {value!r}.")
-    if not isinstance(index, Tracer) and not 0 <= int(index) < size:
-        raise ValueError(f"`{name}` must be from 0 to {size - 1}; got {int(index)}.")
-    return index
+    if not isinstance(value, Tracer) and not 0 <= np.asarray(value) < size:
+        raise ValueError(f"`{name}` must be from 0 to {size - 1}; got {value}.")
+    return jnp.asarray(value)

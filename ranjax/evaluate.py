@@ -177,7 +177,7 @@ def evaluate_split(options: Options) -> tuple[Evaluation, Run]:
 
     run, own = load_run(options.checkpoint), options.dataset is None
     data_dir = options.data_dir or (run.config.data_dir if own else None)
-    dataset = options.dataset or run.config.dataset
+    dataset = run.config.dataset if options.dataset is None else options.dataset
     ids = load_split(dataset, options.split, run.vocabulary, data_dir)
     text = Path(os.path.expanduser(options.checkpoint)) / "text.json"
     if own and read_json(text).get(options.split) != identity(ids):

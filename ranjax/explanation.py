@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 DRAWN = 1000  # tokens of a text whose pairs are all kept, to be drawn
 PREDICTIONS = 5  # likeliest next words
 HORIZON = 512  # steps that half-lives are followed for, at most
+GROUP = Path("/sys/fs/cgroup")  # what Linux keeps of the process's control group
 
 
 @dataclass(frozen=True)
@@ -175,8 +176,9 @@ def _check_memory(needed: Any, time: int) -> None:
     takes, free = needed.temp_size_in_bytes + needed.output_size_in_bytes, free_memory()
     if free is not None and takes > free:
         raise UserError(
-            f"a text of {time:,} tokens takes {takes / 1e9:.1f} GB of memory with this model, and {free / 1e9:.1f} GB "
-            f"are free, enough for about {time * free // takes:,} tokens. Give a part of it, or a smaller --top."
+            f"a text of {time:,} tokens takes {takes / 1e6:,.0f} MB of memory with this model, and "
+            f"{free / 1e6:,.0f} MB are free, enough for about {time * free // takes:,} tokens. Give a part of it, or a "
+            "smaller --top."
         )
 
 
@@ -188,7 +190,9 @@ def free_memory() -> int | None:
     except (OSError, KeyError, ValueError):
         return None
     try:
-        most, used = (int(Path(f"/sys/fs/cgroup/memory.{name}").read_text()) for name in ("max", "current"))
-    except (OSError, ValueError):  # no group, or one without a limit
+        most, used = (int((GROUP / f"memory.{name}").read_text()) for name in ("max", "current"))
+        kinds = dict(line.split() for line in (GROUP / "memory.stat").read_text().splitlines())
+        files = sum(int(kinds[name]) for name in ("inactive_file", "active_file"))  # cached: given up when asked for
+    except (OSError, KeyError, ValueError):  # no group, or one without a limit
         return free
-    return min(free, most - used)
+    return max(0, min(free, most - used + files))

@@ -47,12 +47,13 @@ def sample(key: "Array", logits: "Array", sampling: Sampling) -> "Array":
 
     if sampling.temperature < 1e-6:  # as good as 0, and a quotient could overflow
         return jnp.argmax(logits)
-    logits = logits / sampling.temperature
+    logits = logits / min(sampling.temperature, 1e30)  # float32 has no 1e39
     order = jnp.argsort(-logits)  # of equal ones the first comes first, as in argmax
-    kept = jnp.arange(len(logits)) < (sampling.top_k or len(logits))
+    kept = jnp.arange(len(logits)) < min(sampling.top_k or len(logits), len(logits))
     if sampling.top_p < 1:
         sums = jnp.cumsum(jax.nn.softmax(jnp.where(kept, logits[order], -jnp.inf)))
         kept &= jnp.concatenate([jnp.zeros(1), sums[:-1]]) < sampling.top_p  # a token counts if those above fall short
+        kept = kept.at[0].set(True)  # whatever float32 makes of the sum
     return jax.random.categorical(key, jnp.where(kept[jnp.argsort(order)], logits, -jnp.inf))
 
 
@@ -68,8 +69,10 @@ def generate(run: "Run", prompt: "ArrayLike", length: int, sampling: Sampling, s
 
     @partial(jax.jit, donate_argnums=1)
     def advance(params, state, tokens, n):
-        logits, state = run.model.apply({"params": params}, tokens[None], state, deterministic=True)
-        return sample(jax.random.fold_in(key, n), logits[0, -1], sampling)[None], state
+        apply = partial(run.model.apply, {"params": params})
+        hidden, state = apply(tokens[None], state, deterministic=True, method="hidden")
+        logits = jnp.asarray(apply(hidden[0, -1], method="logits"))  # of the last token alone: a prompt may be long
+        return sample(jax.random.fold_in(key, n), logits, sampling)[None], state
 
     state = zero_state(run.model, run.params, batch_size=1)
     for n in range(length):

@@ -61,7 +61,7 @@ def memory(
       One `Memory` for each layer.
 
     Raises:
-      ValueError: for a window below 1.
+      ValueError: for ids of another shape, a window or `most` below 1, another `reduce`, a share out of its range.
       UserError: for a text of fewer than `window` + `most` tokens.
 
     Example:
@@ -74,6 +74,9 @@ def memory(
       ((4, 16), (4,), (40,))
     """
     check_size("window", window)
+    check_size("most", most)
+    if np.ndim(ids) != 1:
+        raise ValueError(f"`ids` must be one text, (tokens,); got the shape {np.shape(ids)}.")
     if len(ids) < window + most:
         raise UserError(
             f"the text must have at least {window + most:,} tokens; got {len(ids):,}. Give a longer text, or lower the "

@@ -208,16 +208,18 @@ def load_vocabulary(path: Path) -> Vocabulary:
     """Reads a vocabulary that `save_vocabulary` wrote."""
     saved = read_json(path, "tokenizer", "content")
     content = saved["content"]
-    match saved["tokenizer"]:
-        case "word":
+    match saved["tokenizer"], content:
+        case "word", [_, *_] if all(isinstance(word, str) for word in content):
             return Words(tuple(content))
-        case "character":
+        case "character", str() if content:
             return Characters(content)
-        case "byte":
+        case "byte", [_, *_] if all(byte in range(256) for byte in content):
             return Bytes(tuple(content))
-        case "bpe":
+        case "bpe", str() if content:
             return BytePairs(content)
-        case other:
+        case name, _ if name in TOKENIZERS:
+            raise UserError(f"{path} must hold what `{name}` reads; got {content!r:.40}. Restore it, or train anew.")
+        case other, _:
             raise UserError(f"{path} names the tokenizer {other!r}; expected one of {', '.join(TOKENIZERS)}.")
 
 

@@ -194,18 +194,22 @@ def _lasting(made: Decomposition, most: int, n: Array, holds: Callable[[Array], 
     Products of 1, 2, 4, ... steps are made once; from the longest on, each is taken if the product with it still holds.
     """
     check_size("most", most)
+    if most >= 2**31:
+        raise ValueError(f"`most` must be below 2**31; got {most}. No weight lasts longer than the sequence.")
     time = made.f.ndim - 2
-    j = jnp.arange(made.f.shape[time])[:, None]
+    steps = made.f.shape[time]
+    j = jnp.arange(steps)[:, None]
 
     def after(products, n):
         return jnp.take_along_axis(products, lax.broadcast_to_rank(j, n.ndim) + n, time, mode="fill", fill_value=1)
 
     levels = [after(made.f, jnp.ones_like(made.f, jnp.int32))]
-    while 2 ** len(levels) < most:
+    while 2 ** len(levels) < min(most, steps):
         levels.append(levels[-1] * after(levels[-1], jnp.full_like(made.f, 2 ** (len(levels) - 1), jnp.int32)))
     product = jnp.ones_like(made.f)
     for level in reversed(range(len(levels))):
         longer = product * after(levels[level], n)
         taken = holds(longer)
         product, n = jnp.where(taken, longer, product), n + taken * 2**level
-    return jnp.minimum(n + 1, most)
+    unseen = n + lax.broadcast_to_rank(j, n.ndim) >= steps - 1  # it holds to the end of the sequence
+    return jnp.where(unseen, most, jnp.minimum(n + 1, most))

@@ -142,6 +142,18 @@ def test_what_does_not_fit_is_named(x64):
     for rule in (attribution.shares, attribution.integrated_gradients):
         with pytest.raises(ValueError, match="`state` must be one carry for each of 2 layers; got 1"):
             rule(model, params, TOKENS, 4, 9, state[:1])
+        with pytest.raises(
+            ValueError, match=r"`state\[0\]` must have the shape \(\d+,\).* got \(1, \d+\)\. Of a batch"
+        ):
+            rule(model, params, TOKENS, 4, 9, jax.tree.map(lambda c: c[None], state))
+        for dtype in ("bfloat16", "int32"):
+            narrow = [jnp.asarray(c, dtype) for c in state]
+            with pytest.raises(TypeError, match=rf"`state\[0\]` must be float32 or wider.* got {dtype}"):
+                rule(model, params, TOKENS, 4, 9, narrow)
+        with pytest.raises(ValueError, match=r"`params` must be those of the model, variables\['params'\]; got params"):
+            rule(model, {"params": params}, TOKENS, 4, 9)
+        with pytest.raises(ValueError, match="`tokens` must be ids, which are integers; got float"):
+            rule(model, params, TOKENS + 0.5, 4, 9)
         for target in (-1, 11):
             with pytest.raises(ValueError, match="`target` must be from 0 to 10"):
                 rule(model, params, TOKENS, target, 9)

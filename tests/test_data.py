@@ -2,6 +2,7 @@
 
 import gzip
 import http.server
+import json
 import math
 import os
 import re
@@ -87,6 +88,16 @@ def test_vocabularies_are_saved(vocabulary, tmp_path):
     assert loaded == vocabulary
     assert len(loaded) == len(vocabulary)
     np.testing.assert_array_equal(loaded.encode(TEXT), vocabulary.encode(TEXT))
+
+
+@pytest.mark.parametrize(
+    ("tokenizer", "content"),
+    [("word", 5), ("word", []), ("word", [1]), ("character", ""), ("byte", [7, 256]), ("byte", [[]]), ("bpe", None)],
+)
+def test_a_damaged_vocabulary_is_named(tokenizer, content, tmp_path):
+    (tmp_path / "v.json").write_text(json.dumps({"tokenizer": tokenizer, "content": content}))
+    with pytest.raises(UserError, match=f"v.json must hold what `{tokenizer}` reads; got .* Restore it"):
+        load_vocabulary(tmp_path / "v.json")
 
 
 def test_python_docs_are_of_this_python():

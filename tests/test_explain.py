@@ -176,11 +176,24 @@ def test_bad_input_is_named(run, tmp_path, monkeypatch, capsys):
     assert [path.name for path in tmp_path.glob("*.html")] == ["dir.html"]
     monkeypatch.setattr(explanation, "free_memory", lambda: 100_000)
     assert re.search(
-        r"a text of 100 tokens takes 0\.\d GB of memory .* enough for about \d+ tokens",
+        r"a text of 100 tokens takes \d+ MB of memory .* enough for about \d+ tokens",
         said([*given, "--text", "cat " * 100], capsys),
     )
     with pytest.raises(SystemExit):
         explain.main([*given, "--text", "cat", "--reduce", "mean"])
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="Linux tells what is free")
+def test_the_memory_of_cached_files_is_free(tmp_path, monkeypatch):
+    monkeypatch.setattr(explanation, "GROUP", tmp_path)
+    there = explanation.free_memory()
+    assert there is not None
+    (tmp_path / "memory.max").write_text("1000000\n")
+    (tmp_path / "memory.current").write_text("999000\n")
+    (tmp_path / "memory.stat").write_text("anon 300000\nfile 690000\ninactive_file 600000\nactive_file 80000\n")
+    assert explanation.free_memory() == 681_000
+    (tmp_path / "memory.current").write_text("2000000\n")
+    assert explanation.free_memory() == 0
 
 
 def test_a_file_with_an_end_of_line_is_read_as_it_is(run, tmp_path, capsys):

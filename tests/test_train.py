@@ -31,6 +31,7 @@ from ranjax.data import load_corpus
 from ranjax.embedded import markov_entropy
 from ranjax.errors import UserError, exit_with_message
 from ranjax.evaluate import Evaluation, load_run, make_evaluator
+from ranjax.lm import LanguageModel
 from ranjax.report import Report
 from ranjax.sources import SPLITS
 from ranjax.vocabulary import Characters, Words
@@ -509,6 +510,9 @@ def test_sampling_takes_only_what_it_may():
     tokens = jax.vmap(lambda key: generate.sample(key, flat, generate.Sampling()))(keys[:200])
     assert int(tokens.max()) > 39_000
     np.testing.assert_allclose(drawn(temperature=0), [1, 0, 0, 0])
+    np.testing.assert_allclose(drawn(top_p=1e-50), [1, 0, 0, 0])  # 0 in float32
+    np.testing.assert_allclose(drawn(top_k=2**40), [0.5, 0.3, 0.15, 0.05], atol=0.06)
+    np.testing.assert_allclose(drawn(temperature=1e200), [0.25] * 4, atol=0.06)
     np.testing.assert_allclose(drawn(temperature=0.5), np.square([0.5, 0.3, 0.15, 0.05]) / 0.365, atol=0.06)
 
 
@@ -847,6 +851,14 @@ def test_every_token_is_drawn_after_all_before_it(run):
         ids = [*prompt.tolist(), *generate.generate(loaded, prompt, 20, greedy, seed=0)]
         logits, _ = loaded.model.apply({"params": loaded.params}, np.array([ids[:-1]]), deterministic=True)
         np.testing.assert_array_equal(ids[9:], jnp.argmax(logits[0, 8:], axis=-1))
+
+
+def test_of_a_prompt_only_the_last_token_has_logits(run, monkeypatch):
+    made, logits = [], LanguageModel.logits
+    monkeypatch.setattr(LanguageModel, "logits", lambda self, hidden: made.append(hidden.shape) or logits(self, hidden))
+    list(generate.generate(load_run(run[0]), [0] * 50, 3, generate.Sampling(), seed=0))
+    assert made
+    assert {shape[:-1] for shape in made} == {()}
 
 
 def test_draws_differ_from_token_to_token_and_from_seed_to_seed(run):

@@ -245,6 +245,14 @@ def test_half_lives_and_spans_against_a_loop(x64, most):
     assert most < 16 or len(np.unique(expected)) > 5
 
 
+def test_looking_further_than_the_sequence_costs_nothing():
+    half = jnp.full((64, 3), 0.5)
+    made = weights.Decomposition(i=half, f=half, u=half, c=half, c0=half[0])
+    for rule in (weights.half_lives, weights.spans):
+        sizes = [str(jax.make_jaxpr(partial(rule, most=most))(made)).count("\n") for most in (64, 2**31 - 1)]
+        assert sizes[0] == sizes[1]
+
+
 @pytest.mark.parametrize("reduce", weights.REDUCTIONS)
 def test_weights_are_differentiated_through_the_gates(x64, reduce):
     params, x, c0 = drawn("recurrent", time=6)
@@ -319,7 +327,9 @@ def test_bad_arguments_say_how_to_mend_them():
     for k in (0, 2.5, True):
         with pytest.raises(ValueError, match=f"`k` must be a whole number, at least 1; got {k}"):
             weights.top(made, k)
-    for step in (-1, TIME, 1.5, [1, 2]):
+    with pytest.raises(ValueError, match=r"`most` must be below 2\*\*31; got 2147483648"):
+        weights.half_lives(made, 2**31)
+    for step in (-1, TIME, 10**12, 1.5, [1, 2], None):
         with pytest.raises(ValueError, match="`step` must be"):
             weights.at(made, step)
     with pytest.raises(ValueError, match="`most` must be a whole number, at least 1"):
@@ -366,5 +376,9 @@ def test_the_memory_over_a_text_is_that_of_its_parts(x64):
         np.testing.assert_array_equal(layer.quantile(1.0), lives.max(axis=0))
     with pytest.raises(ValueError, match="`window` must be a whole number, at least 1; got 0"):
         memory.memory(model, params, ids, most=8, window=0)
+    with pytest.raises(ValueError, match=r"`most` must be a whole number, at least 1; got 2\.5"):
+        memory.memory(model, params, ids, most=2.5, window=20)
+    with pytest.raises(ValueError, match=r"`ids` must be one text, \(tokens,\); got the shape \(1, 90\)"):
+        memory.memory(model, params, ids[None], most=8, window=20)
     with pytest.raises(UserError, match="at least 28 tokens; got 27"):
         memory.memory(model, params, ids[:27], most=8, window=20)
