@@ -7,12 +7,13 @@ import math
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
+from numbers import Integral, Real
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from ranjax.data import EMBEDDED, KNOWN
 from ranjax.embedded import task_of
-from ranjax.errors import UserError, is_choice, is_size, read_json
+from ranjax.errors import UserError, is_choice, is_size, read_json, write_whole
 
 
 @dataclass(frozen=True)
@@ -71,7 +72,7 @@ class Config:
     """constant; cosine: --warmup steps up, then down to a hundredth over --epochs (so more epochs stretch it);
     decay: constant for --decay-after epochs, then times --decay each epoch."""
     warmup: int = 200
-    """Steps of linear warm-up (cosine)."""
+    """Steps of linear warm-up (cosine), at most half of all."""
     decay: float = 0.5
     """Factor per epoch (decay)."""
     decay_after: int = 1
@@ -99,7 +100,7 @@ def check(config: Config) -> None:
     """Raises a UserError for a setting out of its range."""
     for names, holds, expected in (
         ("dataset", lambda v: isinstance(v, str | os.PathLike), "a name or a path"),
-        ("data_dir out", lambda v: v is None or isinstance(v, str | os.PathLike), "a path"),
+        ("data_dir out", lambda v: v is None or (isinstance(v, str | os.PathLike) and str(v)), "a path"),
         ("epochs batch_size steps streams", is_size, "a whole number, at least 1"),
         ("layers embedding projection", lambda v: v is None or is_size(v), "a whole number, at least 1"),
         ("features", lambda v: v and all(map(is_size, v)), "one or more whole numbers, each at least 1"),
@@ -120,6 +121,13 @@ def check(config: Config) -> None:
             raise UserError(f"--{name.replace('_', '-')} must be one of {', '.join(map(str, choices))}; got {value!r}.")
     if config.weight_decay and config.optimizer != "adamw":
         raise UserError(f"--weight-decay is for --optimizer adamw; got {config.weight_decay} with {config.optimizer}.")
+    if config.preset is not None:
+        given, usual, own = map(dataclasses.asdict, (config, Config(), PRESETS[config.preset]))
+        if not any(given[name] == own[name] != usual[name] for name in own if name != "preset"):
+            raise UserError(
+                f"--preset {config.preset} has none of its settings here. From Python: "
+                f"dataclasses.replace(ranjax.config.PRESETS[{config.preset!r}], ...)."
+            )
 
 
 def _choices(kind: Any) -> tuple:
@@ -138,7 +146,7 @@ _CHOICES = {name: choices for name, kind in get_type_hints(Config).items() if (c
 def _holds(condition: Callable[[Any], Any], value: Any) -> bool:
     try:
         return bool(condition(value))
-    except TypeError:  # a text for a number, one size for several
+    except (TypeError, ValueError):  # a text for a number, one size for several, an array
         return False
 
 
@@ -190,7 +198,9 @@ def parse(argv: list[str] | None = None) -> Config:
 
 
 def normalised(config: Config) -> Config:
-    """The settings as a run keeps them: paths of text as absolute ones, so that it can be used from any directory."""
+    """The settings as a run keeps them: paths of text as absolute ones, so that it can be used from any directory, and
+    Python's own numbers."""
+    config = dataclasses.replace(config, **{name: _number(value) for name, value in vars(config).items()})
     dataset, data_dir, features = str(config.dataset), config.data_dir, config.features
     path = Path(os.path.expanduser(dataset))
     named = dataset in (*KNOWN, *EMBEDDED) or task_of(dataset) is not None
@@ -201,8 +211,15 @@ def normalised(config: Config) -> Config:
         dataset=dataset,
         out=config.out and str(config.out),
         data_dir=data_dir and str(Path(os.path.expanduser(data_dir)).resolve()),
-        features=tuple(features) if isinstance(features, list) else features,
+        features=tuple(map(_number, features)) if isinstance(features, tuple | list) else features,
     )
+
+
+def _number(value: Any) -> Any:
+    """A setting that is a number of NumPy's as Python's; any other as it is."""
+    if isinstance(value, bool | int | float) or not isinstance(value, Real):
+        return value
+    return int(value) if isinstance(value, Integral) else float(value)
 
 
 def check_same(config: Config, saved: Config) -> None:
@@ -222,7 +239,7 @@ def check_same(config: Config, saved: Config) -> None:
 def save_config(config: Config, directory: Path) -> None:
     """Writes the settings beside the checkpoints."""
     text = json.dumps(dataclasses.asdict(config) | {"resume": False}, indent=2)
-    (directory / "config.json").write_text(text + "\n", "utf-8")
+    write_whole(directory / "config.json", text + "\n")
 
 
 def load_config(directory: Path) -> Config:

@@ -64,6 +64,29 @@ def read_json(path: Path, *names: str) -> dict[str, Any]:
     return saved
 
 
+def write_whole(path: Path, text: str) -> None:
+    """Writes a file all or not at all: until the new one is complete the old one is there."""
+    new = path.with_name(f".{path.name}.new")
+    try:
+        new.write_text(text, "utf-8")
+        new.replace(path)
+    except OSError:
+        new.unlink(missing_ok=True)
+        raise
+
+
+@contextmanager
+def refusals(path: Path, mend: str = "--resume goes on with the run") -> Iterator[None]:
+    """Turns what the system refuses to write there into a UserError that says how to go on."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(
+            f"{path} cannot be written: {error.strerror or error}. What was saved before is intact: {mend} once that "
+            "is mended."
+        ) from None
+
+
 @contextmanager
 def exit_with_message() -> Iterator[None]:
     """Turns a `UserError`, or what the system refuses, into its message on standard error and exit code 1, as it is for

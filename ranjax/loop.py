@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from ranjax.config import Config
-from ranjax.errors import DivergedError, UserError
+from ranjax.errors import DivergedError, refusals
 
 if TYPE_CHECKING:
     from ranjax.checkpoint import Checkpoints
@@ -47,13 +47,8 @@ class Run:
         self._write("latest", int(state.step) + int(state.epoch), state)
 
     def _write(self, kind: str, number: int, tree: Any) -> None:
-        try:
+        with refusals(self.checkpoints.directory):
             self.checkpoints.save(kind, number, tree)
-        except OSError as error:
-            raise UserError(
-                f"{self.checkpoints.directory} cannot be written: {error.strerror or error}. What was saved before is "
-                "intact: --resume goes on with it once that is mended."
-            ) from None
 
     def check(self, state: "TrainState") -> None:
         """Raises a UserError for a run that has diverged."""

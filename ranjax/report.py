@@ -15,6 +15,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 from ranjax.config import Config
+from ranjax.errors import refusals, write_whole
 from ranjax.evaluate import perplexity, shown
 
 if TYPE_CHECKING:
@@ -58,7 +59,8 @@ class Report:
             for row in _read_rows(directory / "metrics.jsonl")
             if row["step"] <= first_step and ("valid_perplexity" not in row or row["epoch"] <= validated)
         ]
-        _write_rows(directory / "metrics.jsonl", self._rows)
+        with refusals(directory / "metrics.jsonl"):
+            write_whole(directory / "metrics.jsonl", "".join(json.dumps(row) + "\n" for row in self._rows))
         self._console = Console(quiet=quiet)
         columns = "{task.description}", BarColumn(None), "{task.fields[status]}", TimeRemainingColumn()
         bars = (TextColumn(column) if isinstance(column, str) else column for column in columns)
@@ -133,8 +135,9 @@ class Report:
             "config": asdict(self.config),
             "versions": versions(),
         }
-        (self.directory / "result.json").write_text(json.dumps(result, indent=2) + "\n", "utf-8")
-        draw_loss(self._rows, self.windows, self.directory / "loss.png")
+        with refusals(self.directory):
+            write_whole(self.directory / "result.json", json.dumps(result, indent=2) + "\n")
+            draw_loss(self._rows, self.windows, self.directory / "loss.png")
         print(f"test: {report(test, corpus.vocabulary.unit)}; saved in {self.directory}")
         return result
 
@@ -146,7 +149,8 @@ class Report:
         if self.side_by_side > 1:
             row["side_by_side"] = self.side_by_side
         self._rows.append(row)
-        with (self.directory / "metrics.jsonl").open("a", encoding="utf-8") as file:
+        path = self.directory / "metrics.jsonl"
+        with refusals(path), path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(row) + "\n")
 
 
@@ -207,7 +211,3 @@ def _read_rows(path: Path) -> list[dict[str, float]]:
         except json.JSONDecodeError:  # a kill cut the last line short
             break
     return rows
-
-
-def _write_rows(path: Path, rows: list[dict[str, float]]) -> None:
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows), "utf-8")

@@ -65,7 +65,7 @@ def build_model(config: Config, vocabulary: int) -> "LanguageModel":
             constraint(config.ablation), jax.eval_shape(init, jax.random.key(0), jnp.zeros((1, 1), jnp.int32))
         )
     except ValueError as error:
-        raise UserError(_with_flags(str(error), names.split())) from None
+        raise UserError(_with_flags(str(error), [*names.split(), "ablation"])) from None
     return model
 
 

@@ -15,7 +15,7 @@ from typing import Any
 
 from ranjax.config import Config
 from ranjax.data import load_corpus
-from ranjax.errors import DivergedError, UserError
+from ranjax.errors import DivergedError, UserError, refusals
 from ranjax.evaluate import MOST
 from ranjax.report import device, versions
 from ranjax.train import train_together
@@ -82,7 +82,7 @@ class Table:
                 return [self.row(config, measure, **labels) for config in configs]
             print(f"diverged: {error}", flush=True)
             rows = [_row(_without_figures(runs[0]))]
-        with self.path.open("a", encoding="utf-8") as file:
+        with refusals(self.path, "the same command goes on"), self.path.open("a", encoding="utf-8") as file:
             file.writelines(json.dumps(labels | row) + "\n" for row in rows)
         self.rows = _read(self.path)  # another program may have added some
         return [row for config in configs if (row := self._found(config, labels))]
@@ -167,8 +167,11 @@ def _read(path: Path) -> list[dict[str, Any]]:
     for number, line in enumerate(path.read_bytes().splitlines() if path.exists() else (), 1):
         try:
             row = json.loads(line)
-            if not isinstance(row, dict) or not isinstance(row.get("config"), dict):
+            config = row.get("config") if isinstance(row, dict) else None
+            if not isinstance(config, dict) or "features" not in config:
                 raise ValueError("it has no settings")
+            if unknown := config.keys() - vars(Config()).keys():
+                raise ValueError(f"this version does not know its settings {', '.join(sorted(unknown))}")
         except ValueError as error:  # neither JSON nor UTF-8 is one too
             began = line[:40].decode(errors="replace")
             raise UserError(

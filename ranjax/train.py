@@ -1,7 +1,7 @@
 """Trains a language model: `python -m ranjax.train --dataset wikitext-2`."""
 
 import json
-import os
+import secrets
 import shlex
 import shutil
 from collections.abc import Callable, Sequence
@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ranjax.config import Config, check, check_same, load_config, normalised, parse, save_config
-from ranjax.errors import UserError, exit_with_message, read_json
+from ranjax.errors import UserError, exit_with_message, read_json, refusals
 from ranjax.hugepages import restart_with_huge_pages
 from ranjax.vocabulary import load_vocabulary, save_vocabulary
 
@@ -128,9 +128,11 @@ def _begin(config: Config, corpus: "Corpus", state: "TrainState", windows: int, 
         if int(state.step) > config.epochs * windows:
             begun = -(-int(state.step) // windows)
             raise UserError(f"--epochs must be at least {begun}, which the run has begun; got {config.epochs}.")
-        save_config(config, directory)
+        with refusals(directory / "config.json"):
+            save_config(config, directory)
         return state
-    unfinished = directory.with_name(f".{directory.name}.{os.getpid()}")  # a kill leaves no run that is half there
+    # A kill leaves no run that is half there. In containers the number of a process is no name: many have the same.
+    unfinished = directory.with_name(f".{directory.name}.{secrets.token_hex(4)}")
     try:
         unfinished.mkdir(parents=True)
         _save_text(unfinished, corpus)

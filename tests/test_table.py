@@ -89,14 +89,22 @@ def test_a_perplexity_beyond_all_figures_is_none_in_the_row():
 
 @pytest.mark.parametrize(
     ("line", "why"),
-    [(b'{"model": "LS', "Unterminated"), (b"{}", "no settings"), (b"[]", "no settings"), (b"\xff", "'utf-8' codec")],
+    [
+        (b'{"model": "LS', "Unterminated"),
+        (b"{}", "no settings"),
+        (b"[]", "no settings"),
+        (b"\xff", "'utf-8' codec"),
+        (b'{"config": {}}', "no settings"),
+        (b'{"config": {"features": [8], "new": 1}}', "does not know its settings new"),
+    ],
 )
 def test_a_line_that_is_no_row_is_named(line, why, tmp_path):
     file = tmp_path / "results.jsonl"
-    file.write_bytes(b'{"config": {}}\n' + line)
+    written = b'{"config": {"features": [8]}}\n' + line
+    file.write_bytes(written)
     with pytest.raises(UserError, match=rf"line 2 of {re.escape(str(file))} must be the JSON of one row; got .*{why}"):
         Table(tmp_path, tmp_path)
-    assert file.read_bytes() == b'{"config": {}}\n' + line
+    assert file.read_bytes() == written
 
 
 def test_seeds_are_trained_together_and_one_that_diverges_has_its_row(pets, tmp_path, monkeypatch, capsys):
