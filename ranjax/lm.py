@@ -2,7 +2,6 @@
 
 from collections.abc import Callable
 from functools import partial
-from numbers import Real
 from typing import Any
 
 import jax
@@ -90,8 +89,8 @@ class LanguageModel(nn.Module):
                 check_size(name, size)
         if self.init_scale is not None and not self.init_scale > 0:
             raise ValueError(f"`init_scale` must be above 0; got {self.init_scale}.")
-        if not (isinstance(self.dropout, Real) and 0 <= self.dropout < 1):
-            raise ValueError(f"`dropout` must be a rate in [0, 1); got {self.dropout!r}.")
+        if not 0 <= self.dropout < 1:
+            raise ValueError(f"`dropout` must be a rate in [0, 1); got {self.dropout}.")
         for name in RAN_ONLY:
             value = getattr(self, name)
             if self.cell != "ran" and value != getattr(LanguageModel, name):

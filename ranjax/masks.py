@@ -2,7 +2,6 @@
 
 from typing import Any, NamedTuple
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
@@ -67,10 +66,10 @@ def filled(steps: Steps, time: int) -> Steps:
 def checked_lengths(value: ArrayLike | None, batch: tuple[int, ...], time: int | None) -> Array | None:
     """Lengths of sequences of `time` steps, if there are any; traced ones, or of an unknown time, as they come."""
     lengths = checked("seq_lengths", value, jnp.integer, batch)
-    if value is None or time is None or any(isinstance(n, Tracer) for n in jax.tree.leaves(value)):
+    if value is None or time is None or isinstance(value, Tracer) or not np.size(value):
         return lengths
     known = np.asarray(value)
-    if known.size and (known.min() < 0 or known.max() > time):
+    if known.min() < 0 or known.max() > time:
         raise ValueError(f"`seq_lengths` must be from 0 to {time}, the steps of the inputs; got {known.tolist()}.")
     return lengths
 

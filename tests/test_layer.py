@@ -390,13 +390,6 @@ def test_parameters_of_other_gates_are_refused(mine, theirs):
             layer.apply(variables, x)
 
 
-def test_lengths_may_be_a_list_of_traced_numbers():
-    layer, x = RAN(RANCell(4)), jnp.ones((2, 5, 3))
-    variables = layer.init(jax.random.key(0), x)
-    found = jax.jit(lambda a, b: layer.apply(variables, x, seq_lengths=[a, b]))(2, 5)
-    np.testing.assert_array_equal(found, layer.apply(variables, x, seq_lengths=jnp.array([2, 5])))
-
-
 def test_bad_options():
     with pytest.raises(TypeError, match=r"(?s)cell.*LSTMCell"):
         RAN(nn.LSTMCell(4))

@@ -138,7 +138,6 @@ def test_cross_entropy_is_minus_log_probability():
         ({"features": (3, 0)}, "`features` must be a whole number, at least 1; got 0"),
         ({"init_scale": 0.0}, "`init_scale` must be above 0; got 0.0"),
         ({"dropout": 1.0}, r"`dropout` must be a rate in \[0, 1\); got 1.0"),
-        ({"dropout": "a"}, r"`dropout` must be a rate in \[0, 1\); got 'a'"),
         ({"cell": "gru", "projection": 3}, "`projection` is an option of cell='ran'"),
         (
             {"cell": "lstm", "solver": "fixed_point"},
