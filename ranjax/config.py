@@ -99,7 +99,7 @@ class Config:
 def check(config: Config) -> None:
     """Raises a UserError for a setting out of its range."""
     for names, holds, expected in (
-        ("dataset", lambda v: isinstance(v, str | os.PathLike), "a name or a path"),
+        ("dataset", lambda v: isinstance(v, str | os.PathLike) and str(v), "a name or a path"),
         ("data_dir out", lambda v: v is None or (isinstance(v, str | os.PathLike) and str(v)), "a path"),
         ("epochs batch_size steps streams", is_size, "a whole number, at least 1"),
         ("layers embedding projection", lambda v: v is None or is_size(v), "a whole number, at least 1"),
@@ -204,7 +204,7 @@ def normalised(config: Config) -> Config:
     dataset, data_dir, features = str(config.dataset), config.data_dir, config.features
     path = Path(os.path.expanduser(dataset))
     named = dataset in (*KNOWN, *EMBEDDED) or task_of(dataset) is not None
-    if os.path.exists(path) and not named:  # False, too, for a name that no path can have
+    if dataset and os.path.exists(path) and not named:  # False, too, for a name that no path can have
         dataset = str(path.resolve())
     return dataclasses.replace(
         config,

@@ -133,7 +133,7 @@ def _texts(name: str, data_dir: str | Path | None) -> tuple[str, list[bytes]]:
     if name in KNOWN:
         return _known_texts(name, KNOWN[name], data_dir)
     path = Path(os.path.expanduser(name))
-    if not os.path.exists(path):  # False, too, for a name that no path can have
+    if not name or not os.path.exists(path):  # False, too, for a name that no path can have
         names = ", ".join((*EMBEDDED, *KNOWN, *(f"{task}-D" for task in TASKS)))
         raise UserError(f"there is no data set or path {name!r}. Known names: {names}. Or give a file or a directory.")
     return str(path), path_texts(path)

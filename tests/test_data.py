@@ -240,6 +240,7 @@ def test_a_byte_order_mark_is_no_character(tmp_path):
             "the test split of d must have at least 2 tokens, .* got 1",
         ),
         ({}, "word " * 100, {}, "no data set or path 'word word"),
+        ({"a.txt": b"abc " * 100}, "", {}, "no data set or path ''"),
         ({"d/train.txt": b"a"}, "d", {}, "must hold one file each .* valid: none, test: none"),
         ({"a.txt.gz": gzip.compress(TEXT.encode())[:-20]}, "a.txt.gz", {}, "a.txt.gz could not be read"),
         ({"d/train.parquet": b"x", "d/valid.txt": b"a", "d/test.txt": b"a"}, "d", {}, "must be a parquet file"),

@@ -682,6 +682,7 @@ def test_bad_input(module, flags, message, run, text, tmp_path, capsys, monkeypa
         ({"data_dir": 5}, "--data-dir must be a path; got 5"),
         ({"seed": -5}, "--seed must be in [0, 2**31); got -5"),
         ({"out": ""}, "--out must be a path; got ''"),
+        ({"dataset": ""}, "--dataset must be a name or a path; got ''"),
         ({"features": np.array([8, 8])}, "--features must be one or more whole numbers, each at least 1; got array"),
         ({"preset": "ptb-medium"}, "--preset ptb-medium has none of its settings here. From Python: dataclasses.repl"),
     ],
