@@ -1,11 +1,13 @@
 """Ablations: what is taken out is out, before and after training, and the rest learns as if it had never been there."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ranjax import ablation, step
+from ranjax import ablation, step, train
 from ranjax.cell import gates_of_input, gates_of_state
 from ranjax.config import Config
 from ranjax.lm import zero_state
@@ -99,3 +101,11 @@ def test_parameters_that_are_learned_are_counted(ablated, fewer):
 def test_unknown_ablation():
     with pytest.raises(ValueError, match=r"`ablation` must be one of 'input-gate'.*; got 'output-gate'"):
         ablation.constraint("output-gate")
+
+
+def test_a_run_counts_the_parameters_that_are_learned(pets, tmp_path):
+    ran, less = (
+        train.train(dataclasses.replace(pets, out=str(tmp_path / str(without)), ablation=without))
+        for without in (None, "gates")
+    )
+    assert ran["parameters"] - less["parameters"] == 4 * 8 * 8  # the gates' weights on x and on h

@@ -11,6 +11,7 @@ import subprocess
 import sys
 import threading
 import time
+import urllib.error
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
@@ -18,11 +19,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from ranjax import data, embedded
+from ranjax import data, embedded, sources
 from ranjax.data import columns, load_corpus, load_split, windows_per_epoch
 from ranjax.embedded import MARKOV_NOISE, markov_entropy, markov_ids, task_answers
 from ranjax.errors import UserError
-from ranjax.sources import SPLITS, split_text
+from ranjax.sources import SPLITS, path_texts, split_text
 from ranjax.vocabulary import BytePairs, Bytes, Characters, Words, load_vocabulary, save_vocabulary
 
 TEXT = "the cat sat on the mat\n\nthe dog sat on the log é\n" * 40
@@ -379,3 +380,38 @@ def test_texts_of_tasks_are_drawn_apart():
 
 def test_whole_windows_have_their_targets():
     assert [windows_per_epoch(length, 3) for length in (4, 6, 7, 9, 10)] == [1, 1, 2, 2, 3]
+
+
+def test_a_single_text_is_split_90_5_5():
+    assert list(map(len, split_text(b"x" * 1000))) == [900, 50, 50]
+
+
+def test_names_of_splits_are_whole_words(tmp_path):
+    for name in ("train.txt", "valid.txt", "test.txt", "latest.txt", "constrain.txt"):
+        (tmp_path / name).write_text(name)
+    assert path_texts(tmp_path) == [b"train.txt", b"valid.txt", b"test.txt"]
+
+
+def test_a_readme_is_no_text(tmp_path):
+    (tmp_path / "README.txt").write_text("how it was made")
+    (tmp_path / "text8").write_text("x" * 100)
+    assert b"".join(path_texts(tmp_path)) == b"x" * 100
+
+
+def test_bytes_of_every_split_are_known(tmp_path):
+    for split, content in (("train", "aab"), ("valid", "abc"), ("test", "abd")):
+        (tmp_path / f"{split}.txt").write_text(content)
+    assert len(load_corpus(str(tmp_path), tokenizer="byte").vocabulary) == 4
+
+
+def test_a_hub_that_refuses_a_page_is_there_and_one_that_is_offline_is_not_asked(monkeypatch):
+    def refused(request, timeout):
+        raise urllib.error.HTTPError(request.full_url, 403, "", {}, None)
+
+    monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
+    monkeypatch.setattr(sources.urllib.request, "urlopen", refused)
+    assert sources._hub_answers()
+    monkeypatch.setattr(sources.urllib.request, "urlopen", lambda *_, **__: pytest.fail("it was asked"))
+    for offline in ("1", "on", "Yes", "TRUE"):
+        monkeypatch.setenv("HF_HUB_OFFLINE", offline)
+        assert not sources._hub_answers()

@@ -20,7 +20,7 @@ from ranjax.config import Config
 from ranjax.errors import UserError
 from ranjax.evaluate import Run, load_run
 from ranjax.lm import LanguageModel
-from ranjax.vocabulary import Words
+from ranjax.vocabulary import Characters, Words
 
 PETS = "the cat sat on the mat\nthe dog sat on the log\nthe cat saw the <script>alert(1)</script> dog\n"
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
@@ -451,3 +451,10 @@ def test_the_text_is_not_overwritten(run, tmp_path, capsys):
         explain.main(["--checkpoint", run, "--file", str(path), "--out", str(path)])
     assert "is the text of --file, and is left as it is" in capsys.readouterr().err
     assert path.read_text() == PETS
+
+
+def test_a_vocabulary_of_two_has_two_predictions():
+    model = LanguageModel(2, features=4, layers=1)
+    params = model.init(jax.random.key(0), np.zeros((1, 2), np.int32), deterministic=True)["params"]
+    found = explanation.explain(Run(Config(), Characters("ab"), model, params), "abba")
+    assert sorted(prediction.word for prediction in found.predictions) == ["a", "b"]

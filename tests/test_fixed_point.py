@@ -554,3 +554,50 @@ def test_bad_arguments_of_solve():
     for shape in ((5,), (2, 40, 6)):
         with pytest.raises(ValueError, match=rf"`x` must have the axes .* in = 5 .* got .*{re.escape(str(shape))}"):
             ranjax.solve(params, jnp.zeros(shape), gates="recurrent")
+
+
+def test_the_record_is_of_the_worst_window():
+    """Of two windows the first alone fails."""
+    cell, x = RANCell(6), np.random.default_rng(0).normal(size=(1, 40, 5)).astype(np.float32)
+    x[:, 20:] *= 0.01
+    params = cell.init(jax.random.key(0), jnp.zeros((1, 6)), x[:, 0])["params"]
+    params["gates"]["bias"] -= 3.0
+
+    def records(**options):
+        solve = partial(ranjax.solve, params, gates="recurrent", solver=FixedPoint(window=20, **options))
+        c, first = solve(x[:, :20])
+        return first, solve(x[:, 20:], c[:, -1])[1], solve(x)[1]
+
+    first, second, _ = records()
+    assert int(second.iterations) < int(first.iterations)
+    first, second, whole = records(max_iterations=int(second.iterations), on_failure="ignore")
+    assert (bool(first.converged), bool(second.converged), bool(whole.converged)) == (False, True, False)
+    assert float(whole.residual) == pytest.approx(float(first.residual), rel=1e-2)
+
+
+def test_the_system_of_the_gradient_has_a_tolerance_of_its_own():
+    cell, c0 = RANCell(6), jnp.zeros((1, 6))
+    x = jnp.asarray(np.random.default_rng(0).normal(size=(1, 60, 5)), jnp.float32)
+    params = cell.init(jax.random.key(0), c0, x[:, 0])["params"]
+
+    def finite(adjoint_rtol):
+        solver = FixedPoint(rtol=0.3, adjoint_rtol=adjoint_rtol, max_iterations=4, on_failure="nan")
+
+        def loss(x):
+            return jnp.sum(jnp.sin(ranjax.solve(params, x, c0, gates="recurrent", solver=solver)[0]))
+
+        return bool(jnp.all(jnp.isfinite(jax.grad(loss)(x))))
+
+    assert (finite(None), finite(0.3)) == (False, True)
+
+
+@pytest.mark.parametrize("recurrence", ["pallas", "sequential"])
+def test_the_recurrence_that_is_asked_for_is_taken_both_ways(recurrence):
+    cell, x = RANCell(4), jnp.ones((1, 9, 3))
+    params = cell.init(jax.random.key(0), jnp.zeros((1, 4)), x[:, 0])["params"]
+
+    def total(x):
+        return jnp.sum(ranjax.solve(params, x, gates="recurrent", solver=FixedPoint(recurrence=recurrence))[0])
+
+    there, back = (str(jax.make_jaxpr(program)(x)).count("pallas_call") for program in (total, jax.grad(total)))
+    assert 0 < there < back if recurrence == "pallas" else there == back == 0

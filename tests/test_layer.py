@@ -403,3 +403,20 @@ def test_bad_options():
         RAN(RANCell(4, gates="diagonal"), solver="chunked")
     with pytest.raises(ValueError, match=r"`solver` must be one of .*'associative'.* got 'magic'"):
         RAN(RANCell(4, gates="input"), solver="magic")
+
+
+def test_a_key_is_what_the_first_carry_is_drawn_from():
+    cell, key = RANCell(4, carry_init=nn.initializers.normal()), jax.random.key(7)
+    layer, x = RAN(cell, return_carry=True), jnp.zeros((2, 0, 3))
+    carry, _ = layer.apply(layer.init(jax.random.key(0), x), x, init_key=key)
+    np.testing.assert_array_equal(carry, cell.initialize_carry(key, (2, 3)))
+
+
+@pytest.mark.parametrize("gates", ELEMENTWISE)
+@pytest.mark.parametrize("solver", ["pallas", "auto", "sequential"])
+def test_the_solver_that_is_asked_for_is_taken(gates, solver):
+    layer, x = RAN(RANCell(4, gates), solver), jnp.ones((1, 9, 3))
+    program = jax.make_jaxpr(layer.apply)(layer.init(jax.random.key(0), x), x)
+    assert ("pallas_call" in str(program)) == (
+        solver == "pallas" or (solver == "auto" and jax.default_backend() == "gpu")
+    )

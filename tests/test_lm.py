@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import linen as nn
 from test_cell import randomised
 
 from ranjax import LanguageModel
@@ -110,8 +111,9 @@ def test_dropout_falls_on_embedding_and_layers_only_in_training():
     assert not jnp.any(exact == 0)
 
 
-def test_weights_of_the_papers_are_uniform():
-    model = LanguageModel(50, features=40, init_scale=0.05)
+@pytest.mark.parametrize("cell", CELLS)
+def test_weights_of_the_papers_are_uniform(cell):
+    model = LanguageModel(50, cell=cell, features=40, init_scale=0.05)
     params = model.init(jax.random.key(0), TOKENS, deterministic=True)["params"]
     for path, leaf in jax.tree_util.tree_leaves_with_path(params):
         bound = 0.0 if "bias" in jax.tree_util.keystr(path) else 0.05
@@ -223,3 +225,34 @@ def test_dropout_reaches_the_state_through_the_embedding():
     _, dropped = model.apply(variables, tokens, deterministic=False, rngs={"dropout": jax.random.key(1)})
     _, exact = model.apply(variables, tokens, deterministic=True)
     assert jnp.any(jnp.abs(dropped[0] - exact[0]) > 1e-3)
+
+
+def test_sizes_and_scale_of_the_embedding():
+    assert LanguageModel(11, features=(4, 7)).embedding_size == 4
+    assert LanguageModel(11, features=(4, 7), projection=3).embedding_size == 4
+    assert LanguageModel(11, features=(4, 7), tie=True).embedding_size == 7
+    assert LanguageModel(11, features=(4, 7), projection=3, tie=True).embedding_size == 3
+    variables = LanguageModel(50, features=40).init(jax.random.key(0), TOKENS, deterministic=True)
+    assert 0.09 < float(jnp.max(jnp.abs(variables["params"]["embed"]["embedding"]))) <= 0.1
+
+
+def test_dropout_is_on_the_embedding_and_on_every_layer():
+    model, dropped = LanguageModel(11, features=6, layers=3, dropout=0.5), []
+    variables = model.init(jax.random.key(0), TOKENS, deterministic=True)
+
+    def noted(method, args, kwargs, context):
+        if isinstance(context.module, nn.Dropout):
+            dropped.append(args[0].shape)
+        return method(*args, **kwargs)
+
+    with nn.intercept_methods(noted):
+        model.apply(variables, TOKENS, deterministic=False, rngs={"dropout": jax.random.key(1)})
+    assert len(dropped) == 1 + 3
+
+
+@pytest.mark.parametrize("gates", ["recurrent", "input"])
+def test_dropout_is_drawn_anew_for_each_step_and_each_text(gates):
+    model = LanguageModel(11, features=20, layers=1, dropout=0.5, gates=gates)
+    variables = model.init(jax.random.key(0), TOKENS, deterministic=True)
+    h, _ = model.apply(variables, TOKENS, deterministic=False, rngs={"dropout": jax.random.key(1)}, method="hidden")
+    assert len({out.tobytes() for out in np.asarray(h == 0).reshape(-1, 20)}) == TOKENS.size

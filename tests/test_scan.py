@@ -1,6 +1,7 @@
 """Every property of `linear_recurrence` over one table of solvers."""
 
 import types
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -272,3 +273,12 @@ def test_bad_input(change, kind, message):
     solver = arguments.pop("solver", "auto")
     with pytest.raises(kind, match=message):
         linear_recurrence(**arguments, solver=solver)
+
+
+def test_chunks_are_walked_through_one_after_another():
+    a = jnp.ones((1, 200, 2))
+    loops = {
+        solver: jax.jit(partial(ranjax.linear_recurrence, solver=solver)).lower(a, a).as_text().count("stablehlo.while")
+        for solver in ("sequential", "chunked")
+    }
+    assert loops["sequential"] == 1 < loops["chunked"]

@@ -177,3 +177,16 @@ def test_every_setting_tells_rows_apart_but_where_a_run_is():
     for field in dataclasses.fields(Config):
         other = dataclasses.replace(Config(), **{field.name: "another"})
         assert (tables._settings(other) == told) == (field.name in ("out", "resume", "data_dir"))
+
+
+def test_a_table_reads_its_data_sets_in_its_folder(tmp_path):
+    (tmp_path / "data" / "text8").mkdir(parents=True)
+    (tmp_path / "data" / "text8" / "text8").write_text("the cat sat on the mat " * 160)
+    config = Config(dataset="text8", features=(8,), layers=1, batch_size=4, steps=7, epochs=1)
+    assert Table(tmp_path, tmp_path / "runs", str(tmp_path / "data")).row(config)["test_perplexity"] > 1
+
+
+def test_one_text_by_two_tokenizers_is_in_one_table(pets, tmp_path):
+    table = Table(tmp_path, tmp_path / "runs")
+    table.row(pets, model="characters")
+    assert table.row(dataclasses.replace(pets, tokenizer="word"), model="words")["tokens"] < table.rows[0]["tokens"]

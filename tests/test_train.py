@@ -17,6 +17,7 @@ import subprocess
 import sys
 import threading
 import time
+import types
 from pathlib import Path
 
 import jax
@@ -24,9 +25,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ranjax import evaluate, generate, loop, step, train
+from ranjax import evaluate, generate, lm, loop, report, step, train
 from ranjax.checkpoint import Checkpoints
-from ranjax.config import PRESETS, Config, load_config, parse, save_config
+from ranjax.config import PRESETS, Config, check_same, load_config, normalised, parse, save_config
 from ranjax.data import load_corpus
 from ranjax.embedded import markov_entropy
 from ranjax.errors import UserError, exit_with_message
@@ -34,7 +35,7 @@ from ranjax.evaluate import Evaluation, load_run, make_evaluator
 from ranjax.lm import LanguageModel
 from ranjax.report import Report
 from ranjax.sources import SPLITS
-from ranjax.vocabulary import Characters, Words
+from ranjax.vocabulary import Bytes, Characters, Words
 
 TEXT = "the cat sat on the mat\nthe dog sat on the log\nthe cat saw the dog\n"
 
@@ -399,6 +400,8 @@ def test_the_papers_schedule():
     assert by_epoch == [1, 1, 1, 1, 0.5, 0.25, 0.125]
     cosine = step.learning_rate(Config(schedule="cosine", epochs=2, warmup=5, learning_rate=1.0), per_epoch=10)
     assert [float(cosine(n)) for n in (0, 5, 20)] == pytest.approx([0, 1, 0.01])
+    short = step.learning_rate(Config(schedule="cosine", epochs=2, warmup=1000, learning_rate=1.0), per_epoch=10)
+    assert [float(short(n)) for n in (0, 5, 10, 20)] == pytest.approx([0, 0.5, 1, 0.01])
 
 
 def test_markov_is_learnt_to_its_entropy(tmp_path):
@@ -997,3 +1000,130 @@ def test_a_thread_trains_without_signals(text, tmp_path):
     thread.start()
     thread.join()
     assert (tmp_path / "run" / "result.json").exists()
+
+
+def test_the_presets_are_the_papers_settings():
+    """Dropout, rate, its factor and the epochs before it, epochs, steps, clipping, scale of the weights."""
+    names = ["dropout", "learning_rate", "decay", "decay_after", "epochs", "steps", "clip", "init_scale"]
+    assert {name: [getattr(preset, of) for of in names] for name, preset in PRESETS.items()} == {
+        "ptb-small": [0.0, 1.0, 0.5, 4, 13, 20, 5.0, 0.1],
+        "ptb-medium": [0.5, 1.0, 0.8, 6, 39, 35, 5.0, 0.05],
+        "ptb-large": [0.65, 0.8, 1 / 1.15, 14, 55, 35, 10.0, 0.04],
+        "text8": [0.4, 0.2, 1 / 1.03, 5, 500, 100, 10.0, 0.04],
+    }
+
+
+def test_a_run_goes_on_with_no_other_settings(tmp_path):
+    config = Config(out=str(tmp_path))
+    check_same(dataclasses.replace(config, epochs=9, data_dir="x", resume=True), config)
+    for field in dataclasses.fields(Config):
+        if field.name not in ("out", "resume", "data_dir", "epochs"):
+            with pytest.raises(UserError, match=f"--{field.name.replace('_', '-')} "):
+                check_same(dataclasses.replace(config, **{field.name: "another"}), config)
+
+
+def test_a_folder_of_the_name_of_a_data_set_is_not_it(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("markov", "ptb", "copy-9"):
+        (tmp_path / name).mkdir()
+        assert normalised(Config(dataset=name)).dataset == name
+
+
+def test_a_run_finds_its_data_set_from_any_directory(tmp_path, monkeypatch):
+    (tmp_path / "data" / "text8").mkdir(parents=True)
+    (tmp_path / "data" / "text8" / "text8").write_text("the cat sat on the mat " * 160)
+    monkeypatch.chdir(tmp_path)
+    result = train.train(settings("text8", "run", data_dir="data", epochs=1))
+    monkeypatch.chdir("/")
+    found, _ = evaluate.evaluate_split(evaluate.Options(str(tmp_path / "run")))
+    assert found.nats == result["test_nats"]
+
+
+def test_one_checkpoint_of_a_kind_is_kept(tmp_path):
+    for n in range(3):
+        Checkpoints(tmp_path).save("latest", n, {"a": np.full(3, n)})
+    assert len([path for path in (tmp_path / "checkpoints" / "latest").iterdir() if path.is_dir()]) == 1
+
+
+def test_a_line_that_a_kill_cut_short_is_dropped(tmp_path):
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n{"step": 2, "ep')
+    assert report._read_rows(tmp_path / "metrics.jsonl") == [{"step": 1}]
+
+
+def test_a_validation_that_is_not_finite_ends_the_run(pets, tmp_path, monkeypatch):
+    monkeypatch.setattr("ranjax.evaluate.make_evaluator", lambda *_: lambda *_: Evaluation(math.nan, 10))
+    with pytest.raises(UserError, match="the validation loss is nan"):
+        train.train(dataclasses.replace(pets, out=str(tmp_path / "run")))
+
+
+def test_signals_are_handled_as_before_once_a_run_has_ended(pets, tmp_path):
+    before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
+    train.train(dataclasses.replace(pets, out=str(tmp_path / "run")))
+    assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == before
+
+
+def test_a_gradient_that_is_not_finite_is_skipped_where_the_loss_is_finite(pets, monkeypatch):
+    monkeypatch.setattr(lm, "cross_entropy", lambda logits, targets: jnp.sqrt(0 * logits[..., 0]))
+    model, optimizer = step.build_model(pets, 19), step.make_optimizer(pets, 1)
+    state = step.initial_state(model, optimizer, pets)
+    after = step.make_step(model, optimizer, pets, 1)(state, jnp.zeros((4, 8), jnp.int32))
+    assert (int(after.bad), float(after.loss)) == (1, 0)
+    assert all(bool(jnp.all(jnp.isfinite(leaf))) for leaf in jax.tree.leaves(after.params))
+
+
+def test_bytes_that_begin_no_character_are_written_while_the_text_goes_on():
+    written, before = [], []
+
+    def ids():
+        for _ in range(20):
+            before.append(len(written))
+            yield 0
+
+    generate.stream(Bytes((0xFF, 97)), ids(), written.append, "")
+    assert before[-1] >= 1
+
+
+class Clock:
+    """Stands for `time`: every look at it is so many seconds after the one before."""
+
+    def __init__(self, seconds):
+        self.seconds, self.now = seconds, 0.0
+
+    def monotonic(self):
+        self.now += self.seconds
+        return self.now
+
+
+def an_epoch(monkeypatch, seconds, windows):
+    """The state after an epoch of steps that do nothing, and at which of them it was saved."""
+    saved, told = [], types.SimpleNamespace(steps=0)
+
+    def progress(state, steps, elapsed):
+        told.steps += steps
+
+    told.progress = progress
+    monkeypatch.setattr(loop.Run, "save", lambda self, state: saved.append(int(state.step)))
+    monkeypatch.setattr(loop, "time", Clock(seconds))
+    zero, count = jnp.zeros(()), jnp.zeros((), jnp.int32)
+    state = step.TrainState({}, {}, (), count, count, zero, count, count, count, zero, zero, count, zero)
+    run = loop.Run(Config(), None, told)
+    trained = loop.Loop([run], lambda state, _: state._replace(step=state.step + 1), None, windows)
+    return trained.epoch(state, loop.Interrupt()), saved
+
+
+def test_compilation_is_not_timed(monkeypatch):
+    state, _ = an_epoch(monkeypatch, seconds=1.0, windows=4)
+    assert (int(state.timed), float(state.seconds)) == (3, 3.0)
+
+
+def test_a_long_epoch_is_saved_on_its_way(monkeypatch):
+    _, saved = an_epoch(monkeypatch, seconds=30.0, windows=9)
+    assert len(saved) > 2
+    assert saved[-1] == 9
+
+
+def test_speed_is_in_tokens(pets, tmp_path):
+    told = Report(tmp_path, dataclasses.replace(pets, out=str(tmp_path)), 5, 0, 0)
+    zero = jnp.zeros(())
+    told.progress(step.TrainState({}, None, None, jnp.array(5), jnp.array(0), *[zero] * 8), 5, 2.0)
+    assert told._rows[-1]["tokens_per_second"] == 5 * 4 * 7 / 2

@@ -382,3 +382,10 @@ def test_the_memory_over_a_text_is_that_of_its_parts(x64):
         memory.memory(model, params, ids[None], most=8, window=20)
     with pytest.raises(UserError, match="at least 28 tokens; got 27"):
         memory.memory(model, params, ids[:27], most=8, window=20)
+
+
+@pytest.mark.parametrize("reduce", weights.REDUCTIONS)
+def test_exactly_the_share_is_no_more_than_it(reduce):
+    half = jnp.full((4, 3), 0.5)
+    made = weights.Decomposition(i=half, f=half, u=half, c=half, c0=half[0])
+    assert weights.spans(made, reduce)[0] == 1
