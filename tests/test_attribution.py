@@ -147,7 +147,7 @@ def test_what_does_not_fit_is_named(x64):
         ):
             rule(model, params, TOKENS, 4, 9, jax.tree.map(lambda c: c[None], state))
         for dtype in ("bfloat16", "int32"):
-            narrow = [jnp.asarray(c, dtype) for c in state]
+            narrow = tuple(jnp.asarray(c, dtype) for c in state)
             with pytest.raises(TypeError, match=rf"`state\[0\]` must be float32 or wider.* got {dtype}"):
                 rule(model, params, TOKENS, 4, 9, narrow)
         with pytest.raises(ValueError, match=r"`params` must be those of the model, variables\['params'\]; got params"):
