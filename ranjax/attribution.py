@@ -242,7 +242,7 @@ def _embedded(params: Params, tokens: ArrayLike) -> Array:
     tokens = jnp.asarray(tokens)
     if not jnp.issubdtype(tokens.dtype, jnp.integer):
         raise ValueError(f"`tokens` must be ids, which are integers; got {tokens.dtype}.")
-    return jnp.take(params["embed"]["embedding"], jnp.asarray(tokens), axis=0)
+    return jnp.take(params["embed"]["embedding"], tokens, axis=0)
 
 
 def _ratio(c: Array) -> Array:

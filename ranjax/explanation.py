@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 DRAWN = 1000  # tokens of a text whose pairs are all kept, to be drawn
 PREDICTIONS = 5  # likeliest next words
 HORIZON = 512  # steps that half-lives are followed for, at most
-GROUP = Path("/sys/fs/cgroup")  # what Linux keeps of the process's control group
+MACHINE, GROUP = Path("/proc/meminfo"), Path("/sys/fs/cgroup")  # memory, as Linux tells: of all, of the control group
 
 
 @dataclass(frozen=True)
@@ -185,7 +185,7 @@ def _check_memory(needed: Any, time: int) -> None:
 def free_memory() -> int | None:
     """Bytes of memory that this process may still take, where Linux tells: of the machine, and of its control group."""
     try:
-        lines = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
+        lines = dict(line.split(":") for line in MACHINE.read_text().splitlines())
         free = 1024 * int(lines["MemAvailable"].split()[0])
     except (OSError, KeyError, ValueError):
         return None
