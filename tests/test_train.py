@@ -1127,3 +1127,24 @@ def test_speed_is_in_tokens(pets, tmp_path):
     zero = jnp.zeros(())
     told.progress(step.TrainState({}, None, None, jnp.array(5), jnp.array(0), *[zero] * 8), 5, 2.0)
     assert told._rows[-1]["tokens_per_second"] == 5 * 4 * 7 / 2
+
+
+@pytest.mark.parametrize("seconds, steps", [(1.0, [5]), (16.0, [1, 2, 3, 4, 5])])  # between looks at the clock
+def test_a_row_comes_every_fifteen_seconds_and_at_the_end_of_an_epoch(seconds, steps, pets, tmp_path, monkeypatch):
+    monkeypatch.setattr(report, "time", Clock(seconds))
+    told = Report(tmp_path, pets, 5, 0, 0)
+    zero = jnp.zeros(())
+    for at in range(1, 6):
+        told.progress(step.TrainState({}, None, None, jnp.array(at), jnp.array(0), *[zero] * 8), 1, 1.0)
+    assert [row["step"] for row in told._rows] == steps
+
+
+@pytest.mark.parametrize("solver", ["fixed_point", "newton"])
+def test_solvers_that_iterate_are_not_trained_side_by_side(solver, pets, tmp_path, monkeypatch):
+    monkeypatch.setattr(train, "train", lambda config: config.seed)  # one alone
+    gates = "diagonal" if solver == "newton" else "recurrent"
+    both = [
+        dataclasses.replace(pets, solver=solver, gates=gates, seed=seed, out=str(tmp_path / str(seed)))
+        for seed in (3, 4)
+    ]
+    assert train.train_together(both) == [3, 4]
