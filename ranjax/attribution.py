@@ -24,11 +24,11 @@ import numpy as np
 from jax import Array, lax
 from jax.typing import ArrayLike
 
-from ranjax.cell import Params, checked_carry, content, output
+from ranjax.cell import Params, content, output
 from ranjax.decomposition import Decomposition, checked_index, decompose
 from ranjax.errors import check_size
 from ranjax.gated import solve
-from ranjax.lm import LanguageModel, State
+from ranjax.lm import LanguageModel, State, checked_ids
 from ranjax.scan import linear_recurrence, state_dtype
 
 
@@ -63,7 +63,8 @@ def decompositions(
       state: one carry `(*batch, features)` per layer, as the model returns it; None for the beginning of a text.
 
     Raises:
-      ValueError: for a model of another cell, whose states are not weighted sums, or a state that does not fit.
+      ValueError: for a model of another cell, whose states are not weighted sums, parameters that are another model's,
+        or a state that does not fit.
 
     Example:
       >>> import jax, jax.numpy as jnp, ranjax
@@ -73,9 +74,9 @@ def decompositions(
       >>> [made.c.shape for made in decompositions(model, params, tokens)]
       [(5, 4)]
     """
-    _check_cell(model)
+    _check_model(model, params)
     x, layers, options = _embedded(params, tokens), [], {"activation": model.activation, "dtype": model.dtype}
-    for n, carry in enumerate(_carries(model, state, x.shape[:-2])):
+    for n, carry in enumerate(model.carries(state, x.shape[:-2])):
         cell = params[f"stack_{n}"]["cell"]
         layers.append(decompose(cell, x, carry, solver=model.solver, **options))
         x = output(cell, layers[-1].c, model.activation)
@@ -103,7 +104,7 @@ def shares(
       state: one carry `(features,)` per layer; None for the beginning of a text.
 
     Raises:
-      ValueError: for a model of another cell, a text, a state, a target or a step that does not fit.
+      ValueError: for a model of another cell, parameters, a text, a state, a target or a step that do not fit.
 
     Example:
       >>> import jax, jax.numpy as jnp, ranjax
@@ -123,6 +124,7 @@ def shares_of(
     model: LanguageModel, params: Params, layers: list[Decomposition], target: ArrayLike, step: ArrayLike
 ) -> Shares:
     """`shares` of a text whose decompositions are there already."""
+    _check_model(model, params)
     target, step = checked_index("target", target, model.vocabulary), checked_index("step", step, len(layers[0].u))
 
     def logit(scale: Shares) -> Array:
@@ -167,8 +169,8 @@ def integrated_gradients(
       nodes: points of the path at which the gradient is taken.
 
     Raises:
-      ValueError: for a model of another cell, a text, a state, a target or a step that does not fit, `nodes` that is
-        no size.
+      ValueError: for a model of another cell, parameters, a text, a state, a target or a step that do not fit, `nodes`
+        that is no size.
 
     Example:
       >>> import jax, jax.numpy as jnp, ranjax
@@ -181,12 +183,12 @@ def integrated_gradients(
     References:
       Sundararajan, Taly, Yan, "Axiomatic Attribution for Deep Networks", ICML 2017.
     """
-    _check_cell(model)
+    _check_model(model, params)
     _check_text(tokens)
     check_size("nodes", nodes)
     x = _embedded(params, tokens)
     target, step = checked_index("target", target, model.vocabulary), checked_index("step", step, len(x))
-    sizes = zip(_carries(model, state, ()), model.sizes, strict=True)
+    sizes = zip(model.carries(state, ()), model.sizes, strict=True)
     state = tuple(jnp.zeros(size, state_dtype(x)) if c is None else c for c, size in sizes)
 
     def logit(scale: Array, x: Array, state: State) -> Array:
@@ -206,11 +208,22 @@ def integrated_gradients(
     return Shares(words, jnp.stack(carry), logit(jnp.zeros((), x.dtype), x, state))
 
 
-def _check_cell(model: LanguageModel) -> None:
+def _check_model(model: LanguageModel, params: Params) -> None:
+    """Raises a ValueError for a model whose states are not weighted sums, or parameters that are another model's."""
     if model.cell != "ran":
         raise ValueError(
             f"`model` must have cell='ran'; got cell={model.cell!r}, whose states are not weighted sums of its inputs."
         )
+    if "embed" not in params:
+        raise ValueError(
+            f"`params` must be those of the model, variables['params']; got {', '.join(params) or 'nothing'}."
+        )
+    asked = model.vocabulary, len(model.sizes), model.tie
+    layers = sum(name.startswith("stack_") for name in params)
+    given = params["embed"]["embedding"].shape[0], layers, "decode" not in params
+    if asked != given:
+        names = "vocabulary={}, layers={}, tie={}"
+        raise ValueError(f"`params` must be those of the model, {names.format(*asked)}; got {names.format(*given)}.")
 
 
 def _check_text(tokens: ArrayLike) -> None:
@@ -219,30 +232,9 @@ def _check_text(tokens: ArrayLike) -> None:
         raise ValueError(f"`tokens` must be the ids of one text, (time,), of at least one; got the shape {shape}.")
 
 
-def _carries(model: LanguageModel, state: State | None, batch: tuple[int, ...]) -> list[Array | None]:
-    """One carry, or None, for each layer, once it is seen to be of as many sequences as the text."""
-    carries = list(model.carries(state))
-    for n, (carry, size) in enumerate(zip(carries, model.sizes, strict=True)):
-        shape = (*batch, size)
-        if getattr(carry, "shape", shape) != shape:
-            raise ValueError(
-                f"`state[{n}]` must have the shape {shape}, of the sequences that `tokens` has; got {carry.shape}. Of "
-                "a batch of one, jax.tree.map(lambda c: c[0], state) is the state of one sequence."
-            )
-        carries[n] = None if carry is None else checked_carry(f"state[{n}]", carry, shape)
-    return carries
-
-
 def _embedded(params: Params, tokens: ArrayLike) -> Array:
     """The embeddings of the tokens; NaN for an id that is none, as in the model."""
-    if "embed" not in params:
-        raise ValueError(
-            f"`params` must be those of the model, variables['params']; got {', '.join(params) or 'nothing'}."
-        )
-    tokens = jnp.asarray(tokens)
-    if not jnp.issubdtype(tokens.dtype, jnp.integer):
-        raise ValueError(f"`tokens` must be ids, which are integers; got {tokens.dtype}.")
-    return jnp.take(params["embed"]["embedding"], tokens, axis=0)
+    return jnp.take(params["embed"]["embedding"], checked_ids(tokens), axis=0)
 
 
 def _ratio(c: Array) -> Array:

@@ -92,6 +92,9 @@ def step(params: Params, c: Vector, x: Array, activation: str = "tanh") -> Vecto
     Returns:
       The next state, `(*batch, features)`, in the dtype of `c`.
 
+    Raises:
+      ValueError: for an unknown activation.
+
     Example:
       >>> import jax, jax.numpy as jnp, ranjax
       >>> cell = ranjax.RANCell(features=4)
@@ -103,6 +106,7 @@ def step(params: Params, c: Vector, x: Array, activation: str = "tanh") -> Vecto
     References:
       Lee, Levy, Zettlemoyer, "Recurrent Additive Networks", 2017, arXiv 1705.07393.
     """
+    check_choice("activation", activation, ACTIVATIONS)
     z = gates_of_input(params, x).astype(c.dtype)
     if "recurrent_kernel" in params["gates"]:
         z = z + gates_of_state(params, c, activation)
@@ -141,7 +145,7 @@ class RANCell(nn.RNNCellBase):
 
     Raises:
       ValueError: for unknown `gates` or `activation`, sizes that are not whole numbers of at least 1, diagonal gates
-        with a projection, and, where it is called, parameters of other gates.
+        with a projection, and, where it is called, parameters of other gates or of inputs of another size.
 
     Example:
       >>> import jax, jax.numpy as jnp, flax.linen as nn, ranjax
@@ -192,7 +196,16 @@ class RANCell(nn.RNNCellBase):
     def parameters(self, inputs: Array) -> tuple[Params, Array]:
         """The parameters for inputs `(..., in)`, and the inputs, both in the dtype of the products."""
         check_real("inputs", inputs)
+        if inputs.ndim < 1:
+            raise ValueError(f"`inputs` must have the axes (*batch, in); got the shape {inputs.shape}.")
         size, out = inputs.shape[-1], self.projection or self.features
+        if self.has_variable("params", "content"):  # otherwise flax speaks of initialisers
+            width = meta.unbox(self.get_variable("params", "content"))["kernel"].shape[0]
+            if size != width:
+                raise ValueError(
+                    f"`inputs` must have {width} features, the last axis, for these parameters; got the shape "
+                    f"{inputs.shape}."
+                )
         gates = {"kernel": (self.kernel_init, (size, self.features)), "bias": (self.bias_init, (self.features,))}
         if self.gates == "recurrent":
             init = self.recurrent_kernel_init or _orthogonal
@@ -209,9 +222,7 @@ class RANCell(nn.RNNCellBase):
         if self.projection is not None:
             tree["projection"] = self.param("projection", _drawn, projection, self.param_dtype)
         check_gates(self.gates, tree)  # flax does not: it compares what both trees have
-        leaves, structure = jax.tree.flatten(tree)
-        x, *leaves = promote_dtype(inputs, *leaves, dtype=self.dtype)
-        return jax.tree.unflatten(structure, leaves), x
+        return promoted(tree, inputs, self.dtype)
 
     @nn.nowrap
     def initialize_carry(self, rng: Array, input_shape: tuple[int, ...]) -> Array:
@@ -235,9 +246,18 @@ def check_gates(gates: str, params: Params) -> None:
         raise ValueError(f"`gates` must be {gates_of(params)!r}, which these parameters are for; got {gates!r}.")
 
 
-def checked_inputs(params: Params, x: ArrayLike) -> Array:
-    """The inputs of a sequence as an array, once it and the parameters are seen to be a cell's and to fit."""
-    if not {"content", "gates"} <= set(params):
+def promoted(params: Params, x: Array, dtype: Dtype | None = None) -> tuple[Params, Array]:
+    """The parameters and the inputs in one dtype, that of the products."""
+    leaves, structure = jax.tree.flatten(dict(params))
+    x, *leaves = promote_dtype(x, *leaves, dtype=dtype)
+    return jax.tree.unflatten(structure, leaves), x
+
+
+def checked_inputs(params: Params, x: ArrayLike) -> tuple[Params, Array]:
+    """The parameters without boxes and the inputs of a sequence, once they are seen to be a cell's and to fit."""
+    params = meta.unbox(params)
+    parts = params.get("content"), params.get("gates")
+    if not all(isinstance(part, Mapping) and "kernel" in part for part in parts):
         raise ValueError(
             "`params` must be those that a RANCell makes: variables['params'] of a cell, "
             f"variables['params']['cell'] of a layer; got {', '.join(params) or 'nothing'}."
@@ -249,7 +269,7 @@ def checked_inputs(params: Params, x: ArrayLike) -> Array:
             f"`x` must have the axes (*batch, time, in), with in = {width} for these parameters; got the shape "
             f"{x.shape}."
         )
-    return x
+    return params, x
 
 
 def check_real(name: str, x: Array) -> None:

@@ -7,14 +7,13 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax.linen.dtypes import promote_dtype
 from flax.typing import Dtype
 from jax import Array, lax
 from jax.core import Tracer
 from jax.typing import ArrayLike
 from jaxtyping import Float
 
-from ranjax.cell import ACTIVATIONS, Params, checked_carry, checked_inputs, content, gates_of, gates_of_input
+from ranjax.cell import ACTIVATIONS, Params, checked_carry, checked_inputs, content, gates_of, gates_of_input, promoted
 from ranjax.errors import check_choice
 from ranjax.fixed_point import FixedPoint
 from ranjax.gated import check_solver, states_and_gates
@@ -79,14 +78,14 @@ def decompose(
       True
     """
     check_choice("activation", activation, ACTIVATIONS)
-    x = checked_inputs(params, x)
+    params, x = checked_inputs(params, x)
     check_solver(solver, gates_of(params))
     starts = checked("segment_starts", segment_starts, jnp.bool_, x.shape[:-1])
     lengths, padding = checked_lengths(seq_lengths, x.shape[:-2], x.shape[-2]), None
     if lengths is not None:
         padding = padding_after(lengths, x.shape[:-1], x.ndim - 2)
         x = jnp.where(padding[..., None], 0, x)  # before any product: padding may hold NaN
-    x, params = _promoted(x, params, dtype)
+    params, x = promoted(params, x, dtype)
     u, z = content(params, x), gates_of_input(params, x)
     shape = (*u.shape[:-2], u.shape[-1])
     c0 = jnp.zeros(shape, state_dtype(u)) if c0 is None else checked_carry("c0", c0, shape)
@@ -95,12 +94,6 @@ def decompose(
     c, gates = states_and_gates(params, steps, c0, activation=activation, solver=solver)
     i, f, u, c = (jnp.moveaxis(a, 0, -2) for a in (gates[..., 0, :], gates[..., 1, :], steps.u, c))
     return Decomposition(i, f, u, c, c0)
-
-
-def _promoted(x: Array, params: Params, dtype: Dtype | None) -> tuple[Array, Params]:
-    """The inputs and the parameters in the dtype of the products, as a cell has them."""
-    leaves, tree = jax.tree.flatten((x, dict(params)))
-    return jax.tree.unflatten(tree, promote_dtype(*leaves, dtype=dtype))
 
 
 def _largest(w: Array) -> Array:

@@ -3,7 +3,9 @@
 import io
 import json
 import os
+import signal
 import sys
+import threading
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from numbers import Integral
@@ -98,8 +100,9 @@ def exit_with_message() -> Iterator[None]:
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")
     try:
-        yield
-        sys.stdout.flush()
+        with _interrupts_until_heard():
+            yield
+            sys.stdout.flush()
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         raise SystemExit(1) from None
@@ -113,3 +116,28 @@ def exit_with_message() -> Iterator[None]:
         raise SystemExit(130) from None  # as shells have it: 128 and the signal's number
     except SystemExit as error:  # tyro has said what is wrong with a flag
         raise SystemExit(1 if error.code == 2 else error.code) from None
+
+
+@contextmanager
+def _interrupts_until_heard() -> Iterator[None]:
+    """Ctrl-C is raised again, a second later, where it was lost, as every exception is in a callback of the garbage
+    collector (JAX has one)."""
+    main = threading.current_thread() is threading.main_thread()  # others have no signals
+    if not main or signal.getsignal(signal.SIGINT) is not signal.default_int_handler:  # ignored in the background
+        yield
+        return
+    again: list[threading.Timer] = []
+
+    def interrupt(number, _):
+        again.append(threading.Timer(1.0, signal.raise_signal, (number,)))
+        again[-1].daemon = True
+        again[-1].start()
+        raise KeyboardInterrupt
+
+    signal.signal(signal.SIGINT, interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        for timer in again:
+            timer.cancel()

@@ -10,6 +10,7 @@ and how much sooner all of them are depends on how near D is to the Jacobian.
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from numbers import Real
 from typing import Any, Literal, NamedTuple, get_args
 
 import jax
@@ -98,8 +99,8 @@ class FixedPoint:
             check_choice(name, getattr(self, name), choices)
         for name in ("rtol", "adjoint_rtol"):
             value = getattr(self, name)
-            if value is not None and not 0 < value < 1:
-                raise ValueError(f"`{name}` must be above 0 and below 1, or None; got {value!r}.")
+            if value is not None and not (isinstance(value, Real) and 0 < float(value) < 1):
+                raise ValueError(f"`{name}` must be a number above 0 and below 1, or None; got {value!r}.")
         for name, none in (("max_iterations", ""), ("window", ", or None")):
             value = getattr(self, name)
             if not is_size(value) and not (none and value is None):

@@ -11,6 +11,7 @@ from typing import cast
 import jax
 import jax.numpy as jnp
 from jax import Array, lax
+from jax.sharding import PartitionSpec
 from jax.typing import ArrayLike
 from jaxtyping import Float
 
@@ -24,12 +25,13 @@ from ranjax.cell import (
     gates_of,
     gates_of_input,
     gates_of_state,
+    promoted,
 )
 from ranjax.errors import check_choice
 from ranjax.fixed_point import FixedPoint, Record, exact
 from ranjax.kernels import Rows, Walk
 from ranjax.masks import Gates, States, Steps, seen
-from ranjax.mesh import before, check_spread, varying_as
+from ranjax.mesh import automatic, before, check_spread, varying_as
 from ranjax.recurrent import Way, recurrent_states, walk
 from ranjax.scan import SOLVERS, linear_recurrence, state_dtype
 
@@ -76,14 +78,16 @@ def solve(
       ((2, 50, 4), True)
     """
     check_choice("activation", activation, ACTIVATIONS)
-    x = checked_inputs(params, x)
+    params, x = checked_inputs(params, x)
     check_gates(gates, params)
     check_solver(solver, gates, axis_name)
+    params, x = promoted(params, x)
     u, z = content(params, x), gates_of_input(params, x)
     shape = (*u.shape[:-2], u.shape[-1])
     c0 = jnp.zeros(shape, state_dtype(u)) if c0 is None else checked_carry("c0", c0, shape)
     steps = Steps(jnp.moveaxis(u, -2, 0), jnp.moveaxis(z, -3, 0))
-    c, record = states(params, steps, c0, activation=activation, solver=solver, axis_name=axis_name)
+    walk = partial(states, activation=activation, solver=solver, axis_name=axis_name)
+    c, record = automatic(walk, steps.u, PartitionSpec())(params, steps, c0)
     return jnp.moveaxis(c, 0, -2), record
 
 

@@ -13,7 +13,7 @@ from jax import Array
 from jax.typing import ArrayLike
 from jaxtyping import Float, Int
 
-from ranjax.cell import RANCell, uniform
+from ranjax.cell import RANCell, checked_carry, uniform
 from ranjax.errors import check_choice, check_size
 from ranjax.fixed_point import FixedPoint
 from ranjax.layer import RAN
@@ -117,11 +117,26 @@ class LanguageModel(nn.Module):
         return sizes * (layers // len(sizes))
 
     @nn.nowrap
-    def carries(self, state: State | None) -> State:
-        """One carry, or None, for each layer."""
-        if state is not None and len(state) != len(self.sizes):
+    def carries(self, state: State | None, batch: tuple[int, ...]) -> State:
+        """One carry, or None, for each layer; those of a RAN once they are seen to fit as many sequences."""
+        if state is None:
+            return (None,) * len(self.sizes)
+        if len(state) != len(self.sizes):
             raise ValueError(f"`state` must be one carry for each of {len(self.sizes)} layers; got {len(state)}.")
-        return (None,) * len(self.sizes) if state is None else tuple(state)
+        if self.cell != "ran":
+            return tuple(state)
+        shapes = [(*batch, size) for size in self.sizes]
+        for n, (carry, shape) in enumerate(zip(state, shapes, strict=True)):
+            if getattr(carry, "shape", shape) != shape:
+                one = (
+                    "" if batch else " Of a batch of one, jax.tree.map(lambda c: c[0], state) is that of one sequence."
+                )
+                raise ValueError(
+                    f"`state[{n}]` must have the shape {shape}, of the sequences that `tokens` has; got {carry.shape}."
+                    + one
+                )
+        rows = enumerate(zip(state, shapes, strict=True))
+        return tuple(c if c is None else checked_carry(f"state[{n}]", c, shape) for n, (c, shape) in rows)
 
     @property
     def _outputs(self) -> tuple[int, ...]:
@@ -163,12 +178,12 @@ class LanguageModel(nn.Module):
 
     def hidden(self, tokens: ArrayLike, state: State | None = None, *, deterministic: bool) -> tuple[Array, State]:
         """The last layer's outputs, `(batch, time, out)`, and the state; see `__call__`."""
-        tokens = jnp.asarray(tokens)
+        tokens = checked_ids(tokens)
         if tokens.ndim != 2:
             raise ValueError(f"`tokens` must have the axes (batch, time); got the shape {tokens.shape}.")
         h = self.drop(self.embed(tokens.T if self._time_major else tokens), deterministic=deterministic)
         carries = []
-        for layer, carry in zip(self.stack, self.carries(state), strict=True):
+        for layer, carry in zip(self.stack, self.carries(state, tokens.shape[:1]), strict=True):
             carry, h = layer(h, initial_carry=carry)
             h = self.drop(h, deterministic=deterministic)
             carries.append(carry)
@@ -192,7 +207,8 @@ class LanguageModel(nn.Module):
           Logits `(batch, time, vocabulary)`, and the state after the last token.
 
         Raises:
-          ValueError: for tokens of another shape, a number of carries that is not that of the layers.
+          ValueError, TypeError: for tokens of another shape or that are no integers, a number of carries that is not
+            that of the layers, a carry that does not fit.
         """
         hidden, state = self.hidden(tokens, state, deterministic=deterministic)
         return self.logits(hidden), state
@@ -202,6 +218,14 @@ def _promoted_but_bias(*arrays: Array | None, dtype: Dtype | None = None, inexac
     """The operands of a product in its dtype; the bias, whose gradient is a sum over all rows, stays as it is."""
     *operands, bias = arrays
     return [*promote_dtype(*operands, dtype=dtype, inexact=inexact), bias]
+
+
+def checked_ids(tokens: ArrayLike) -> Array:
+    """Tokens as an array, once they are seen to be ids."""
+    tokens = jnp.asarray(tokens)
+    if not jnp.issubdtype(tokens.dtype, jnp.integer):
+        raise ValueError(f"`tokens` must be ids, which are integers; got {tokens.dtype}.")
+    return tokens
 
 
 def zero_state(model: LanguageModel, params: Any, batch_size: int) -> State:

@@ -30,6 +30,19 @@ def varying_axes(array: Array) -> frozenset[str]:
     return getattr(kind, "vma", None) or getattr(getattr(kind, "manual_axis_type", None), "varying", frozenset())
 
 
+def automatic(function: Callable, like: Array, *others: Any) -> Callable:
+    """`function`, its first result sharded as `like`, for arrays whose types name their sharding (those of an explicit
+    mesh): inside, XLA splits the work, as on an automatic one.
+
+    Args:
+      others: the shardings of further results.
+    """
+    sharding = jax.typeof(like).sharding
+    if not any(sharding.spec) or not sharding.mesh.explicit_axes:
+        return function
+    return jax.sharding.auto_axes(function, out_sharding=(sharding, *others) if others else sharding)
+
+
 def check_spread(name: str, arrays: Iterable[Array], axis_name: str | None) -> None:
     """Raises a ValueError where all devices were given the same, if types tell (with `check_vma=False` none does)."""
     if axis_name is None or axis_name not in varying_axes(lax.axis_index(axis_name)):

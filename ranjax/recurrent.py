@@ -44,8 +44,9 @@ def recurrent_states(params: Params, steps: Steps, c0: Array, activation: str, w
     if way.solver is None:
         return _solved(used, steps, c0, activation, way)
     used = jax.tree.map(lambda p: p.astype(c0.dtype), used)  # products and sums of gradients are in that of the states
-    window = way.solver.window
-    if window is None or window >= len(steps.u) or way.axis_name is not None:
+    window, time = way.solver.window, steps.u.shape[0]
+    known = isinstance(time, int)  # not where it is symbolic, as in `jax.export`
+    if window is None or not known or window >= time or way.axis_name is not None:
         return _at_once(used, steps, c0, activation, way)
     return _by_windows(used, steps, c0, activation, way, window)
 

@@ -18,7 +18,7 @@ from jaxtyping import Float
 from ranjax.errors import check_choice
 from ranjax.kernels import Rows, Solver, Step, Walk
 from ranjax.kernels.plain import associative, chunked, sequential
-from ranjax.mesh import at_the_edge, before, carry_in, check_spread, varying_as, varying_axes
+from ranjax.mesh import at_the_edge, automatic, before, carry_in, check_spread, varying_as, varying_axes
 
 Sequence = Float[Array, "*batch time features"]
 State = Float[Array, "*batch features"]
@@ -54,7 +54,7 @@ def linear_recurrence(
       initial: floating array `(*batch, features)`; None is the same as zeros.
       reverse: run from the last step to the first.
       solver: `"auto"`, the default, takes one of the others by platform, when the program is lowered; the kernel only
-        if there was a GPU for it when it was traced.
+        if there was a GPU for it when it was traced; `"sequential"` where time is symbolic (`jax.export`).
         `"sequential"`: a loop, one step after another. `"associative"`: `jax.lax.associative_scan`.
         `"chunked"`: all chunks of 64 steps at once, with a pass over the chunks between two over the sequence;
         memory grows with the length only. `"pallas"`: a kernel for GPU or TPU; without one, its interpretation,
@@ -84,7 +84,8 @@ def linear_recurrence(
     check_spread("`decay` or `inputs`", (decay, inputs), axis_name)
     if inputs.size == 0:
         return inputs
-    return _compiled(decay, inputs, initial, solver, reverse, axis_name)
+    solve = partial(_compiled, solver=solver, reverse=reverse, axis_name=axis_name)
+    return automatic(solve, inputs)(decay, inputs, initial)
 
 
 @partial(jax.custom_jvp, nondiff_argnums=(3, 4, 5))
@@ -106,7 +107,7 @@ def _recurrence_jvp(solver, reverse, axis_name, primals, tangents):
 
 
 # Outside `jit` a loop is compiled at every call, and what was compiled is kept: so once for a shape.
-_compiled = jax.jit(_recurrence, static_argnums=(3, 4, 5))
+_compiled = jax.jit(_recurrence, static_argnames=("solver", "reverse", "axis_name"))
 
 
 def _linear_solve(decay: Sequence, source: Sequence, solver: str, reverse: bool, axis_name: str | None) -> Sequence:
@@ -167,8 +168,9 @@ def _unwritten(step: Step) -> Step:
 def _auto(walk: Walk) -> tuple[Rows, Rows]:
     """What `CHOICES` has for the platform."""
     kernel = _has_gpu() and not any(map(varying_axes, walk.arrays))  # a kernel cannot tell that its results vary
-    choices = [choice for choice in CHOICES if choice.solver != "pallas" or kernel]
-    return _by_platform(walk, {choice.platform: SOLVERS[choice.solver] for choice in choices})
+    known = isinstance(walk.sizes[1], int)  # a symbolic time, of `jax.export`, can only be walked through
+    found = {choice.platform: choice.solver if known else "sequential" for choice in CHOICES}
+    return _by_platform(walk, {name: SOLVERS[one] for name, one in found.items() if one != "pallas" or kernel})
 
 
 def _has_gpu() -> bool:

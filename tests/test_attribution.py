@@ -152,6 +152,10 @@ def test_what_does_not_fit_is_named(x64):
                 rule(model, params, TOKENS, 4, 9, narrow)
         with pytest.raises(ValueError, match=r"`params` must be those of the model, variables\['params'\]; got params"):
             rule(model, {"params": params}, TOKENS, 4, 9)
+        for name, value in (("vocabulary", 50), ("layers", 3), ("tie", True)):
+            got = "got vocabulary=11, layers=2, tie=False"
+            with pytest.raises(ValueError, match=rf"must be those of the model, .*{name}={value}.*; {got}"):
+                rule(model.clone(**{name: value}), params, TOKENS, 4, 9)
         with pytest.raises(ValueError, match="`tokens` must be ids, which are integers; got float"):
             rule(model, params, TOKENS + 0.5, 4, 9)
         for target in (-1, 11):
@@ -174,3 +178,10 @@ def test_narrow_products_of_a_model():
     logits, _ = model.apply({"params": params}, TOKENS[None], deterministic=True)
     found = attribution.shares(model, params, TOKENS, 4, 9)
     assert abs(float(found.total - logits[0, 9, 4])) < 0.01 * float(jnp.max(jnp.abs(logits)))
+
+
+def test_an_id_that_is_none_is_nan():
+    model, tokens = ranjax.LanguageModel(vocabulary=9, features=4, layers=1), jnp.array([1, 9, 2])
+    params = model.init(jax.random.key(0), tokens[None], deterministic=True)["params"]
+    (made,) = attribution.decompositions(model, params, tokens)
+    np.testing.assert_array_equal(jnp.isnan(made.c).any(-1), [False, True, True])

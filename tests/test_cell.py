@@ -7,6 +7,7 @@ import oracle
 import pytest
 from flax import linen as nn
 
+import ranjax
 from ranjax import RAN, RANCell
 from ranjax.cell import ACTIVATIONS, GATES
 
@@ -163,6 +164,7 @@ def test_the_carry_keeps_its_dtype(param_dtype, x_dtype, dtype, x64):
         ({"activation": "relu"}, "`activation` must be one of 'tanh', 'identity'; got 'relu'"),
         ({"gates": "diagonal", "projection": 3}, "`projection` cannot go with gates='diagonal'"),
         ({"features": 0}, "`features` must be a whole number, at least 1; got 0"),
+        ({"projection": 0}, "`projection` must be a whole number, at least 1; got 0"),
     ],
 )
 def test_bad_options(options, message):
@@ -176,6 +178,7 @@ def test_bad_options(options, message):
         (np.zeros((2, 5), np.float32), ValueError, r"`carry` must have the shape .* \(2, 4\); got \(2, 5\)"),
         (jnp.zeros((2, 4), jnp.bfloat16), TypeError, "`carry` must be float32 or wider.*got bfloat16"),
         (np.zeros((2, 4), np.int32), TypeError, "`carry` must be float32 or wider.*got int32"),
+        (0.0, TypeError, r"`carry` must be the one array c, of shape \(2, 4\); got a float"),
     ],
 )
 def test_bad_carry(carry, kind, message):
@@ -186,3 +189,14 @@ def test_bad_carry(carry, kind, message):
 def test_complex_inputs_are_refused():
     with pytest.raises(TypeError, match="`inputs` must be real; got complex64"):
         RANCell(4).init(jax.random.key(0), np.zeros((2, 4), np.float32), 1j * inputs(2, 3))
+
+
+def test_inputs_that_do_not_fit_are_named():
+    cell, c = RANCell(4), np.zeros((2, 4), np.float32)
+    variables = cell.init(jax.random.key(0), c, inputs(2, 3))
+    with pytest.raises(ValueError, match=r"`inputs` must have 3 features, .*; got the shape \(2, 5\)"):
+        cell.apply(variables, c, inputs(2, 5))
+    with pytest.raises(ValueError, match=r"`inputs` must have the axes \(\*batch, in\); got the shape \(\)"):
+        cell.apply(variables, c, np.float32(1))
+    with pytest.raises(ValueError, match="`activation` must be one of 'tanh', 'identity'; got 'relu'"):
+        ranjax.cell.step(variables["params"], jnp.asarray(c), jnp.asarray(inputs(2, 3)), "relu")

@@ -14,7 +14,7 @@ from jax.test_util import check_grads
 import ranjax
 from ranjax import RAN, FixedPoint, LanguageModel, RANCell, jacobian, recurrent
 from ranjax.cell import content, gates_of_input, gates_of_state
-from ranjax.fixed_point import averaged, iterate
+from ranjax.fixed_point import averaged, iterate, relative
 from ranjax.masks import Steps
 
 FEATURES = 8
@@ -498,8 +498,11 @@ def test_the_language_model_with_it_and_without():
         ({"recurrence": "magic"}, r"`recurrence` must be one of .*'sequential'"),
         ({"on_failure": "shrug"}, r"`on_failure` must be one of 'sequential', 'nan', 'ignore'"),
         ({"precision": "low"}, r"`precision` must be one of"),
-        ({"rtol": 0}, r"`rtol` must be above 0 and below 1, or None; got 0"),
-        ({"adjoint_rtol": 2}, r"`adjoint_rtol` must be above 0"),
+        ({"rtol": 0}, r"`rtol` must be a number above 0 and below 1, or None; got 0"),
+        ({"adjoint_rtol": 2}, r"`adjoint_rtol` must be a number above 0"),
+        ({"rtol": 1.0}, r"`rtol` must be a number above 0 and below 1, or None; got 1.0"),
+        ({"rtol": jnp.float32(0.5)}, r"`rtol` must be a number above 0 .* got Array"),
+        ({"adjoint_rtol": "1e-3"}, r"`adjoint_rtol` must be a number above 0 .* got '1e-3'"),
         ({"max_iterations": 0}, r"`max_iterations` must be a whole number, at least 1; got 0"),
         ({"max_iterations": None}, r"`max_iterations` must be a whole number, at least 1; got None"),
         ({"window": 0}, r"`window` must be a whole number, at least 1, or None; got 0"),
@@ -601,3 +604,49 @@ def test_the_recurrence_that_is_asked_for_is_taken_both_ways(recurrence):
 
     there, back = (str(jax.make_jaxpr(program)(x)).count("pallas_call") for program in (total, jax.grad(total)))
     assert 0 < there < back if recurrence == "pallas" else there == back == 0
+
+
+def test_steps_whose_squares_overflow_are_not_averaged():
+    step = jnp.full((1, 3, 2), 1e20)
+    found, _ = averaged(0 * step, step, -step, jnp.float32(0.9), jnp.zeros((3, 1), bool))
+    np.testing.assert_array_equal(found, step)
+
+
+def test_what_is_flushed_to_0_is_relative_to_the_least_that_has_digits():
+    finfo = jnp.finfo(jnp.float32)
+    state = jnp.full((1, 3, 2), 4 * finfo.tiny)
+    assert relative(state / 4, (state, state)) == finfo.eps
+
+
+def test_the_diagonal_is_clipped():
+    j = jacobian.Jacobians(jnp.array([[0.9, 0.9]]), jnp.ones((1, 2, 2)), jnp.ones((1, 2)))
+    np.testing.assert_array_equal(jacobian.clipped(j, jnp.array([[3.0, -3.0], [0.0, 0.0]])), [[1.0, -1.0]])
+
+
+@pytest.mark.parametrize("large", [0, 1])
+def test_the_residual_is_relative_to_the_larger_state(x64, large):
+    params, x, c0 = problem(2, batch=1)
+    params["gates"]["recurrent_kernel"] *= 0
+    params["gates"]["bias"] = params["gates"]["bias"].at[1].set(-9.0)  # all is forgotten
+    c = 1e3 * large * jnp.ones((1, 2, FEATURES))
+    earlier = jnp.stack([c0, c[:, 0]], 1)
+    after = jax.vmap(lambda c, x: ranjax.cell.step(params, c, x), (1, 1), 1)(earlier, x)
+    scale = jnp.maximum(jnp.abs(after).max(-1), jnp.abs(earlier).max(-1))
+    steps = Steps(content(params, x), gates_of_input(params, x))
+    _, residual = recurrent.make_pass(params, steps, c0, "tanh", FixedPoint())(c)
+    np.testing.assert_allclose(residual, (jnp.abs(after - c).max(-1) / scale).max(), rtol=1e-12)
+
+
+@pytest.mark.parametrize("gates", ["recurrent", "diagonal", "input"])
+@pytest.mark.parametrize("narrow", ["parameters", "inputs"])
+def test_the_dtype_of_the_products_is_that_of_both(x64, gates, narrow):
+    """As in a layer: what the gates read of the state is not rounded to a narrower dtype of the weights."""
+    cell = RANCell(4, gates, param_dtype=jnp.float64)
+    x = jax.random.normal(jax.random.key(1), (2, 30, 3), jnp.float64)
+    params = cell.init(jax.random.key(0), jnp.zeros((2, 4), jnp.float64), x[:, 0])["params"]
+    if narrow == "parameters":
+        params = jax.tree.map(lambda p: p.astype(jnp.bfloat16), params)
+    else:
+        x = x.astype(jnp.bfloat16)
+    expected, _ = oracle.ran(*jax.tree.map(lambda a: np.asarray(a, np.float64), (params, x)), np.zeros((2, 4)), "tanh")
+    np.testing.assert_allclose(ranjax.solve(params, x, gates=gates)[0], expected, rtol=0, atol=1e-12)

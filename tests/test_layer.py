@@ -1,6 +1,9 @@
 """The layer: equal to `nn.RNN(cell)` and to the equations, with padding, segments and every option."""
 
+import os
 import re
+import subprocess
+import sys
 from functools import partial
 
 import jax
@@ -14,7 +17,7 @@ from hypothesis import strategies as st
 from jax.test_util import check_grads
 from test_cell import VARIANTS, inputs, randomised, variants
 
-from ranjax import RAN, FixedPoint, RANCell, gated
+from ranjax import RAN, FixedPoint, RANCell, gated, weights
 from ranjax.cell import GATES
 from ranjax.gated import FUSED
 from ranjax.scan import SOLVERS
@@ -175,6 +178,26 @@ def test_segments_are_runs_of_their_own(gates, time_major, reverse):
     else:
         _, h = layer.apply(variables, x, segment_starts=starts)
     np.testing.assert_allclose(h, np.concatenate(parts, axis=1), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("gates", GATES)
+@pytest.mark.parametrize("time_major", [False, True])
+def test_segments_in_reverse_of_several_lengths(gates, time_major):
+    """The last segment alone sees the first state."""
+    layer, variables = layer_and_variables({"gates": gates}, reverse=True, keep_order=True)
+    x, c0, lengths = inputs(2, 10, 3), inputs(2, 4, seed=2), np.array([7, 10])
+    starts = np.zeros((2, 10), bool)
+    starts[:, [0, 4, 5]] = True
+    told = {"segment_starts": starts.T if time_major else starts, "seq_lengths": lengths, "initial_carry": c0}
+    carry, h = layer.apply(variables, x.swapaxes(0, 1) if time_major else x, time_major=time_major, **told)
+    h = h.swapaxes(0, 1) if time_major else h
+    for n, length in enumerate(lengths):
+        for a, b in [(0, 4), (4, 5), (5, length)]:
+            first = c0[n : n + 1] if b == length else None
+            last, expected = layer.apply(variables, x[n : n + 1, a:b], initial_carry=first)
+            np.testing.assert_allclose(h[n : n + 1, a:b], expected, rtol=1e-5, atol=1e-5)
+            if a == 0:
+                np.testing.assert_allclose(carry[n], last[0], rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("solver", SOLVERS)
@@ -420,3 +443,57 @@ def test_the_solver_that_is_asked_for_is_taken(gates, solver):
     assert ("pallas_call" in str(program)) == (
         solver == "pallas" or (solver == "auto" and jax.default_backend() == "gpu")
     )
+
+
+@pytest.mark.parametrize("name", ["return_carry", "time_major", "reverse", "keep_order"])
+@pytest.mark.parametrize("value", [False, True])
+def test_what_a_call_says_goes_before_the_attribute(name, value):
+    x, cell = inputs(3, 3, 3), RANCell(4)
+    others = {"reverse": True} if name == "keep_order" else {}
+    told, other = (RAN(cell, **others | {name: v}) for v in (value, not value))
+    variables = randomised(told.init(jax.random.key(0), x))
+    expected, found = told.apply(variables, x), other.apply(variables, x, **{name: value})
+    jax.tree.map(np.testing.assert_array_equal, found, expected)
+    if name != "return_carry":
+        assert not np.allclose(other.apply(variables, x), expected)
+
+
+@pytest.mark.parametrize("gates", GATES)
+def test_the_carry_is_as_wide_as_the_inputs(gates, x64):
+    layer, variables = layer_and_variables({"gates": gates})
+    carry, h = layer.apply(variables, inputs(2, 5, 3, dtype=np.float64))
+    assert carry.dtype == h.dtype == jnp.float64
+
+
+@pytest.mark.parametrize("solver", ["auto", "sequential", "associative", "chunked"])
+def test_input_gates_are_wide_with_every_solver(solver):
+    cell, x = RANCell(32, "input", dtype=jnp.bfloat16), inputs(2, 50, 8)
+    variables = RAN(cell).init(jax.random.key(1), x)
+    carry, _ = RAN(cell, solver, return_carry=True).apply(variables, x)
+    made = weights.decompose(variables["params"]["cell"], x, dtype=jnp.bfloat16)
+    np.testing.assert_allclose(carry, made.c[:, -1], rtol=0, atol=3e-6)
+
+
+def test_no_sequences_with_lengths():
+    layer, variables = layer_and_variables({})
+    _, h = layer.apply(variables, inputs(0, 5, 3), seq_lengths=np.zeros(0, np.int32))
+    assert h.shape == (0, 5, 4)
+
+
+def test_a_layer_is_exported_for_any_batch_and_time():
+    """In a process of its own: the types that the tests check know no symbolic sizes."""
+    program = (
+        "import jax, jax.export, jax.numpy as jnp, numpy as np\n"
+        "from ranjax import RAN, RANCell\n"
+        "x = np.random.default_rng(0).normal(size=(2, 9, 3)).astype(np.float32)\n"
+        "of_any = jax.ShapeDtypeStruct((*jax.export.symbolic_shape('batch, time'), 3), jnp.float32)\n"
+        "for way in ('recurrent auto', 'recurrent fixed_point', 'diagonal newton', 'input auto'):\n"
+        "    gates, solver = way.split()\n"
+        "    layer = RAN(RANCell(4, gates), solver)\n"
+        "    variables = layer.init(jax.random.key(0), x)\n"
+        "    exported = jax.export.export(jax.jit(layer.apply))(variables, of_any)\n"
+        "    np.testing.assert_allclose(exported.call(variables, x), layer.apply(variables, x), rtol=0, atol=1e-6)\n"
+        "print('same')\n"
+    )
+    done = subprocess.run([sys.executable, "-c", program], env=os.environ, capture_output=True, text=True)
+    assert done.stdout.strip() == "same", done.stderr

@@ -159,6 +159,8 @@ def test_bad_options(options, message):
         ((TOKENS[None],), r"`tokens` must have the axes \(batch, time\); got the shape \(1, "),
         ((TOKENS, (np.zeros((2, 6), np.float32),)), "`state` must be one carry for each of 2 layers; got 1"),
         ((TOKENS, ()), "`state` must be one carry for each of 2 layers; got 0"),
+        ((TOKENS * 1.0,), "`tokens` must be ids, which are integers; got float"),
+        ((TOKENS[:1], (np.zeros((2, 6), np.float32),) * 2), r"`state\[0\]` must have the shape \(1, 6\), .* \(2, 6\)"),
     ],
 )
 def test_bad_arguments(arguments, message):
@@ -214,7 +216,8 @@ def test_no_tokens_and_states_of_another_model(cell):
     logits, state = model.apply(variables, np.zeros((2, 0), np.int32), deterministic=True)
     assert logits.shape == (2, 0, 11)
     other = jax.tree.map(lambda c: c[:, :5], state)
-    with pytest.raises(ValueError, match=r"`initial_carry` must have the shape.*\(2, 6\).*got.*\(2, 5\)"):
+    name = r"`state\[0\]`" if cell == "ran" else "`initial_carry`"
+    with pytest.raises(ValueError, match=rf"{name} must have the shape.*\(2, 6\).*got.*\(2, 5\)"):
         model.apply(variables, TOKENS[:2], other, deterministic=True)
 
 

@@ -420,3 +420,55 @@ def test_what_cannot_be_spread_is_refused():
     layer = ranjax.RAN(ranjax.RANCell(4, "input"), reverse=True, axis_name="time")
     with pytest.raises(ValueError, match="`reverse` needs all of the sequence"):
         layer.init(jax.random.key(0), jnp.zeros((2, 3, 4)))
+
+
+@pytest.mark.parametrize("gates", ["recurrent", "diagonal"])
+def test_with_time_spread_there_are_no_windows(x64, gates):
+    _, params, x, c0 = layer_problem(gates)
+    axes = P("batch", "time")
+    function = partial(ranjax.solve, gates=gates, solver=FixedPoint(window=5), axis_name="time")
+    over = spread(function, mesh(time=4, batch=2), (P(), axes, P("batch")), (axes, P()))
+    assert_close(over(params, x, c0)[0], ranjax.solve(params, x, c0, gates=gates, solver="sequential")[0])
+
+
+def test_one_of_the_two_that_is_spread_is_enough(x64):
+    decay, inputs, _ = drawn()
+    axes, function = P(None, "time"), partial(linear_recurrence, axis_name="time")
+    over = spread(function, mesh(time=4), (P(), axes), axes)
+    assert_close(over(decay[:, :12], inputs), linear_recurrence(jnp.tile(decay[:, :12], (1, 4, 1)), inputs))
+    over = spread(function, mesh(time=4), (axes, P()), axes)
+    assert_close(over(decay, inputs[:, :12]), linear_recurrence(decay, jnp.tile(inputs[:, :12], (1, 4, 1))))
+
+
+@pytest.mark.parametrize("solver", ["sequential", "chunked"])
+def test_types_that_name_the_sharding_of_a_batch(x64, solver):
+    """On a mesh whose axes are explicit, which JAX's are unless told otherwise."""
+    decay, inputs, _ = drawn()
+    explicit = jax.make_mesh((4,), ("batch",), axis_types=(AxisType.Explicit,), devices=jax.devices()[:4])
+    solve = partial(linear_recurrence, solver=solver)
+    expected = jax.grad(lambda *a: jnp.sum(jnp.sin(solve(*a))), (0, 1))(decay, inputs)
+    with jax.set_mesh(explicit):
+        arrays = [jax.device_put(a, P("batch")) for a in (decay, inputs)]
+        assert jax.typeof(solve(*arrays)).sharding.spec[0] == "batch"
+        assert_close(jax.grad(lambda *a: jnp.sum(jnp.sin(solve(*a))), (0, 1))(*arrays), expected)
+
+
+@pytest.mark.parametrize(("gates", "solver"), [("recurrent", "auto"), ("recurrent", "fixed_point"), ("input", "auto")])
+def test_a_layer_where_types_name_the_sharding_of_a_batch(x64, gates, solver):
+    _, params, x, _ = layer_problem(gates)
+    layer = ranjax.RAN(ranjax.RANCell(FEATURES, gates, param_dtype=jnp.float64), solver)
+
+    def loss(params, x):
+        h = layer.apply({"params": {"cell": params}}, x)
+        return jnp.sum(jnp.sin(h)), h
+
+    found = jax.value_and_grad(loss, has_aux=True)
+    (_, h), gradient = found(params, x)
+    explicit = jax.make_mesh((4,), ("batch",), axis_types=(AxisType.Explicit,), devices=jax.devices()[:4])
+    with jax.set_mesh(explicit):
+        (_, spread_h), spread_gradient = found(params, jax.device_put(x, P("batch")))
+        assert jax.typeof(spread_h).sharding.spec[0] == "batch"
+        solved, _ = ranjax.solve(params, jax.device_put(x, P("batch")), gates=gates, solver=solver)
+    assert_close(spread_h, h, 1e-11)
+    assert_close(jnp.tanh(solved), h, 1e-11)
+    assert_close(spread_gradient, gradient, 1e-9)

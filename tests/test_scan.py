@@ -234,6 +234,7 @@ def test_the_kernel_is_taken_where_there_is_a_gpu_for_it(patch):
     patch(jax, "default_backend", lambda: "gpu")
     assert taken("9.0")
     assert taken("12.1")
+    assert taken("8.0")
     assert not taken("7.5")
     assert not taken("gfx90a")
     assert not taken(None)

@@ -593,6 +593,24 @@ def test_ctrl_c_ends_a_program_without_a_word():
         assert process.wait() == 130
 
 
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+def test_ctrl_c_that_is_lost_in_a_callback_comes_again():
+    def collect(*_):
+        gc.callbacks.remove(collect)
+        signal.raise_signal(signal.SIGINT)
+
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        with pytest.raises(SystemExit, match="130"), exit_with_message():
+            gc.callbacks.append(collect)
+            gc.collect()
+            for _ in range(100):
+                time.sleep(0.1)
+        assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
 def test_a_model_that_has_diverged_is_written_in_short():
     result = evaluate.Evaluation(451_570.0, 10)
     assert json.loads(json.dumps(result.perplexity, allow_nan=False)) == 1e100
@@ -1129,7 +1147,7 @@ def test_speed_is_in_tokens(pets, tmp_path):
     assert told._rows[-1]["tokens_per_second"] == 5 * 4 * 7 / 2
 
 
-@pytest.mark.parametrize("seconds, steps", [(1.0, [5]), (16.0, [1, 2, 3, 4, 5])])  # between looks at the clock
+@pytest.mark.parametrize(("seconds", "steps"), [(1.0, [5]), (16.0, [1, 2, 3, 4, 5])])  # between looks at the clock
 def test_a_row_comes_every_fifteen_seconds_and_at_the_end_of_an_epoch(seconds, steps, pets, tmp_path, monkeypatch):
     monkeypatch.setattr(report, "time", Clock(seconds))
     told = Report(tmp_path, pets, 5, 0, 0)

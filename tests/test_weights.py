@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import oracle
 import pytest
+from flax import linen as nn
 from hypothesis import given
 from hypothesis import strategies as st
 from jax.test_util import check_grads
@@ -334,8 +335,14 @@ def test_bad_arguments_say_how_to_mend_them():
             weights.at(made, step)
     with pytest.raises(ValueError, match="`most` must be a whole number, at least 1"):
         weights.half_lives(made, 0)
-    with pytest.raises(ValueError, match="`share` must be above 0 and below 1; got 1"):
-        weights.spans(made, share=1)
+    for share in (0, 1, -0.5):
+        with pytest.raises(ValueError, match=f"`share` must be above 0 and below 1; got {share}"):
+            weights.spans(made, share=share)
+    for q in (0, -0.5, 1.5):
+        with pytest.raises(ValueError, match="`q` must be above 0 and at most 1; got"):
+            memory.Memory(np.ones((2, 3), int), np.ones(3, int)).quantile(q)
+    with pytest.raises(ValueError, match=r"`solver` must be one of .* got 'magic'"):
+        weights.decompose(params, x, solver="magic")
     with pytest.raises(ValueError, match="`activation`"):
         weights.decompose(params, x, activation="relu")
     for bad in (x[0, 0], x[..., :3]):
@@ -345,6 +352,7 @@ def test_bad_arguments_say_how_to_mend_them():
         ({"params": params}, "params"),
         ({"gates": 0}, "gates"),
         ({"content": 0}, "content"),
+        ({"content": {}, "gates": {}}, "content, gates"),
         ({}, "nothing"),
     ):
         for use in (weights.decompose, partial(ranjax.solve, gates="recurrent")):
@@ -389,3 +397,48 @@ def test_exactly_the_share_is_no_more_than_it(reduce):
     half = jnp.full((4, 3), 0.5)
     made = weights.Decomposition(i=half, f=half, u=half, c=half, c0=half[0])
     assert weights.spans(made, reduce)[0] == 1
+
+
+def test_the_limit_of_all_weights():
+    half = jnp.full((4, 3), 0.5)
+    assert weights.full(weights.Decomposition(half, half, half, half, half[0]), limit=4 * 4 * 3 * 4).shape == (4, 4, 3)
+    made = weights.Decomposition(*(jax.ShapeDtypeStruct((30_000, 1), jnp.float32),) * 4, None)
+    with pytest.raises(ValueError, match="more than the `limit` of 1,073,741,824"):
+        jax.eval_shape(weights.full, made)
+
+
+def test_memory_takes_the_measure_and_the_share_and_a_text_that_is_just_long_enough():
+    model, ids = ranjax.LanguageModel(vocabulary=9, features=4, layers=1), np.arange(28) % 9
+    params = model.init(jax.random.key(0), ids[None], deterministic=True)["params"]
+    params = jax.tree.map(lambda p: 20 * p, params)
+    (made,) = decompositions(model, params, ids)
+    for options in ({"reduce": "contribution"}, {"share": 0.6}):
+        (layer,) = memory.memory(model, params, ids, most=8, window=20, **options)
+        expected = weights.spans(made, **{"share": 0.1} | options, most=8)[:20]
+        np.testing.assert_array_equal(layer.spans, expected)
+        assert not np.array_equal(expected, weights.spans(made, share=0.1, most=8)[:20])
+
+
+def test_the_default_state_has_the_dtype_of_the_sums(x64):
+    params, x, _ = drawn("recurrent", dtype=jnp.float32)
+    for dtype in (jnp.float32, jnp.float64):
+        assert weights.decompose(params, x.astype(dtype)).c.dtype == dtype
+
+
+def test_states_and_gates_are_those_of_the_solver(x64):
+    params, x, c0 = drawn("recurrent")
+    solver = ranjax.FixedPoint(max_iterations=2, on_failure="ignore")
+    made = weights.decompose(params, x, c0, solver=solver)
+    np.testing.assert_allclose(made.c, ranjax.solve(params, x, c0, gates="recurrent", solver=solver)[0], atol=1e-12)
+    assert float(jnp.abs(made.c - weights.decompose(params, x, c0).c).max()) > 1e-3
+    made, expected = (weights.decompose(params, x, c0, solver=s) for s in ("fixed_point", "sequential"))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-12), made, expected)
+
+
+def test_parameters_in_boxes_are_taken_out():
+    init = nn.with_partitioning(nn.initializers.lecun_normal(), (None, "model"))
+    layer, x = ranjax.RAN(ranjax.RANCell(4, kernel_init=init)), jnp.ones((2, 5, 3))
+    variables = layer.init(jax.random.key(0), x)
+    params, h = variables["params"]["cell"], layer.apply(variables, x)
+    for c in (weights.decompose(params, x).c, ranjax.solve(params, x, gates="recurrent")[0]):
+        np.testing.assert_allclose(jnp.tanh(c), h, rtol=0, atol=1e-6)
