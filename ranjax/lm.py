@@ -125,18 +125,17 @@ class LanguageModel(nn.Module):
             raise ValueError(f"`state` must be one carry for each of {len(self.sizes)} layers; got {len(state)}.")
         if self.cell != "ran":
             return tuple(state)
-        shapes = [(*batch, size) for size in self.sizes]
-        for n, (carry, shape) in enumerate(zip(state, shapes, strict=True)):
-            if getattr(carry, "shape", shape) != shape:
-                one = (
-                    "" if batch else " Of a batch of one, jax.tree.map(lambda c: c[0], state) is that of one sequence."
-                )
+        carries = []
+        for n, (carry, size) in enumerate(zip(state, self.sizes, strict=True)):
+            shape, got = (*batch, size), getattr(carry, "shape", None)
+            if got not in (None, shape):
+                one = " Of a batch of one, jax.tree.map(lambda c: c[0], state) is that of one sequence."
                 raise ValueError(
-                    f"`state[{n}]` must have the shape {shape}, of the sequences that `tokens` has; got {carry.shape}."
-                    + one
+                    f"`state[{n}]` must have the shape {shape}, of the sequences that `tokens` has; got {got}."
+                    + one * (len(got) > len(shape))
                 )
-        rows = enumerate(zip(state, shapes, strict=True))
-        return tuple(c if c is None else checked_carry(f"state[{n}]", c, shape) for n, (c, shape) in rows)
+            carries.append(None if carry is None else checked_carry(f"state[{n}]", carry, shape))
+        return tuple(carries)
 
     @property
     def _outputs(self) -> tuple[int, ...]:

@@ -599,13 +599,17 @@ def test_ctrl_c_that_is_lost_in_a_callback_comes_again():
         gc.callbacks.remove(collect)
         signal.raise_signal(signal.SIGINT)
 
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
-    try:
-        with pytest.raises(SystemExit, match="130"), exit_with_message():
+    def program():
+        with exit_with_message():
             gc.callbacks.append(collect)
             gc.collect()
             for _ in range(100):
                 time.sleep(0.1)
+
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        with pytest.raises(SystemExit, match="130"):
+            program()
         assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
     finally:
         signal.signal(signal.SIGINT, before)
