@@ -95,8 +95,8 @@ def hub_texts(name: str, hub_id: str, config: str) -> list[bytes]:
         raise UserError(
             f"{name} could not be loaded from the hub ({hub_id}): {type(error).__name__}: {error}. Ways out: local "
             "files with --data-dir DIR; a cached copy, fetched once with a network (HF_HOME tells where); with a "
-            "cached copy and no network, HF_HUB_OFFLINE=1. Without any of these: the data set python-docs, which needs no "
-            "network."
+            "cached copy and no network, HF_HUB_OFFLINE=1. Without any of these: the data set python-docs, which "
+            "needs no network."
         ) from None
     return [_joined(rows[split]["text"]) for split in ("train", "validation", "test")]
 
