@@ -120,19 +120,21 @@ def exit_with_message() -> Iterator[None]:
 
 @contextmanager
 def _interrupts_until_heard() -> Iterator[None]:
-    """Ctrl-C is raised again, a second later, where it was lost, as every exception is in a callback of the garbage
-    collector (JAX has one)."""
+    """Ctrl-C comes again, a second later, where it was lost, as every exception is in a callback of the garbage
+    collector; in JAX's it is not raised."""
     main = threading.current_thread() is threading.main_thread()  # others have no signals
     if not main or signal.getsignal(signal.SIGINT) is not signal.default_int_handler:  # ignored in the background
         yield
         return
     again: list[threading.Timer] = []
 
-    def interrupt(number, _):
-        again.append(threading.Timer(1.0, signal.raise_signal, (number,)))
+    def interrupt(number, frame):
+        lost = frame is not None and frame.f_code.co_name == "_xla_gc_callback"
+        again.append(threading.Timer(0.1 if lost else 1.0, signal.raise_signal, (number,)))
         again[-1].daemon = True
         again[-1].start()
-        raise KeyboardInterrupt
+        if not lost:
+            raise KeyboardInterrupt
 
     signal.signal(signal.SIGINT, interrupt)
     try:
