@@ -1,11 +1,13 @@
 """What a user can mend: raised with a message that says how, shown by the programs without a traceback."""
 
+import gc
 import io
 import json
 import os
 import signal
 import sys
 import threading
+import traceback
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from numbers import Integral
@@ -120,8 +122,8 @@ def exit_with_message() -> Iterator[None]:
 
 @contextmanager
 def _interrupts_until_heard() -> Iterator[None]:
-    """Ctrl-C comes again, a second later, where it was lost, as every exception is in a callback of the garbage
-    collector; in JAX's it is not raised."""
+    """Ctrl-C is not raised in a callback of the garbage collector (JAX has one), where every exception is lost, but
+    soon after; and again a second later where it was lost elsewhere, as in a `__del__`."""
     main = threading.current_thread() is threading.main_thread()  # others have no signals
     if not main or signal.getsignal(signal.SIGINT) is not signal.default_int_handler:  # ignored in the background
         yield
@@ -129,7 +131,8 @@ def _interrupts_until_heard() -> Iterator[None]:
     again: list[threading.Timer] = []
 
     def interrupt(number, frame):
-        lost = frame is not None and frame.f_code.co_name == "_xla_gc_callback"
+        callbacks = {getattr(callback, "__code__", None) for callback in gc.callbacks}
+        lost = any(outer.f_code in callbacks for outer, _ in traceback.walk_stack(frame))
         again.append(threading.Timer(0.1 if lost else 1.0, signal.raise_signal, (number,)))
         again[-1].daemon = True
         again[-1].start()

@@ -593,26 +593,27 @@ def test_ctrl_c_ends_a_program_without_a_word():
         assert process.wait() == 130
 
 
-@pytest.mark.parametrize("of_jax", [False, True])
-def test_ctrl_c_that_is_lost_in_a_callback_comes_again(of_jax, monkeypatch):
-    """In JAX's it is not even printed."""
-    printed = []
-    monkeypatch.setattr(sys, "unraisablehook", printed.append)
+@pytest.mark.parametrize("where", ["a callback", "a __del__"])
+def test_ctrl_c_that_would_be_lost_ends_a_program_all_the_same(where, monkeypatch):
+    lost, collections = [], []
+    monkeypatch.setattr(sys, "unraisablehook", lambda told: lost.append(told.object))
 
-    def _xla_gc_callback(*_):
-        gc.callbacks.remove(callback)
-        signal.raise_signal(signal.SIGINT)
+    class Dying:
+        def __del__(self):
+            signal.raise_signal(signal.SIGINT)
 
-    def another(*_):
-        gc.callbacks.remove(callback)
-        signal.raise_signal(signal.SIGINT)
-
-    callback = _xla_gc_callback if of_jax else another
+    def collect(*told):
+        collections.append(told)
+        if len(collections) == 1:
+            signal.raise_signal(signal.SIGINT)
 
     def program():
         with exit_with_message():
-            gc.callbacks.append(callback)
-            gc.collect()
+            if where == "a __del__":
+                Dying()
+            else:
+                gc.callbacks.append(collect)
+                gc.collect()
             for _ in range(100):
                 time.sleep(0.1)
 
@@ -620,10 +621,12 @@ def test_ctrl_c_that_is_lost_in_a_callback_comes_again(of_jax, monkeypatch):
     try:
         with pytest.raises(SystemExit, match="130"):
             program()
-        assert len(printed) == (not of_jax)
+        assert collect not in lost
+        assert (Dying.__del__ in lost) == (where == "a __del__")
         assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
     finally:
         signal.signal(signal.SIGINT, before)
+        gc.callbacks[:] = [callback for callback in gc.callbacks if callback is not collect]
 
 
 def test_a_model_that_has_diverged_is_written_in_short():
