@@ -86,8 +86,7 @@ def solve(
     shape = (*u.shape[:-2], u.shape[-1])
     c0 = jnp.zeros(shape, state_dtype(u)) if c0 is None else checked_carry("c0", c0, shape)
     steps = Steps(jnp.moveaxis(u, -2, 0), jnp.moveaxis(z, -3, 0))
-    walk = partial(states, activation=activation, solver=solver, axis_name=axis_name)
-    c, record = automatic(walk, steps.u, PartitionSpec())(params, steps, c0)
+    c, record = states(params, steps, c0, activation=activation, solver=solver, axis_name=axis_name)
     return jnp.moveaxis(c, 0, -2), record
 
 
@@ -110,8 +109,6 @@ def check_solver(solver: str | FixedPoint, gates: str, axis_name: str | None = N
     check_choice("solver", solver, allowed, why)
 
 
-# Compiled once for a shape where it is called outside `jit`; inside, nothing is left of this one.
-@partial(jax.jit, static_argnames=("activation", "solver", "axis_name"), inline=True)
 def states(
     params: Params,
     steps: Steps,
@@ -122,6 +119,15 @@ def states(
     axis_name: str | None = None,
 ) -> tuple[States, Record]:
     """The states c_1 ... c_T from the state `c0`, and what the solver did."""
+    walk = partial(_states, activation=activation, solver=solver, axis_name=axis_name)
+    return automatic(walk, steps.u, PartitionSpec())(params, steps, c0)
+
+
+# Compiled once for a shape where it is called outside `jit`; inside, nothing is left of this one.
+@partial(jax.jit, static_argnames=("activation", "solver", "axis_name"), inline=True)
+def _states(
+    params: Params, steps: Steps, c0: State, *, activation: str, solver: str | FixedPoint, axis_name: str | None
+) -> tuple[States, Record]:
     check_spread("The inputs", steps, axis_name)
     if steps.u.size == 0:
         return steps.u.astype(c0.dtype), exact(c0.dtype)

@@ -1,6 +1,5 @@
 """RAN: a cell over a whole sequence, in place of `flax.linen.RNN`."""
 
-from functools import partial
 from typing import Any
 
 import jax
@@ -9,14 +8,13 @@ from flax import linen as nn
 from flax.linen.recurrent import flip_sequences
 from flax.typing import Dtype
 from jax import Array, lax
-from jax.sharding import PartitionSpec
 from jax.typing import ArrayLike
 
 from ranjax.cell import RANCell, checked_carry, content, gates_of_input, output
 from ranjax.fixed_point import FixedPoint
 from ranjax.gated import check_solver, states
 from ranjax.masks import Steps, checked, checked_lengths, masked, padding_after
-from ranjax.mesh import automatic, last_state, steps_before
+from ranjax.mesh import last_state, steps_before
 from ranjax.scan import state_dtype
 
 
@@ -150,8 +148,7 @@ class RAN(nn.Module):
         steps, masks = Steps(content(params, x), gates_of_input(params, x)), (segment_starts, padding)
         steps, masks = jax.tree.map(lambda a: jnp.moveaxis(a, time, 0), (steps, masks))
         options: dict = {"activation": self.cell.activation, "solver": self.solver, "axis_name": self.axis_name}
-        walk = automatic(partial(states, **options), steps.u, PartitionSpec())
-        c, record = walk(params, masked(steps, *masks), c0)
+        c, record = states(params, masked(steps, *masks), c0, **options)
         if not self.is_initializing():
             self.sow("solver", "record", record, init_fn=lambda: record, reduce_fn=lambda _, new: new)
         c = jnp.moveaxis(c, 0, time)
