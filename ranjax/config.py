@@ -191,9 +191,15 @@ def parse(argv: list[str] | None = None) -> Config:
     def read(default: Config) -> Config:
         return normalised(tyro.cli(Config, args=argv, default=default, prog="python -m ranjax.train"))
 
-    config = read(PRESETS.get(preset or "", Config()))
+    default = PRESETS.get(preset or "", Config())
+    config = read(default)
     if config.resume:
-        config = read(load_config(config.directory))
+        default = load_config(config.directory)
+        config = read(default)
+    for name, schedule in (("warmup", "cosine"), ("decay", "decay"), ("decay_after", "decay")):
+        if config.schedule != schedule and getattr(config, name) != getattr(default, name):
+            flag = f"--{name.replace('_', '-')}"
+            raise UserError(f"{flag} is for --schedule {schedule}; got {getattr(config, name)} with {config.schedule}.")
     return config
 
 

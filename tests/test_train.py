@@ -1031,6 +1031,26 @@ def test_the_preset_that_help_calls_none_is_none():
     assert parse(["--preset", "None"]) == parse([])
 
 
+@pytest.mark.parametrize(
+    "flags, message",
+    [
+        (["--warmup", "500"], "--warmup is for --schedule cosine; got 500 with decay"),
+        (["--preset", "ptb-small", "--schedule", "cosine", "--decay", "0.9"], "--decay is for .*; got 0.9 with cosine"),
+        (["--schedule", "constant", "--decay-after", "2"], "--decay-after is for .* decay; got 2 with constant"),
+    ],
+)
+def test_a_setting_that_the_schedule_does_not_read_is_refused(flags, message):
+    with pytest.raises(UserError, match=message):
+        parse(flags)
+
+
+def test_a_setting_of_the_schedule_is_taken(tmp_path):
+    flags = ["--schedule", "cosine", "--warmup", "500", "--out", str(tmp_path)]
+    save_config(parse(flags), tmp_path)
+    assert parse([*flags, "--resume"]).warmup == parse(["--resume", "--out", str(tmp_path)]).warmup == 500
+    assert parse(["--preset", "ptb-small", "--schedule", "cosine"]).decay == 0.5  # the preset's, not asked for
+
+
 def test_a_thread_trains_without_signals(text, tmp_path):
     thread = threading.Thread(target=train.train, args=(settings(text, tmp_path / "run", epochs=1, batch_size=40),))
     thread.start()
