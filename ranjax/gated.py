@@ -141,11 +141,20 @@ def _states(
     return recurrent_states(params, steps, c0, activation, Way(_iteration(solver, gates, axis_name), axis_name))
 
 
-@partial(jax.jit, static_argnames=("activation", "solver"), inline=True)
 def states_and_gates(
     params: Params, steps: Steps, c0: State, *, activation: str, solver: str | FixedPoint
 ) -> tuple[States, Gates]:
-    """The states, and the gates that made them, to the last digit where the products are in a narrow dtype."""
+    """The states and the gates that made them: those of the walk; of a solver that keeps none, made anew from its
+    states."""
+    *leading, feature = jax.typeof(steps.u).sharding.spec
+    both = partial(_states_and_gates, activation=activation, solver=solver)
+    return automatic(both, steps.u, PartitionSpec(*leading, None, feature))(params, steps, c0)
+
+
+@partial(jax.jit, static_argnames=("activation", "solver"), inline=True)
+def _states_and_gates(
+    params: Params, steps: Steps, c0: State, *, activation: str, solver: str | FixedPoint
+) -> tuple[States, Gates]:
     gates = gates_of(params)
     if gates == "input":
         return states(params, steps, c0, activation=activation, solver=solver)[0], jax.nn.sigmoid(steps.z)

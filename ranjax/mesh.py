@@ -10,6 +10,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import Array, lax
+from jax.sharding import NamedSharding, PartitionSpec
 
 from ranjax.kernels import mapped
 
@@ -30,17 +31,23 @@ def varying_axes(array: Array) -> frozenset[str]:
     return getattr(kind, "vma", None) or getattr(getattr(kind, "manual_axis_type", None), "varying", frozenset())
 
 
-def automatic(function: Callable, like: Array, *others: Any) -> Callable:
+def automatic(function: Callable, like: Array, *others: PartitionSpec) -> Callable:
     """`function`, its first result sharded as `like`, for arrays whose types name their sharding (those of an explicit
-    mesh): inside, XLA splits the work, as on an automatic one.
+    mesh), and those that come from elsewhere while such a mesh is set: inside, XLA splits the work, as on an automatic
+    one.
 
     Args:
-      others: the shardings of further results.
+      others: how further results are split.
     """
     sharding = jax.typeof(like).sharding
-    if not any(sharding.spec) or not sharding.mesh.explicit_axes:
+    if sharding.mesh.empty:
+        sharding = NamedSharding(jax.sharding.get_abstract_mesh(), sharding.spec)
+    elif not any(sharding.spec):
         return function
-    return jax.sharding.auto_axes(function, out_sharding=(sharding, *others) if others else sharding)
+    if not sharding.mesh.explicit_axes:
+        return function
+    split = tuple(NamedSharding(sharding.mesh, spec) for spec in others)  # named: `jax.set_mesh` may not be in force
+    return jax.sharding.auto_axes(function, out_sharding=(sharding, *split) if split else sharding)
 
 
 def check_spread(name: str, arrays: Iterable[Array], axis_name: str | None) -> None:

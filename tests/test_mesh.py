@@ -1,5 +1,6 @@
 """Sequences spread over the devices of a mesh give the states and the gradients of whole ones. Eight CPU devices."""
 
+import contextlib
 import os
 import re
 import subprocess
@@ -440,35 +441,45 @@ def test_one_of_the_two_that_is_spread_is_enough(x64):
     assert_close(over(decay, inputs[:, :12]), linear_recurrence(decay, jnp.tile(inputs[:, :12], (1, 4, 1))))
 
 
-@pytest.mark.parametrize("solver", ["sequential", "chunked"])
-def test_types_that_name_the_sharding_of_a_batch(x64, solver):
-    """On a mesh whose axes are explicit, which JAX's are unless told otherwise."""
-    decay, inputs, _ = drawn()
+@pytest.fixture(params=[jax.set_mesh, contextlib.nullcontext], ids=["set", "named by arrays"])
+def explicit(request):
+    """A mesh whose axes are explicit, which JAX's are unless told otherwise: the one in force, or not."""
     explicit = jax.make_mesh((4,), ("batch",), axis_types=(AxisType.Explicit,), devices=jax.devices()[:4])
+    with request.param(explicit):
+        yield explicit
+
+
+@pytest.mark.parametrize("solver", ["sequential", "chunked"])
+def test_types_that_name_the_sharding_of_a_batch(x64, explicit, solver):
+    decay, inputs, _ = (np.asarray(a) for a in drawn())
     solve = partial(linear_recurrence, solver=solver)
-    expected = jax.grad(lambda *a: jnp.sum(jnp.sin(solve(*a))), (0, 1))(decay, inputs)
-    with jax.set_mesh(explicit):
-        arrays = [jax.device_put(a, P("batch")) for a in (decay, inputs)]
-        assert jax.typeof(solve(*arrays)).sharding.spec[0] == "batch"
-        assert_close(jax.grad(lambda *a: jnp.sum(jnp.sin(solve(*a))), (0, 1))(*arrays), expected)
+    gradient = jax.jit(jax.grad(lambda *a: jnp.sum(jnp.sin(solve(*a))), (0, 1)))
+    arrays = [jax.device_put(a, NamedSharding(explicit, P("batch"))) for a in (decay, inputs)]
+    assert jax.typeof(solve(*arrays)).sharding.spec[0] == "batch"
+    assert_close(gradient(*arrays), gradient(decay, inputs))
 
 
-@pytest.mark.parametrize(("gates", "solver"), [("recurrent", "auto"), ("recurrent", "fixed_point"), ("input", "auto")])
-def test_a_layer_where_types_name_the_sharding_of_a_batch(x64, gates, solver):
-    _, params, x, _ = layer_problem(gates)
+@pytest.mark.parametrize(
+    ("gates", "solver"),
+    [("recurrent", "auto"), ("recurrent", "fixed_point"), ("diagonal", "auto"), ("input", "auto")],
+)
+def test_a_layer_where_types_name_the_sharding_of_a_batch(x64, explicit, gates, solver):
+    params, x, _ = jax.tree.map(np.asarray, layer_problem(gates)[1:])
     layer = ranjax.RAN(ranjax.RANCell(FEATURES, gates, param_dtype=jnp.float64), solver)
 
     def loss(params, x):
         h = layer.apply({"params": {"cell": params}}, x)
         return jnp.sum(jnp.sin(h)), h
 
-    found = jax.value_and_grad(loss, has_aux=True)
+    found = jax.jit(jax.value_and_grad(loss, has_aux=True))
     (_, h), gradient = found(params, x)
-    explicit = jax.make_mesh((4,), ("batch",), axis_types=(AxisType.Explicit,), devices=jax.devices()[:4])
-    with jax.set_mesh(explicit):
-        (_, spread_h), spread_gradient = found(params, jax.device_put(x, P("batch")))
-        assert jax.typeof(spread_h).sharding.spec[0] == "batch"
-        solved, _ = ranjax.solve(params, jax.device_put(x, P("batch")), gates=gates, solver=solver)
+    params, x = (jax.device_put(a, NamedSharding(explicit, spec)) for a, spec in ((params, P()), (x, P("batch"))))
+    (_, spread_h), spread_gradient = found(params, x)
+    solved, _ = ranjax.solve(params, x, gates=gates, solver=solver)
+    made = ranjax.weights.decompose(params, x, solver=solver)
+    assert {jax.typeof(a).sharding.spec[0] for a in (spread_h, solved, *made[:4])} == {"batch"}
     assert_close(spread_h, h, 1e-11)
-    assert_close(jnp.tanh(solved), h, 1e-11)
+    assert_close(np.tanh(solved), h, 1e-11)
+    assert_close(made.c, solved, 1e-11)
+    assert_close(made.i[:, 0] * made.u[:, 0], made.c[:, 0], 1e-11)
     assert_close(spread_gradient, gradient, 1e-9)
