@@ -16,7 +16,7 @@ h_{t-1} (`gates="recurrent"`, the default).
 
 Public names: `RANCell`, `RAN`, `FixedPoint`, `solve`, `linear_recurrence`, `LanguageModel`; the modules `data`,
 `weights` (which inputs made a state), `attribution` (which words made a prediction) and `memory` (how long states
-last over a corpus); `__version__`.
+last over a corpus); `config`, `train`, `evaluate` and `generate`, the programs from Python; `__version__`.
 They are imported when first used, so that programs can answer `--help` at once.
 """
 
@@ -26,8 +26,12 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from ranjax import attribution as attribution
+    from ranjax import config as config
     from ranjax import data as data
+    from ranjax import evaluate as evaluate
+    from ranjax import generate as generate
     from ranjax import memory as memory
+    from ranjax import train as train
     from ranjax import weights as weights
     from ranjax.cell import RANCell as RANCell
     from ranjax.fixed_point import FixedPoint as FixedPoint
@@ -46,7 +50,10 @@ _HOMES = {
     "linear_recurrence": "scan",
     "solve": "gated",
 }
-_MODULES = ("attribution", "cell", "data", "kernels", "layer", "lm", "memory", "scan", "weights")
+_MODULES = (
+    "attribution", "cell", "config", "data", "evaluate", "generate", "kernels", "layer", "lm", "memory", "scan", "train",
+    "weights",
+)  # fmt: skip
 
 __all__ = [
     "RAN",
@@ -73,4 +80,4 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    return sorted((*globals(), *_HOMES, *_MODULES))
+    return sorted({*__all__, *_MODULES, "__version__"})

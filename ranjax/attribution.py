@@ -24,7 +24,7 @@ import numpy as np
 from jax import Array, lax
 from jax.typing import ArrayLike
 
-from ranjax.cell import Params, content, output
+from ranjax.cell import Params, content, gates_of, output
 from ranjax.decomposition import Decomposition, checked_index, decompose
 from ranjax.errors import check_size
 from ranjax.gated import solve
@@ -218,11 +218,13 @@ def _check_model(model: LanguageModel, params: Params) -> None:
         raise ValueError(
             f"`params` must be those of the model, variables['params']; got {', '.join(params) or 'nothing'}."
         )
-    asked = model.vocabulary, len(model.sizes), model.tie
-    layers = sum(name.startswith("stack_") for name in params)
-    given = params["embed"]["embedding"].shape[0], layers, "decode" not in params
+    cells = [layer["cell"] for name, layer in params.items() if name.startswith("stack_")]
+    gates = "-".join(sorted({gates_of(cell) for cell in cells}))
+    projected = any("projection" in cell for cell in cells)
+    asked = model.vocabulary, len(model.sizes), model.tie, model.gates, model.projection is not None
+    given = params["embed"]["embedding"].shape[0], len(cells), "decode" not in params, gates, projected
     if asked != given:
-        names = "vocabulary={}, layers={}, tie={}"
+        names = "vocabulary={}, layers={}, tie={}, gates={!r}, projected={}"
         raise ValueError(f"`params` must be those of the model, {names.format(*asked)}; got {names.format(*given)}.")
 
 

@@ -259,8 +259,9 @@ def checked_inputs(params: Params, x: ArrayLike) -> tuple[Params, Array]:
     parts = params.get("content"), params.get("gates")
     if not all(isinstance(part, Mapping) and "kernel" in part for part in parts):
         raise ValueError(
-            "`params` must be those that a RANCell makes: variables['params'] of a cell, "
-            f"variables['params']['cell'] of a layer; got {', '.join(params) or 'nothing'}."
+            "`params` must be those that a RANCell makes: variables['params'] of a cell, variables['params']['cell'] "
+            "of a layer, variables['params']['stack_0']['cell'] of a LanguageModel; "
+            f"got {', '.join(params) or 'nothing'}."
         )
     x, width = jnp.asarray(x), params["gates"]["kernel"].shape[0]
     check_real("x", x)

@@ -45,7 +45,7 @@ class Checkpoints:
           like: a tree of arrays or of `jax.ShapeDtypeStruct`, as it was saved.
 
         Raises:
-          UserError: if there is none, or if it is not a tree of these shapes.
+          UserError: if there is none, if it is damaged, or if it is not a tree of these shapes.
         """
         run = self.directory.parent
         out = shlex.quote(str(run))
@@ -63,7 +63,11 @@ class Checkpoints:
             _check_shapes(self.directory / kind, jax.tree.leaves(saved), jax.tree.leaves(like))
             here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
             abstract = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=here), like)
-            return checkpointer.load_checkpointables(checkpointer.latest, {"tree": abstract})["tree"]
+            try:
+                return checkpointer.load_checkpointables(checkpointer.latest, {"tree": abstract})["tree"]
+            except KeyError:  # orbax then has no handler that reads it
+                damaged = f"{self.directory / kind} is damaged: its arrays cannot be read."
+                raise UserError(f"{damaged} Restore it, or train anew.") from None
 
     def _open(self, kind: str):
         from orbax.checkpoint import v1 as ocp

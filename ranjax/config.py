@@ -100,7 +100,11 @@ def check(config: Config) -> None:
     """Raises a UserError for a setting out of its range."""
     for names, holds, expected in (
         ("dataset", lambda v: isinstance(v, str | os.PathLike) and str(v), "a name or a path"),
-        ("data_dir out", lambda v: v is None or (isinstance(v, str | os.PathLike) and str(v)), "a path"),
+        (
+            "data_dir out",
+            lambda v: v is None or (isinstance(v, str | os.PathLike) and str(v) and "\0" not in str(v)),
+            "a path",
+        ),
         ("epochs batch_size steps streams", is_size, "a whole number, at least 1"),
         ("layers embedding projection", lambda v: v is None or is_size(v), "a whole number, at least 1"),
         ("features", lambda v: v and all(map(is_size, v)), "one or more whole numbers, each at least 1"),
@@ -146,7 +150,7 @@ _CHOICES = {name: choices for name, kind in get_type_hints(Config).items() if (c
 def _holds(condition: Callable[[Any], Any], value: Any) -> bool:
     try:
         return bool(condition(value))
-    except (TypeError, ValueError):  # a text for a number, one size for several, an array
+    except (TypeError, ValueError, OverflowError):  # a text for a number, one size for several, an array, 10**400
         return False
 
 

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from ranjax.embedded import TASKS, python_docs, task_of, task_texts
-from ranjax.errors import UserError
+from ranjax.errors import UserError, check_choice
 from ranjax.sources import SPLITS, hub_texts, path_texts
 from ranjax.vocabulary import TOKENIZERS, BytePairs, Bytes, Characters, Vocabulary, Words
 
@@ -111,6 +111,7 @@ def load_split(name: str | Path, split: str, vocabulary: Vocabulary, data_dir: s
 
     Raises:
       UserError: as `load_corpus`; and for text that the vocabulary has no tokens for.
+      ValueError: for a `split` other than `"train"`, `"valid"` and `"test"`.
 
     Example:
       >>> from ranjax.data import load_corpus, load_split
@@ -118,6 +119,7 @@ def load_split(name: str | Path, split: str, vocabulary: Vocabulary, data_dir: s
       >>> bool((load_split("markov", "valid", corpus.vocabulary) == corpus.valid).all())
       True
     """
+    check_choice("split", split, SPLITS)
     name = str(name)
     source, texts = _texts(name, data_dir)
     return _encoded(vocabulary, texts[SPLITS.index(split)], f"the {split} split of {source}")

@@ -58,7 +58,7 @@ def decompose(
       params: the parameters as a `RANCell` makes them; which gates they are is read off their shapes.
       x: inputs `(*batch, time, in)`.
       c0: state before the first step, `(*batch, features)`, float32 or wider; None is the same as zeros.
-      activation: `"tanh"` or `"identity"`, the g of h = g(c).
+      activation: `"tanh"` or `"identity"`, the g of h = g(c). It is not in the parameters: give that of the cell.
       solver: as for `RAN`.
       seq_lengths: integers `(*batch)`; the steps beyond are padding, whatever they hold.
       segment_starts: bool `(*batch, time)`, True where a new segment begins, which sees nothing of what came before.
@@ -105,7 +105,7 @@ def _total(w: Array) -> Array:
 
 
 def _norm(w: Array) -> Array:
-    """The L2 norm; weights are at most 1, so that scaled up by a power of 2 no square of one is lost."""
+    """The L2 norm; weights are at most 1, so that scaled up by a power of 2 no square of one above 1e-36 is lost."""
     scale = 2.0 ** (jnp.finfo(w.dtype).maxexp * 7 // 16)
     squares = _total(jnp.square(scale * w))
     return jnp.where(squares > 0, jnp.sqrt(jnp.where(squares > 0, squares, 1)), 0) / scale  # 0 has no gradient

@@ -80,7 +80,7 @@ def task_of(name: str) -> tuple[str, int] | None:
     Raises:
       UserError: for a distance that the task does not have.
     """
-    named = re.fullmatch(rf"({'|'.join(TASKS)})-([0-9]+)", "markov-2" if name == "markov" else name)
+    named = re.fullmatch(rf"({'|'.join(TASKS)})-([0-9]{{1,99}})", "markov-2" if name == "markov" else name)
     if named is None:
         return None
     task, distance = named[1], int(named[2])

@@ -8,7 +8,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from ranjax.errors import UserError, exit_with_message, read_json
+from ranjax.errors import UserError, check_size, exit_with_message, read_json
 from ranjax.hugepages import restart_with_huge_pages
 
 if TYPE_CHECKING:
@@ -97,8 +97,9 @@ def make_evaluator(model: "LanguageModel", streams: int = 1) -> Callable[..., Ev
     and the state at a stream's first prediction remembers no further back.
 
     Raises:
+      ValueError: for a number of streams that is none; from the function, for ids that are not the model's, for
+        `counted` of another shape or dtype, or with none marked.
       UserError: from the function, for a text without a prediction.
-      ValueError: from the function, for `counted` of another shape or dtype, or with none marked.
 
     Example:
       >>> import jax, numpy as np, ranjax
@@ -114,15 +115,20 @@ def make_evaluator(model: "LanguageModel", streams: int = 1) -> Callable[..., Ev
 
     from ranjax.lm import cross_entropy, zero_state
 
+    check_size("streams", streams)
+
     @partial(jax.jit, donate_argnums=1)
     def window(params, state, tokens, targets):
         logits, state = model.apply({"params": params}, tokens, state, deterministic=True)
         return state, jnp.sum(jnp.where(targets < 0, 0.0, cross_entropy(logits, jnp.maximum(targets, 0))))
 
     def evaluate(params, ids, counted=None) -> Evaluation:
-        predictions = len(ids) - 1
-        if predictions < 1:
+        if len(ids) < 2:
             raise UserError(f"a text of at least 2 tokens is needed to predict one from another; got {len(ids)}.")
+        ids = np.asarray(ids)
+        if not np.issubdtype(ids.dtype, np.integer) or ids.min() < 0 or ids.max() >= model.vocabulary:
+            expected = f"whole numbers from 0 to {model.vocabulary - 1}, the model's"
+            raise ValueError(f"`ids` must be {expected}; got {ids.dtype} from {ids.min()} to {ids.max()}.")
         counted = np.ones(len(ids), bool) if counted is None else np.asarray(counted)
         if counted.shape != (len(ids),) or counted.dtype != bool or not counted[1:].any():
             raise ValueError(
@@ -131,7 +137,7 @@ def make_evaluator(model: "LanguageModel", streams: int = 1) -> Callable[..., Ev
             )
         counts = counted[1:]
         state, losses = zero_state(model, params, batch_size=streams), []
-        for inputs, outputs in _windows(ids[:-1], np.where(counts, ids[1:], -1), streams):
+        for inputs, outputs in _windows(ids[:-1], np.where(counts, ids[1:].astype(np.int32), -1), streams):
             state, loss = window(params, state, inputs, outputs)
             losses.append(loss)
         total, number = np.sum(jax.device_get(losses), dtype=np.float64), int(counts.sum())

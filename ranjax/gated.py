@@ -57,8 +57,8 @@ def solve(
       x: inputs `(*batch, time, in)`.
       c0: state before the first step, `(*batch, features)`, float32 or wider; None is the same as zeros.
       gates: what the gates of these parameters see: `"recurrent"`, `"diagonal"` or `"input"`.
-      activation: `"tanh"` or `"identity"`, the g of h = g(c).
-      solver, axis_name: as for `RAN`.
+      activation: `"tanh"` or `"identity"`, the g of h = g(c). It is not in the parameters: give that of the cell.
+      solver, axis_name: as for `RAN`, forward mode and higher derivatives included.
 
     Returns:
       The states c, `(*batch, time, features)`, and a `Record`: iterations, residual, converged.
@@ -120,7 +120,7 @@ def states(
 ) -> tuple[States, Record]:
     """The states c_1 ... c_T from the state `c0`, and what the solver did."""
     walk = partial(_states, activation=activation, solver=solver, axis_name=axis_name)
-    return automatic(walk, steps.u, PartitionSpec())(params, steps, c0)
+    return automatic(walk, params, steps, c0, like=steps.u, others=(PartitionSpec(),))
 
 
 # Compiled once for a shape where it is called outside `jit`; inside, nothing is left of this one.
@@ -148,7 +148,7 @@ def states_and_gates(
     states."""
     *leading, feature = jax.typeof(steps.u).sharding.spec
     both = partial(_states_and_gates, activation=activation, solver=solver)
-    return automatic(both, steps.u, PartitionSpec(*leading, None, feature))(params, steps, c0)
+    return automatic(both, params, steps, c0, like=steps.u, others=(PartitionSpec(*leading, None, feature),))
 
 
 @partial(jax.jit, static_argnames=("activation", "solver"), inline=True)

@@ -4,7 +4,7 @@ import math
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import partial
+from functools import lru_cache, partial
 from typing import TYPE_CHECKING, Any
 
 from ranjax.errors import UserError, check_utf8, exit_with_message
@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from jax.typing import ArrayLike
 
     from ranjax.evaluate import Run
+    from ranjax.lm import LanguageModel
     from ranjax.vocabulary import Vocabulary
 
 
@@ -58,26 +59,41 @@ def sample(key: "Array", logits: "Array", sampling: Sampling) -> "Array":
 
 
 def generate(run: "Run", prompt: "ArrayLike", length: int, sampling: Sampling, seed: int) -> Iterator[int]:
-    """Token ids that follow those of a prompt, one after another; the memory does not grow with their number."""
+    """Token ids that follow those of a prompt, one after another; the memory does not grow with their number.
+
+    Args:
+      run: a trained model, as `ranjax.evaluate.load_run` gives it.
+      prompt: ids, at least one; `prompt_ids` makes them from text.
+      length: how many are to follow.
+      sampling: how each is drawn.
+      seed: of the draws.
+    """
     import jax
     import jax.numpy as jnp
 
     from ranjax.lm import zero_state
 
-    ids = jnp.asarray(prompt)
-    key = jax.random.key(seed)
+    advance = _advance(run.model, sampling)
+    ids, state, key = jnp.asarray(prompt), zero_state(run.model, run.params, batch_size=1), jax.random.key(seed)
+    for n in range(length):
+        ids, state = advance(run.params, state, ids, jax.random.fold_in(key, n))
+        yield int(ids[0])
+
+
+@lru_cache(maxsize=8)  # for one model and one way of sampling a second text is not compiled for again
+def _advance(model: "LanguageModel", sampling: Sampling) -> Callable:
+    """`advance(params, state, tokens, key) -> (next token, state)`."""
+    import jax
+    import jax.numpy as jnp
 
     @partial(jax.jit, donate_argnums=1)
-    def advance(params, state, tokens, n):
-        apply = partial(run.model.apply, {"params": params})
+    def advance(params, state, tokens, key):
+        apply = partial(model.apply, {"params": params})
         hidden, state = apply(tokens[None], state, deterministic=True, method="hidden")
         logits = jnp.asarray(apply(hidden[0, -1], method="logits"))  # of the last token alone: a prompt may be long
-        return sample(jax.random.fold_in(key, n), logits, sampling)[None], state
+        return sample(key, logits, sampling)[None], state
 
-    state = zero_state(run.model, run.params, batch_size=1)
-    for n in range(length):
-        ids, state = advance(run.params, state, ids, n)
-        yield int(ids[0])
+    return advance
 
 
 def prompt_ids(vocabulary: "Vocabulary", prompt: str) -> Any:

@@ -36,8 +36,7 @@ class RAN(nn.Module):
     them. Forward mode and higher derivatives of these gates take an explicit solver, such as `"sequential"`.
 
     Attributes:
-      cell: a `RANCell`. Its equations are solved, its `__call__` is not: of a subclass with another one nothing of that
-        is seen; `nn.RNN` runs it.
+      cell: a `RANCell`, or a subclass with the same `__call__`, whose equations are solved.
       solver: for `gates="input"` a solver of `ranjax.linear_recurrence`; for `"diagonal"` `"auto"`, `"pallas"`,
         `"sequential"` or `"newton"`; for `"recurrent"` `"auto"` (which is `"sequential"`), `"sequential"` or
         `"fixed_point"`. `"newton"` and `"fixed_point"` solve windows of 1024 time steps at once, by the same iteration;
@@ -52,7 +51,7 @@ class RAN(nn.Module):
         them. `"auto"` is then the solver that needs no device to walk through all steps. None: time is whole.
 
     Raises:
-      TypeError: for a `cell` that is not a `RANCell`.
+      TypeError: for a `cell` that is not a `RANCell`, or has a `__call__` of its own.
       ValueError: for a `solver` that does not fit the gates, `reverse` with `axis_name`, or inputs that this does not
         spread.
 
@@ -76,8 +75,12 @@ class RAN(nn.Module):
 
     def __post_init__(self):
         if not isinstance(self.cell, RANCell):
+            got = f"{self.cell.__name__} itself" if isinstance(self.cell, type) else f"a {type(self.cell).__name__}"
+            raise TypeError(f"`cell` must be a ranjax.RANCell(...); got {got}. Use nn.RNN for other cells.")
+        if type(self.cell).__call__ is not RANCell.__call__:
             raise TypeError(
-                f"`cell` must be a ranjax.RANCell; got a {type(self.cell).__name__}. Use nn.RNN for other cells."
+                f"`cell` must have the `__call__` of ranjax.RANCell, whose equations are solved; got that of "
+                f"{type(self.cell).__name__}. Use nn.RNN for it."
             )
         check_solver(self.solver, self.cell.gates, self.axis_name)
         super().__post_init__()

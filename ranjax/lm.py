@@ -13,9 +13,10 @@ from jax import Array
 from jax.typing import ArrayLike
 from jaxtyping import Float, Int
 
-from ranjax.cell import RANCell, checked_carry, uniform
+from ranjax.cell import ACTIVATIONS, GATES, RANCell, checked_carry, uniform
 from ranjax.errors import check_choice, check_size
 from ranjax.fixed_point import FixedPoint
+from ranjax.gated import check_solver
 from ranjax.layer import RAN
 from ranjax.stepwise import Stepwise
 
@@ -37,7 +38,8 @@ class LanguageModel(nn.Module):
 
     Attributes:
       vocabulary: number of tokens.
-      cell: `"ran"`, `"lstm"`, `"gru"` or `"rnn"` (an Elman network).
+      cell: `"ran"`, `"lstm"`, `"gru"` or `"rnn"` (an Elman network); the last three have gradients in reverse mode
+        only.
       features: size of the state, one number for all layers or one for each.
       layers: number of layers (default: that of the sizes given, or 2 for a single one).
       embedding: size of the embedding (default: the size of the last output where tied, else of the first
@@ -52,9 +54,9 @@ class LanguageModel(nn.Module):
         device's part, the state is that of the whole text. Every device needs a key of its own for dropout.
 
     Raises:
-      ValueError: for an unknown cell, a number of sizes that is not the number of layers, a tied output
-        whose sizes differ, a size below 1, a dropout rate outside [0, 1), an `init_scale` that is not above 0, an
-        option of the RAN for another cell.
+      ValueError: for an unknown cell, gates or activation, a solver that does not fit them, a number of sizes that is
+        not the number of layers, a tied output whose sizes differ, a size below 1, a dropout rate outside [0, 1), an
+        `init_scale` that is not above 0, an option of the RAN for another cell.
 
     Example:
       >>> import jax, jax.numpy as jnp, ranjax
@@ -87,6 +89,12 @@ class LanguageModel(nn.Module):
             size = getattr(self, name)
             if size is not None:
                 check_size(name, size)
+        if isinstance(self.features, list):
+            self.features = tuple(self.features)  # a module is hashed
+        if self.cell == "ran":
+            check_choice("gates", self.gates, GATES)
+            check_choice("activation", self.activation, ACTIVATIONS)
+            check_solver(self.solver, self.gates, self.axis_name)
         if self.init_scale is not None and not self.init_scale > 0:
             raise ValueError(f"`init_scale` must be above 0; got {self.init_scale}.")
         if not 0 <= self.dropout < 1:

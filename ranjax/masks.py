@@ -2,6 +2,7 @@
 
 from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
@@ -66,7 +67,9 @@ def filled(steps: Steps, time: int) -> Steps:
 def checked_lengths(value: ArrayLike | None, batch: tuple[int, ...], time: int | None) -> Array | None:
     """Lengths of sequences of `time` steps, if there are any; traced ones, or of an unknown time, as they come."""
     lengths = checked("seq_lengths", value, jnp.integer, batch)
-    if value is None or time is None or isinstance(value, Tracer) or not np.size(value):
+    if lengths is None or time is None or not lengths.size:
+        return lengths
+    if any(isinstance(length, Tracer) for length in jax.tree.leaves(value)):
         return lengths
     known = np.asarray(value)
     if known.min() < 0 or known.max() > time:

@@ -31,23 +31,20 @@ def varying_axes(array: Array) -> frozenset[str]:
     return getattr(kind, "vma", None) or getattr(getattr(kind, "manual_axis_type", None), "varying", frozenset())
 
 
-def automatic(function: Callable, like: Array, *others: PartitionSpec) -> Callable:
-    """`function`, its first result sharded as `like`, for arrays whose types name their sharding (those of an explicit
-    mesh), and those that come from elsewhere while such a mesh is set: inside, XLA splits the work, as on an automatic
+def automatic(function: Callable, *arguments: Any, like: Array, others: tuple[PartitionSpec, ...] = ()) -> Any:
+    """What `function` makes of the arguments, its first result sharded as `like`, where types name shardings: of arrays
+    on an explicit mesh, and of those from elsewhere while such a mesh is set. XLA splits the work, as on an automatic
     one.
 
     Args:
       others: how further results are split.
     """
-    sharding = jax.typeof(like).sharding
-    if sharding.mesh.empty:
-        sharding = NamedSharding(jax.sharding.get_abstract_mesh(), sharding.spec)
-    elif not any(sharding.spec):
-        return function
-    if not sharding.mesh.explicit_axes:
-        return function
-    split = tuple(NamedSharding(sharding.mesh, spec) for spec in others)  # named: `jax.set_mesh` may not be in force
-    return jax.sharding.auto_axes(function, out_sharding=(sharding, *split) if split else sharding)
+    meshes = [jax.typeof(array).sharding.mesh for array in jax.tree.leaves(arguments)]
+    mesh = next((mesh for mesh in meshes if mesh.explicit_axes), jax.sharding.get_abstract_mesh())
+    if not mesh.explicit_axes:
+        return function(*arguments)
+    split = tuple(NamedSharding(mesh, spec) for spec in (jax.typeof(like).sharding.spec, *others))
+    return jax.sharding.auto_axes(function, out_sharding=split if others else split[0])(*arguments)
 
 
 def check_spread(name: str, arrays: Iterable[Array], axis_name: str | None) -> None:
@@ -69,6 +66,8 @@ def before(states: Array, initial: Array, axis: int, reverse: bool = False, axis
       initial: that before the first one (in reverse, after the last one) of the whole sequence.
     """
     edge, size = jnp.expand_dims(initial, axis), states.shape[axis]
+    if size == 0:
+        return states
     begin, end = (1, size) if reverse else (0, size - 1)
     others = lax.slice_in_dim(states, begin, end, axis=axis)
     if axis_name is not None:

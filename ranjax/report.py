@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 from ranjax.config import Config
-from ranjax.errors import refusals, write_whole
+from ranjax.errors import UserError, refusals, write_whole
 from ranjax.evaluate import perplexity, shown
 
 if TYPE_CHECKING:
@@ -204,10 +204,14 @@ def _version(name: str) -> str:
 def _read_rows(path: Path) -> list[dict[str, float]]:
     if not path.exists():
         return []
-    rows = []
-    for line in path.read_text("utf-8", "replace").splitlines():
+    rows, lines = [], path.read_text("utf-8", "replace").splitlines()
+    for number, line in enumerate(lines, 1):
         try:
-            rows.append(json.loads(line))
-        except json.JSONDecodeError:  # a kill cut the last line short
-            break
+            row = json.loads(line)
+            row["step"], row["epoch"]  # what it must have
+        except (ValueError, KeyError, TypeError):
+            if number == len(lines):  # a kill cut it short
+                break
+            raise UserError(f"line {number} of {path} must be a row; got {line!r:.40}. Restore or delete it.") from None
+        rows.append(row)
     return rows

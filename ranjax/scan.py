@@ -85,7 +85,7 @@ def linear_recurrence(
     if inputs.size == 0:
         return inputs
     solve = partial(_compiled, solver=solver, reverse=reverse, axis_name=axis_name)
-    return automatic(solve, inputs)(decay, inputs, initial)
+    return automatic(solve, decay, inputs, initial, like=inputs)
 
 
 @partial(jax.custom_jvp, nondiff_argnums=(3, 4, 5))

@@ -13,7 +13,7 @@ from datetime import date
 from pathlib import Path
 from typing import Any
 
-from ranjax.config import Config
+from ranjax.config import Config, normalised
 from ranjax.data import load_corpus
 from ranjax.errors import DivergedError, UserError, refusals
 from ranjax.evaluate import MOST
@@ -67,9 +67,10 @@ class Table:
         One that diverges has a row too, without perplexities. Side by side it ends them all: they are then trained one
         after another.
         """
+        config = normalised(config)
         configs = [dataclasses.replace(config, seed=seed) for seed in seeds]
         self.rows = _read(self.path)
-        missing = [config for config in configs if self._found(config, labels) is None]
+        missing = list(dict.fromkeys(config for config in configs if self._found(config, labels) is None))
         if missing:
             self._check_text(config)
             self.folder.mkdir(parents=True, exist_ok=True)
@@ -82,16 +83,17 @@ class Table:
                 return [self.row(config, measure, **labels) for config in configs]
             print(f"diverged: {error}", flush=True)
             rows = [_row(_without_figures(runs[0]))]
+        cut = self.path.exists() and self.path.read_bytes()[-1:] not in (b"", b"\n")  # an editor may leave it so
         with refusals(self.path, "the same command goes on"), self.path.open("a", encoding="utf-8") as file:
-            file.writelines(json.dumps(labels | row) + "\n" for row in rows)
+            file.write("\n" * cut + "".join(json.dumps(labels | row) + "\n" for row in rows))
         self.rows = _read(self.path)  # another program may have added some
         return [row for config in configs if (row := self._found(config, labels))]
 
     def best(self, config: Config, name: str, values: Sequence, short: dict[str, Any], **labels: Any) -> Any:
         """The value of a setting with the lowest validation perplexity.
 
-        Where that is the lowest or the highest of several learning rates, its half or its double is tried too, and so
-        on for three times at most.
+        Where that is the lowest or the highest of the learning rates, its half or its double is tried too, and so on
+        for three times at most.
 
         Args:
           config: the other settings.
@@ -115,10 +117,11 @@ class Table:
         corpus = load_corpus(config.dataset, self.data_dir, config.tokenizer)
         tokens = len(corpus.test) - 1
         for row in self.rows:
-            of = row["config"]["dataset"], row["config"]["tokenizer"]
-            if of == (config.dataset, config.tokenizer) and row["tokens"] not in (None, tokens):
+            settings, told = _settings(row["config"]), row.get("tokens")
+            of = settings["dataset"], settings["tokenizer"]
+            if of == (config.dataset, config.tokenizer) and told not in (None, tokens):
                 raise UserError(
-                    f"the rows of {config.dataset} in {self.path} are of another text: {row['tokens']} test tokens, "
+                    f"the rows of {config.dataset} in {self.path} are of another text: {told} test tokens, "
                     f"where {corpus.source} has {tokens} (the embedded corpora change with the version of Python). "
                     "Give --out DIR for a table of its own."
                 )

@@ -52,6 +52,8 @@ def train_together(configs: Sequence[Config]) -> list[dict[str, Any]]:
       UserError: as `train`; for settings that differ in more.
       SystemExit: after an interrupt, once the states are saved.
     """
+    if not configs:
+        return []
     for config in configs:
         check(config)
     configs = [normalised(config) for config in configs]

@@ -209,18 +209,26 @@ def load_vocabulary(path: Path) -> Vocabulary:
     saved = read_json(path, "tokenizer", "content")
     content = saved["content"]
     match saved["tokenizer"], content:
-        case "word", [_, *_] if all(isinstance(word, str) for word in content):
+        case "word", [_, *_] if all(isinstance(word, str) for word in content) and len(set(content)) == len(content):
             return Words(tuple(content))
-        case "character", str() if content:
+        case "character", str() if content and content == "".join(sorted(set(content))):
             return Characters(content)
-        case "byte", [_, *_] if all(byte in range(256) for byte in content):
-            return Bytes(tuple(content))
-        case "bpe", str() if content:
+        case "byte", [_, *_] if content == [byte for byte in range(256) if byte in content]:
+            return Bytes(tuple(map(int, content)))
+        case "bpe", str() if _is_bpe(content):
             return BytePairs(content)
         case name, _ if name in TOKENIZERS:
             raise UserError(f"{path} must hold what `{name}` reads; got {content!r:.40}. Restore it, or train anew.")
         case other, _:
             raise UserError(f"{path} names the tokenizer {other!r}; expected one of {', '.join(TOKENIZERS)}.")
+
+
+def _is_bpe(content: str) -> bool:
+    """Whether the library `tokenizers` reads it."""
+    try:
+        return len(BytePairs(content)) > 0
+    except Exception:  # it raises nothing narrower
+        return False
 
 
 def _code_points(text: str) -> np.ndarray:

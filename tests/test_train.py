@@ -1032,7 +1032,7 @@ def test_the_preset_that_help_calls_none_is_none():
 
 
 @pytest.mark.parametrize(
-    "flags, message",
+    ("flags", "message"),
     [
         (["--warmup", "500"], "--warmup is for --schedule cosine; got 500 with decay"),
         (["--preset", "ptb-small", "--schedule", "cosine", "--decay", "0.9"], "--decay is for .*; got 0.9 with cosine"),
