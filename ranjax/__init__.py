@@ -51,8 +51,8 @@ _HOMES = {
     "solve": "gated",
 }
 _MODULES = (
-    "attribution", "cell", "config", "data", "evaluate", "generate", "kernels", "layer", "lm", "memory", "scan", "train",
-    "weights",
+    "attribution", "cell", "config", "data", "evaluate", "generate", "kernels", "layer", "lm", "memory", "scan",
+    "train", "weights",
 )  # fmt: skip
 
 __all__ = [

@@ -1,8 +1,8 @@
 """The states of a whole sequence, from what its inputs contribute to each step.
 
 Where each gate sees the input, or its own feature of h_{t-1} besides, a step is elementwise: one walk goes from the
-pre-activations and the content straight to the states, and one walk back makes the gradients. Neither stores a gate.
-Where the gates read all of h_{t-1}, see `recurrent`.
+pre-activations and the content straight to the states, and one walk backwards makes the gradients. Neither stores a
+gate. Where the gates read all of h_{t-1}, see `recurrent`.
 """
 
 from functools import partial

@@ -32,7 +32,7 @@ from ranjax.masks import Steps, filled, seen
 from ranjax.mesh import at_the_edge, before, varying_as
 from ranjax.scan import linear_recurrence, unroll
 
-KEPT = "ranjax.states"  # of a window of time, for the way back
+KEPT = "ranjax.states"  # of a window of time, for the backward pass
 COARSE = 1e-2  # residual below which products must be exact
 
 
@@ -62,7 +62,7 @@ def _by_windows(
 ) -> tuple[Array, Record]:
     """Windows of at most so many steps, one after another from the last state; steps that change nothing fill the last.
 
-    Of a window only the states are kept for the way back, which makes all else anew.
+    Of a window only the states are kept for the backward pass, which makes all else anew.
     """
     time, number = len(steps.u), -(-len(steps.u) // window)
     windows = jax.tree.map(lambda a: a.reshape(number, -1, *a.shape[1:]), filled(steps, number * -(-time // number)))

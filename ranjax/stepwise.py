@@ -1,8 +1,8 @@
 """The cells that a RAN is compared with, over a whole sequence: the LSTM, the GRU and the plain RNN of flax.
 
 `nn.RNN` makes the product of each step with x inside the loop, and its autodiff adds to every weight at every step.
-Here the products with x are made for all steps at once, only the adjoints of the carries are walked through on the way
-back, and the gradient of a weight is one product over all steps, as it is for the RAN.
+Here the products with x are made for all steps at once, only the adjoints of the carries are walked through backwards,
+and the gradient of a weight is one product over all steps, as it is for the RAN.
 """
 
 import math
@@ -116,7 +116,7 @@ def _walk(step: Callable, weights: Any, carry: Any, rows: Array) -> tuple[Any, A
     return lax.scan(partial(step, weights), carry, rows, unroll=unroll())
 
 
-def _walk_there(step, weights, carry, rows):
+def _walk_forward(step, weights, carry, rows):
     def advance(before, row_and_added):
         row, added = row_and_added
         after, h = step(weights, before, row)
@@ -130,7 +130,7 @@ def _walk_there(step, weights, carry, rows):
     return (last, h), (weights, before, rows, back)
 
 
-def _walk_back(step, kept, cotangents):
+def _walk_backward(step, kept, cotangents):
     (weights, before, rows, back), (d_last, d_h) = kept, cotangents
     d_carry, d_after = back((d_last, (jax.tree.map(jnp.zeros_like, before), d_h)))
     flat = partial(jax.tree.map, lambda a: a.reshape(math.prod(a.shape[:-1]), a.shape[-1]))
@@ -139,4 +139,4 @@ def _walk_back(step, kept, cotangents):
     return d_weights, d_carry, d_rows
 
 
-_walk.defvjp(_walk_there, _walk_back)
+_walk.defvjp(_walk_forward, _walk_backward)

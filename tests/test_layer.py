@@ -282,7 +282,7 @@ def test_sigmoids_of_bfloat16_pre_activations_are_float32(gates, solver):
 
 @pytest.mark.parametrize("gates", ELEMENTWISE)
 def test_no_gate_is_stored_for_the_gradient(gates):
-    """Kept for the way back: x, pre-activations, content and states, nothing else of their size."""
+    """Kept for the backward pass: x, pre-activations, content and states, nothing else of their size."""
     layer, variables = layer_and_variables({"gates": gates, "activation": "identity"})
     _, pullback = jax.vjp(lambda v, x: layer.apply(v, x)[1], variables, inputs(2, 500, 3))
     words = sum(leaf.size for leaf in jax.tree.leaves(pullback) if leaf.size >= 1000) / (2 * 500)
