@@ -73,7 +73,7 @@ def generate(run: "Run", prompt: "ArrayLike", length: int, sampling: Sampling, s
 
     from ranjax.lm import zero_state
 
-    advance = _advance(run.model, sampling)
+    advance = _advance(run.model, sampling)  # pyright: ignore[reportArgumentType]  # flax hashes a model's fields
     ids, state, key = jnp.asarray(prompt), zero_state(run.model, run.params, batch_size=1), jax.random.key(seed)
     for n in range(length):
         ids, state = advance(run.params, state, ids, jax.random.fold_in(key, n))

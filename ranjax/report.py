@@ -208,8 +208,9 @@ def _read_rows(path: Path) -> list[dict[str, float]]:
     for number, line in enumerate(lines, 1):
         try:
             row = json.loads(line)
-            row["step"], row["epoch"]  # what it must have
-        except (ValueError, KeyError, TypeError):
+            if not isinstance(row, dict) or not row.keys() >= {"step", "epoch"}:
+                raise ValueError("it is no row")
+        except ValueError:
             if number == len(lines):  # a kill cut it short
                 break
             raise UserError(f"line {number} of {path} must be a row; got {line!r:.40}. Restore or delete it.") from None
