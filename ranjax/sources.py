@@ -56,7 +56,7 @@ def _parquet_rows(data: bytes, path: Path) -> list[str | None]:
             raise UserError(f"{path} must have a column `text`; got {', '.join(names) or 'none'}.")
         column = file.read(columns=["text"])["text"]
     except (ArrowInvalid, OSError) as error:
-        raise UserError(f"{path} must be a parquet file: {str(error).rstrip('.')}.") from None
+        raise UserError(f"{path} must be a parquet file: {' '.join(str(error).split()).rstrip('. ')}.") from None
     if not (types.is_string(column.type) or types.is_large_string(column.type)):
         raise UserError(f"the column `text` of {path} must be of strings; got {column.type}.")
     return column.to_pylist()

@@ -74,8 +74,9 @@ def test_characters_are_the_default_of_a_file(tmp_path):
     assert load_corpus(str(tmp_path / "one.txt")).vocabulary == Characters.build(TEXT)
 
 
-def test_no_character_is_cut_in_two():
-    text = "é" * 101
+@pytest.mark.parametrize("character", ["é", "😀"])
+def test_no_character_is_cut_in_two(character):
+    text = character * 101
     parts = split_text(text.encode())
     assert "".join(part.decode() for part in parts) == text
 
@@ -93,7 +94,12 @@ def test_vocabularies_are_saved(vocabulary, tmp_path):
 
 @pytest.mark.parametrize(
     ("tokenizer", "content"),
-    [("word", 5), ("word", []), ("word", [1]), ("character", ""), ("byte", [7, 256]), ("byte", [[]]), ("bpe", None)],
+    [
+        *(("word", content) for content in (5, [], [1], ["a", "a"])),
+        *(("character", content) for content in ("", "ba", "aa")),
+        *(("byte", content) for content in ([7, 256], [[]], [7, 7], [8, 7])),
+        *(("bpe", content) for content in (None, "", "x", "{}")),
+    ],
 )
 def test_a_damaged_vocabulary_is_named(tokenizer, content, tmp_path):
     (tmp_path / "v.json").write_text(json.dumps({"tokenizer": tokenizer, "content": content}))
@@ -107,6 +113,9 @@ def test_python_docs_are_of_this_python():
     assert len(corpus.train) > 200_000
     assert min(len(corpus.valid), len(corpus.test)) > 10_000
     assert "iterable" in corpus.vocabulary.decode(corpus.train)
+    topics = embedded._topics(Path(os.__file__).parent / "pydoc_data" / "topics.py")
+    assert len(topics) > 50
+    assert topics[-1] in "".join(text.decode() for text in embedded.python_docs()[1])
     assert corpus.train.max() < len(corpus.vocabulary) == 4096
 
 
@@ -130,6 +139,8 @@ def test_markov_of_a_higher_order():
     ids = markov_ids(1000, seed=0, order=7)
     noise = (ids[7:] - ids[6:-1] - 3 * ids[:-7]) % 8
     assert np.mean(noise == 0) == pytest.approx(MARKOV_NOISE[0], abs=0.05)
+    with pytest.raises(UserError, match="`order` must be at least 2; got 1"):
+        markov_ids(5, seed=0, order=1)
 
 
 @pytest.mark.parametrize(("task", "copied"), [("copy-9", 8), ("copy-100", 8), ("recall-2", 1), ("recall-33", 1)])
@@ -170,6 +181,25 @@ def test_a_split_is_read_with_another_vocabulary(folder):
         load_split(str(folder), "test", Words(("<eos>", "dog")))
     with pytest.raises(UserError, match="not the characters"):
         load_split(str(folder), "test", Characters("abc"))
+    with pytest.raises(UserError, match="not the bytes 10, 32, 97, 100, 101, 103, 104, 111, 115, 116"):
+        load_split(str(folder), "test", Bytes((0, 200)))
+    with pytest.raises(ValueError, match="`split` must be one of 'train', 'valid', 'test'; got 'validation'"):
+        load_split(str(folder), "validation", Characters("abc"))
+
+
+def test_ten_of_what_is_missing_are_named():
+    with pytest.raises(UserError, match=r"not the characters '0', .*'9'\. Use"):
+        Characters("a").encode("0123456789a")
+
+
+def test_words_of_special_tokens_are_counted_with_them():
+    assert Words.build("<eos> <eos> a a\n").tokens == ("<eos>", "a")
+    assert Words.build("<unk> a a\n", at_least=2).tokens.count("<unk>") == 1
+
+
+def test_byte_pairs_are_of_what_is_seen_twice():
+    content = json.loads(BytePairs.build("ab ab\ncd\n").content())
+    assert {"ab", "cd"} & content["model"]["vocab"].keys() == {"ab"}
 
 
 @pytest.mark.data
@@ -214,6 +244,14 @@ def test_paths_of_either_kind(tmp_path, kind):
     np.testing.assert_array_equal(load_split(kind(tmp_path / "a.txt"), "train", corpus.vocabulary), corpus.train)
 
 
+def test_a_path_may_begin_with_a_tilde(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "a.txt").write_text("abc " * 100)
+    assert load_corpus("~/a.txt").source == str(tmp_path / "a.txt")
+    with pytest.raises(UserError, match=f"{tmp_path} is not ptb as published"):
+        load_corpus("ptb", "~")
+
+
 def test_a_byte_order_mark_is_no_character(tmp_path):
     (tmp_path / "a.txt").write_bytes(b"\xef\xbb\xbf" + b"abc " * 100)
     sizes = [len(load_corpus(str(tmp_path / "a.txt"), tokenizer=name).vocabulary) for name in ("character", "byte")]
@@ -228,6 +266,14 @@ def test_a_byte_order_mark_is_no_character(tmp_path):
         ({}, "ptb", {"data_dir": "nowhere"}, "--data-dir .*nowhere is not a directory"),
         ({}, "recall-99999999999", {}, "the distance of the task recall must be 2 to 2048; got 'recall-99999999999'"),
         ({}, "recall-\u0663", {}, "no data set or path"),
+        ({}, "recall-" + "9" * 5000, {}, "no data set or path"),
+        ({"a.txt": b" \n" * 100}, "a.txt", {}, "the train split of .*a.txt is empty"),
+        (
+            {f"d/{name}": b"a b\n" for name in ("train.txt", "train.raw", "valid.txt", "test.txt")},
+            "d",
+            {},
+            "must hold one file each .* got train: train.raw, train.txt, valid: valid.txt",
+        ),
         ({}, "markov", {"tokenizer": "words"}, "`tokenizer` must be one of word, character, byte, bpe; got 'words'"),
         ({"a.txt": b""}, "a.txt", {}, "the train split of .*a.txt is empty"),
         ({"a.txt": b"\x80\x81\x82" * 100}, "a.txt", {}, "the train split of .*a.txt is not UTF-8: byte 0x80"),
@@ -244,6 +290,7 @@ def test_a_byte_order_mark_is_no_character(tmp_path):
         ({"a.txt": b"abc " * 100}, "", {}, "no data set or path ''"),
         ({"d/train.txt": b"a"}, "d", {}, "must hold one file each .* valid: none, test: none"),
         ({"a.txt.gz": gzip.compress(TEXT.encode())[:-20]}, "a.txt.gz", {}, "a.txt.gz could not be read"),
+        ({"a.txt.gz": gzip.compress(TEXT.encode())[:12] + b"\xff" * 20}, "a.txt.gz", {}, "a.txt.gz could not be read"),
         ({"d/train.parquet": b"x", "d/valid.txt": b"a", "d/test.txt": b"a"}, "d", {}, "must be a parquet file"),
         (
             {f"ptb/ptb.{split}.txt": b"a b\n" for split in ("train", "valid", "test")},
@@ -276,6 +323,39 @@ def test_a_parquet_file_without_a_column_of_text_is_refused(column, message, tmp
         parquet.write_table(pyarrow.table({column: [1, 2]}), tmp_path / f"{split}.parquet")
     with pytest.raises(UserError, match=message):
         load_corpus(str(tmp_path))
+
+
+@pytest.mark.parametrize("damage", [slice(4, 30), slice(60, 90), slice(-8, -4)])
+def test_a_damaged_parquet_file_is_named(damage, tmp_path):
+    from pyarrow import parquet, table
+
+    for split in SPLITS:
+        parquet.write_table(
+            table({"text": ["a b c"] * 500 + list(map(str, range(500)))}), tmp_path / f"{split}.parquet"
+        )
+    data = bytearray((tmp_path / "test.parquet").read_bytes())
+    data[damage] = bytes(byte ^ 255 for byte in data[damage])
+    (tmp_path / "test.parquet").write_bytes(data)
+    with pytest.raises(UserError, match=r"test.parquet must be a parquet file: .*[^.]\.$"):
+        load_corpus(str(tmp_path))
+
+
+def test_long_strings_of_parquet_are_text(tmp_path):
+    import pyarrow
+    from pyarrow import parquet
+
+    for split in SPLITS:
+        column = pyarrow.array(["a b", None, " c "], pyarrow.large_string())
+        parquet.write_table(pyarrow.table({"text": column}), tmp_path / f"{split}.parquet")
+    corpus = load_corpus(str(tmp_path), tokenizer="character")
+    assert corpus.vocabulary.decode(corpus.train) == "a b\n\n c \n"
+
+
+def test_names_of_files_may_be_in_capitals(tmp_path):
+    (tmp_path / "TRAIN.TXT.GZ").write_bytes(gzip.compress(b"abc"))
+    for name in ("Valid.TXT", "test.Tokens"):
+        (tmp_path / name).write_bytes(b"abc")
+    assert path_texts(tmp_path) == [b"abc"] * 3
 
 
 def test_a_hub_out_of_reach(tmp_path):
@@ -322,10 +402,17 @@ def test_rows_of_the_hub_are_lines(monkeypatch):
 
     titles = {"train": "A B C", "validation": "B", "test": "C"}
     hub = {split: datasets.Dataset.from_dict({"text": ["", f" = {t} = \n", "", "b \n"]}) for split, t in titles.items()}
-    monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: datasets.DatasetDict(hub))
+    hub, asked = datasets.DatasetDict(hub), []
+    monkeypatch.setattr(datasets, "load_dataset", lambda *what: asked.append(what) or hub)
     corpus = load_corpus("wikitext-103")
     for split, title in zip((corpus.train, corpus.valid, corpus.test), titles.values(), strict=True):
         assert corpus.vocabulary.decode(split) == f"\n= {title} =\n\nb\n"
+    for name in ("wikitext-2-raw", "wikitext-103-raw"):
+        assert "<unk>" in load_corpus(name).vocabulary.tokens  # not closed: rare words are there
+    monkeypatch.setitem(data.KNOWN, "wikitext-2", replace(data.KNOWN["wikitext-2"], totals=None))
+    load_corpus("wikitext-2")
+    names = ("wikitext-103", "wikitext-2-raw", "wikitext-103-raw", "wikitext-2")
+    assert asked == [("Salesforce/wikitext", f"{name}-v1") for name in names]
 
 
 def test_text8_of_the_hub_is_all_of_it_or_nothing(monkeypatch):
@@ -336,6 +423,10 @@ def test_text8_of_the_hub_is_all_of_it_or_nothing(monkeypatch):
     monkeypatch.setattr(datasets, "load_dataset", lambda *asked: {("afmck/text8", "default"): hub}[asked])
     with pytest.raises(UserError, match=r"afmck/text8 is not text8 as published: .* got \(100, 2, 2, 2\)"):
         load_corpus("text8")
+    monkeypatch.setitem(data.KNOWN, "text8", replace(data.KNOWN["text8"], totals=(100, 2, 2, 3)))
+    with pytest.raises(UserError, match="not text8 as published"):
+        load_corpus("text8")
+    assert len(load_corpus("text8", tokenizer="bpe").train)  # the totals are those of characters
     monkeypatch.setitem(data.KNOWN, "text8", replace(data.KNOWN["text8"], totals=(100, 2, 2, 2)))
     corpus = load_corpus("text8")
     assert corpus.vocabulary == Characters("ab")  # no line ends a text of one row
@@ -370,12 +461,21 @@ def test_no_text_of_the_docs_is_in_two_splits(monkeypatch):
     parts = [text.decode().strip().split("\n\n") for text in embedded.python_docs()[1]]
     assert list(map(len, parts)) == [162, 9, 9]
     assert len(set().union(*parts)) == 180
+    monkeypatch.setattr(embedded, "_docstrings", lambda _: [f"text {n}" for n in range(99)])
+    with pytest.raises(UserError, match="carries no sources to read"):
+        embedded.python_docs()
 
 
 def test_texts_of_tasks_are_drawn_apart():
     for name in ("markov", "copy-9", "recall-2"):
         corpus = load_corpus(name)
         assert len({split[:1000].tobytes() for split in (corpus.train, corpus.valid, corpus.test)}) == 3
+        assert len(corpus.valid) == len(corpus.test) == {"markov": 20_000, "copy-9": 18_000, "recall-2": 4_000}[name]
+
+
+def test_a_text_is_known_by_all_of_it():
+    ids = np.arange(3000)
+    assert data.identity(ids) != data.identity(np.append(ids[:-1], 0))
 
 
 def test_whole_windows_have_their_targets():
@@ -394,6 +494,8 @@ def test_names_of_splits_are_whole_words(tmp_path):
 
 def test_a_readme_is_no_text(tmp_path):
     (tmp_path / "README.txt").write_text("how it was made")
+    (tmp_path / ".DS_Store").write_text("of the system")
+    (tmp_path / "folder").mkdir()
     (tmp_path / "text8").write_text("x" * 100)
     assert b"".join(path_texts(tmp_path)) == b"x" * 100
 
