@@ -36,7 +36,7 @@ class Options:
 def read_text(options: Options) -> str:
     """The text that was given."""
     if (options.text is None) == (options.file is None):
-        raise UserError("give the text by --text or by --file, by one of them.")
+        raise UserError("give the text by either --text or --file.")
     if options.text is not None:
         check_utf8("--text", options.text)
         return options.text
@@ -59,7 +59,7 @@ def check(options: Options, layers: int) -> None:
         raise UserError(f"--out must end in .html (a page) or .png (a figure); got {options.out}.")
     out = None if options.out is None else Path(os.path.expanduser(options.out))
     if out is not None and not out.absolute().parent.is_dir():
-        raise UserError(f"--out is to be in {out.parent}, which is not a directory.")
+        raise UserError(f"--out must be in a directory that exists; got {out}.")
     file = None if options.file is None else Path(os.path.expanduser(options.file))
     if out is not None and file is not None and out.exists() and out.samefile(file):
         raise UserError(f"--out {out} is the text of --file, and is left as it is. Give another --out.")

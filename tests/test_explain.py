@@ -9,10 +9,12 @@ import shutil
 import subprocess
 import sys
 import time
+import types
 
 import jax
 import numpy as np
 import pytest
+from rich.console import Console
 
 from ranjax import explain, explanation, train, views, weights
 from ranjax.attribution import decompositions
@@ -155,8 +157,8 @@ def test_bad_input_is_named(run, tmp_path, monkeypatch, capsys):
     (tmp_path / "latin.txt").write_bytes(b"caf\xe9")
     (tmp_path / "dir.html").mkdir()
     for more, message in (
-        ([], "by --text or by --file"),
-        (["--text", "cat", "--file", "x"], "by one of them"),
+        ([], "by either --text or --file"),
+        (["--text", "cat", "--file", "x"], "by either --text or --file"),
         (["--text", ""], "the text is empty"),
         (["--text", "  "], "the text is empty"),
         (["--file", str(tmp_path / "none")], "cannot be read: No such file"),
@@ -166,7 +168,7 @@ def test_bad_input_is_named(run, tmp_path, monkeypatch, capsys):
         (["--text", "cat", "--layer", "3"], "--layer must be from 1 to 2"),
         (["--text", "cat", "--top", "0"], "--top must be at least 1"),
         (["--text", "cat", "--out", "page.pdf"], "--out must end in .html"),
-        (["--text", "cat", "--out", str(tmp_path / "no" / "page.html")], "which is not a directory"),
+        (["--text", "cat", "--out", str(tmp_path / "no" / "page.html")], "must be in a directory that exists; got"),
         (
             ["--text", "cat " * 1001, "--out", str(tmp_path / "page.html")],
             "at most 1,000 tokens, and this text has 1,001",
@@ -175,6 +177,11 @@ def test_bad_input_is_named(run, tmp_path, monkeypatch, capsys):
         assert message in said([*given, *more], capsys), more
     assert [path.name for path in tmp_path.glob("*.html")] == ["dir.html"]
     monkeypatch.setattr(explanation, "free_memory", lambda: 100_000)
+    takes = types.SimpleNamespace(temp_size_in_bytes=60_000, output_size_in_bytes=40_000)
+    explanation._check_memory(takes, 5)
+    takes.output_size_in_bytes += 1
+    with pytest.raises(UserError, match="a text of 5 tokens takes"):
+        explanation._check_memory(takes, 5)
     assert re.search(
         r"a text of 100 tokens takes \d+ MB of memory .* enough for about \d+ tokens",
         said([*given, "--text", "cat " * 100], capsys),
@@ -212,6 +219,41 @@ def test_a_file_is_read_as_training_reads_it(tmp_path):
 def test_an_lstm_is_refused(tmp_path, capsys):
     out = trained(tmp_path, cell="lstm")
     assert "'lstm', whose states are not weighted sums" in said(["--checkpoint", out, "--text", "cat"], capsys)
+
+
+def test_paths_may_begin_with_a_tilde_and_names_be_in_capitals(run, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setattr(explanation, "DRAWN", 3)
+    (tmp_path / "text.txt").write_text("the cat sat")  # as many as are drawn
+    explain.main(["--checkpoint", run, "--file", "~/text.txt", "--out", "~/PAGE.HTML"])
+    assert (tmp_path / "PAGE.HTML").read_text().startswith("<!doctype")
+    assert len(base64.b64decode(shown(tmp_path / "PAGE.HTML")["layers"][0]["pairs"])) == 2 * 6
+
+
+def test_tokens_are_shown_by_signs():
+    assert [explanation.piece(Characters("\t\n\x1ba"), n) for n in range(4)] == ["⇥", "⏎", "\\x1b", "a"]
+    assert explanation.visible("  ") == "␠␠"
+    assert explanation._horizon(5000) == explanation.HORIZON < 2500
+    assert views._json({"text": "</script>\u2028"}) == '{"text": "\\u003c/script>\\u2028"}'
+
+
+def test_what_adds_to_a_logit_is_green_and_what_is_strong_is_bold(monkeypatch, capsys):
+    prediction = explanation.Prediction("cat", 0.5, np.array([2.0, -1.0]), 0.0)
+    assert [str(span.style) for span in views._prediction(prediction, ["a", "b"]).spans] == ["bold", "green", "red"]
+    weights = np.array([[0.0, 0.0], [1.0, 0.0], [0.5, 0.1], [0.0, 0.0]])
+    sources = np.array([[-1, -1], [0, -1], [1, 0], [-1, -1]])
+    own, none = np.ones(4), np.zeros(4)
+    for horizon in (2, 3):
+        layer = explanation.Layer(own, weights, sources, none, np.array([1.0]), horizon, None)
+        found = explanation.Explanation(["the", "w" * 10, "sat", "on"], " ", "l2", [layer], [])
+        console = Console(force_terminal=True, color_system="standard", highlight=False, soft_wrap=True)
+        monkeypatch.setattr(views, "Console", lambda console=console, **_: console)
+        views.print_sources(found, 1)
+        said = capsys.readouterr().out
+        assert ("Half-lives of the 1 components" in said) == (horizon > 2)
+    assert "w" * 10 in said
+    for code, what in (("1;32", "the 1"), ("36", "w" * 10 + " 0.5"), ("2", "the 0.1")):  # bold green, cyan, dim
+        assert f"\x1b[{code}m  {what}" in said
 
 
 def test_help_is_there_at_once():
@@ -409,7 +451,7 @@ def test_options_have_their_documented_defaults():
     assert dataclasses.asdict(options) == {
         "checkpoint": "runs/x", "text": None, "file": None, "layer": 1, "reduce": "l2", "top": 3, "out": None
     }  # fmt: skip
-    with pytest.raises(UserError, match="--text or by --file"):
+    with pytest.raises(UserError, match="either --text or --file"):
         explain.read_text(options)
 
 
@@ -448,9 +490,9 @@ def test_the_page_holds_all_pairs(run, tmp_path):
 def test_the_text_is_not_overwritten(run, tmp_path, capsys):
     path = tmp_path / "text.html"
     path.write_text(PETS)
-    with pytest.raises(SystemExit):
-        explain.main(["--checkpoint", run, "--file", str(path), "--out", str(path)])
-    assert "is the text of --file, and is left as it is" in capsys.readouterr().err
+    for out in (path, tmp_path / ".." / tmp_path.name / path.name):
+        error = said(["--checkpoint", run, "--file", str(path), "--out", str(out)], capsys)
+        assert "is the text of --file, and is left as it is" in error
     assert path.read_text() == PETS
 
 

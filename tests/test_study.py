@@ -56,14 +56,14 @@ def test_time_runs_out(pets, tmp_path):
         "        time.sleep(0.1)\n"
         "    signal.setitimer(signal.ITIMER_REAL, 0.01)\n"
         "threading.Thread(target=hurry, daemon=True).start()\n"
-        "main = lambda options, table: print(table.folder) or table.row(config, study='pets')\n"
+        "main = lambda options, table: print(table.folder, table.data_dir) or table.row(config, study='pets')\n"
         "study.run(main, study.Options, pathlib.Path('the study'))\n"
     )
     (tmp_path / "study.py").write_text(program)
-    command = [sys.executable, "study.py", "--minutes", "5", "--runs", "kept", "--out", "cut"]
+    command = [sys.executable, "study.py", "--minutes", "5", "--runs", "kept", "--out", "cut", "--data-dir", "data"]
     first = subprocess.run(command, capture_output=True, text=True, check=False, timeout=120, cwd=tmp_path)
     assert first.returncode == 143, first.stderr
-    assert first.stdout.startswith("cut\n")
+    assert first.stdout.startswith("cut data\n")
     assert "saved. Go on with" in first.stdout
     assert first.stdout.endswith("The study was stopped; the same command goes on with it.\n")
     assert not list((tmp_path / "cut").iterdir())
@@ -72,6 +72,8 @@ def test_time_runs_out(pets, tmp_path):
 
 def test_a_budget_is_taken_back():
     before = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGALRM)]
+    with study.budget(1):
+        assert 50 < signal.getitimer(signal.ITIMER_REAL)[0] <= 60
     with study.budget(0.001):
         pass
     time.sleep(0.1)

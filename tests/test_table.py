@@ -73,6 +73,31 @@ def test_a_table_that_another_program_writes_to_is_read_anew(pets, tmp_path, mon
     assert [row["model"] for row in table.rows] == ["RAN", "GRU", "LSTM"]
 
 
+def test_settings_may_come_in_any_form(pets, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    table = Table(tmp_path, tmp_path / "runs")
+    row = table.row(pets)
+    for form in ({"dataset": "pets.txt"}, {"dataset": Path(pets.dataset)}, {"features": [8]}):
+        assert table.row(dataclasses.replace(pets, **form)) == json.loads(json.dumps(row))
+    assert len(table.rows_of_seeds(pets, [0, 0])) == 2
+    assert len((tmp_path / "results.jsonl").read_text().splitlines()) == 1
+
+
+def test_a_last_line_without_an_end_is_not_written_on(pets, tmp_path):
+    file = tmp_path / "results.jsonl"
+    file.write_text('{"config": {"features": [8]}}')  # the other settings at their defaults; no tokens
+    Table(tmp_path, tmp_path / "runs").row(pets)
+    assert [json.loads(line)["config"]["features"] for line in file.read_text().splitlines()] == [[8], [8]]
+
+
+def test_a_run_that_was_cut_off_goes_on(pets, tmp_path):
+    table = Table(tmp_path, tmp_path / "runs")
+    run = table._run(pets, {"model": "RAN"})
+    assert not run.resume
+    Path(run.out).mkdir(parents=True)  # without a result yet
+    assert table._run(pets, {"model": "RAN"}).resume
+
+
 def test_a_perplexity_beyond_all_figures_is_none_in_the_row():
     names = (
         "dataset test_bits tokens_per_second parameters training_seconds side_by_side device date versions test_tokens"
