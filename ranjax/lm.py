@@ -89,8 +89,6 @@ class LanguageModel(nn.Module):
             size = getattr(self, name)
             if size is not None:
                 check_size(name, size)
-        if isinstance(self.features, list):
-            self.features = tuple(self.features)  # a module is hashed
         if self.cell == "ran":
             check_choice("gates", self.gates, GATES)
             check_choice("activation", self.activation, ACTIVATIONS)

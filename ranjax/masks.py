@@ -2,7 +2,6 @@
 
 from typing import Any, NamedTuple
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
@@ -67,9 +66,7 @@ def filled(steps: Steps, time: int) -> Steps:
 def checked_lengths(value: ArrayLike | None, batch: tuple[int, ...], time: int | None) -> Array | None:
     """Lengths of sequences of `time` steps, if there are any; traced ones, or of an unknown time, as they come."""
     lengths = checked("seq_lengths", value, jnp.integer, batch)
-    if lengths is None or time is None or not lengths.size:
-        return lengths
-    if any(isinstance(length, Tracer) for length in jax.tree.leaves(value)):
+    if value is None or time is None or isinstance(value, Tracer) or not np.size(value):
         return lengths
     known = np.asarray(value)
     if known.min() < 0 or known.max() > time:

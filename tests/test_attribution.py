@@ -152,9 +152,10 @@ def test_what_does_not_fit_is_named(x64):
                 rule(model, params, TOKENS, 4, 9, narrow)
         with pytest.raises(ValueError, match=r"`params` must be those of the model, variables\['params'\]; got params"):
             rule(model, {"params": params}, TOKENS, 4, 9)
-        for name, value in (("vocabulary", 50), ("layers", 3), ("tie", True)):
-            got = "got vocabulary=11, layers=2, tie=False"
-            with pytest.raises(ValueError, match=rf"must be those of the model, .*{name}={value}.*; {got}"):
+        for name, value in (("vocabulary", 50), ("layers", 3), ("tie", True), ("gates", "input"), ("projection", 6)):
+            asked = "projected=True" if name == "projection" else f"{name}={value!r}"
+            got = "got vocabulary=11, layers=2, tie=False, gates='recurrent', projected=False"
+            with pytest.raises(ValueError, match=rf"must be those of the model, .*{asked}.*; {got}"):
                 rule(model.clone(**{name: value}), params, TOKENS, 4, 9)
         with pytest.raises(ValueError, match="`tokens` must be ids, which are integers; got float"):
             rule(model, params, TOKENS + 0.5, 4, 9)

@@ -38,8 +38,10 @@ def tpu_blocks(walk):
 
 
 def tpu_simulated(walk):
-    """With the memories and semaphores of a TPU in the simulation."""
-    return tpu.solve(walk, interpret=pltpu.InterpretParams())
+    """With the memories and semaphores of a TPU in the simulation, which visits parallel blocks in any order."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tpu, "TIME", 16)
+        return tpu.solve(walk, interpret=pltpu.InterpretParams())
 
 
 def on_a_gpu(walk):
@@ -157,6 +159,20 @@ def test_lowers_on_a_machine_without_the_device(solve, platform, call, kind, bat
     assert ("barrier" in lowered) == (platform == "cuda" and batch == 4 and walk.affine)
 
 
+@pytest.mark.parametrize(("solve", "features", "kernel"), [(gpu.solve, 2**10, True), (gpu.solve, 2**11, False)])
+def test_the_kernel_of_a_gpu_counts_in_32_bits(solve, features, kernel):
+    array, c = jax.ShapeDtypeStruct((1, 2**20, features), jnp.float32), jax.ShapeDtypeStruct((1, features), jnp.float32)
+    walk = Walk(linear, (), (), ((1, jnp.float32),), affine=True)
+    traced = jax.make_jaxpr(lambda c, a, b: solve(walk._replace(carry=(c,), arrays=(a, b))))(c, array, array)
+    assert ("pallas_call" in str(traced)) == kernel
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.float64])
+def test_the_kernel_of_a_tpu_has_no_float64(x64, dtype):
+    walk = problem("linear", 1, 8, 8)._replace(carry=(jnp.zeros((1, 8), dtype),))
+    assert ("pallas_call" in str(jax.make_jaxpr(lambda: tpu.solve(walk))())) == (dtype == jnp.float32)
+
+
 @pytest.mark.parametrize(
     ("batch", "time", "features", "tiling"),
     [
@@ -166,6 +182,9 @@ def test_lowers_on_a_machine_without_the_device(solve, platform, call, kind, bat
         (8, 35, 512, (32, 2, 1)),
         (1, 65536, 64, (64, 1, 1024)),
         (256, 4096, 1024, (64, 1, 1)),
+        (64, 1024, 1024, (64, 1, 1)),
+        (1, 255, 64, (32, 16, 1)),
+        (1, 256, 64, (64, 1, 4)),
     ],
 )
 def test_how_a_gpu_is_filled(monkeypatch, batch, time, features, tiling):

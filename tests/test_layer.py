@@ -375,6 +375,14 @@ def test_stepwise_with_bfloat16_products(cell):
 
 
 @any_other_cell
+def test_stepwise_multiplies_in_bfloat16_where_it_is_told_to(cell):
+    layer, x = Stepwise(cell(4, dtype=jnp.bfloat16)), inputs(9, 2, 3)
+    variables = layer.init(jax.random.key(0), x)
+    text = str(jax.make_jaxpr(lambda x: layer.apply(variables, x))(x))
+    assert set(re.findall(r"(\w+)\[[\d,]+\] = dot_general", text)) == {"bf16"}
+
+
+@any_other_cell
 def test_stepwise_has_the_products_with_x_outside_the_loop(cell):
     layer = Stepwise(cell(4))
     x = inputs(9, 2, 3)
@@ -413,9 +421,26 @@ def test_parameters_of_other_gates_are_refused(mine, theirs):
             layer.apply(variables, x)
 
 
+class Doubled(RANCell):
+    def __call__(self, carry, inputs):
+        c, h = super().__call__(carry, inputs)
+        return c, 2 * h
+
+
+class Named(RANCell):
+    pass
+
+
+def test_cells_whose_equations_are_others_are_refused():
+    for cell in (nn.LSTMCell(4), RANCell):
+        with pytest.raises(TypeError, match=r"(?s)cell.*(LSTMCell|RANCell)"):
+            RAN(cell)
+    with pytest.raises(TypeError, match=r"`cell` must have the `__call__` of ranjax.RANCell.* that of Doubled"):
+        RAN(Doubled(4))
+    RAN(Named(4))
+
+
 def test_bad_options():
-    with pytest.raises(TypeError, match=r"(?s)cell.*LSTMCell"):
-        RAN(nn.LSTMCell(4))
     with pytest.raises(
         ValueError, match=r"`solver` must be one of 'auto', 'sequential', 'fixed_point'; .* read h_{t-1}"
     ):

@@ -141,6 +141,12 @@ def test_cross_entropy_is_minus_log_probability():
         ({"init_scale": 0.0}, "`init_scale` must be above 0; got 0.0"),
         ({"dropout": 1.0}, r"`dropout` must be a rate in \[0, 1\); got 1.0"),
         ({"cell": "gru", "projection": 3}, "`projection` is an option of cell='ran'"),
+        ({"gates": "inputs"}, "`gates` must be one of 'recurrent', 'diagonal', 'input'; got 'inputs'"),
+        ({"activation": "relu"}, "`activation` must be one of 'tanh', 'identity'; got 'relu'"),
+        (
+            {"gates": "input", "solver": "fixed_point"},
+            "`solver` must be one of .*; got 'fixed_point' with gates='input'",
+        ),
         (
             {"cell": "lstm", "solver": "fixed_point"},
             "`solver` is an option of cell='ran'; got 'fixed_point' with cell='lstm'",
@@ -149,7 +155,7 @@ def test_cross_entropy_is_minus_log_probability():
 )
 def test_bad_options(options, message):
     with pytest.raises(ValueError, match=message):
-        model_and_variables(**options)
+        LanguageModel(11, **{"features": 6, "layers": 2} | options)
 
 
 @pytest.mark.parametrize(

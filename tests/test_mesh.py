@@ -457,6 +457,14 @@ def test_types_that_name_the_sharding_of_a_batch(x64, explicit, solver):
     arrays = [jax.device_put(a, NamedSharding(explicit, P("batch"))) for a in (decay, inputs)]
     assert jax.typeof(solve(*arrays)).sharding.spec[0] == "batch"
     assert_close(gradient(*arrays), gradient(decay, inputs))
+    whole = jax.device_put(inputs, NamedSharding(explicit, P()))
+    assert_close(solve(arrays[0], whole), solve(decay, inputs))
+
+
+def test_the_largest_of_values_that_are_not_numbers_is_infinite():
+    over = spread(lambda a: largest(jnp.max(a), "time"), mesh(time=2), P("time"), P())
+    assert float(over(jnp.array([1.0, 2.0]))) == 2
+    assert np.isinf(over(jnp.array([jnp.nan, 1.0])))
 
 
 @pytest.mark.parametrize(

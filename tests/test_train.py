@@ -89,6 +89,7 @@ def test_a_run_leaves_all_it_promises(run):
     assert result["test_perplexity"] < 8  # of 19 characters
     assert (out / "loss.png").read_bytes().startswith(b"\x89PNG")
     assert result["test_tokens"] == len(load_corpus(result["dataset"]).test) - 1
+    assert int(final_state(load_config(out), result["dataset"]).epoch) == 3  # the last validation is not made again
 
 
 @pytest.mark.parametrize("epochs", [1, 3])  # in the last one too
@@ -150,13 +151,30 @@ def test_an_interrupted_run_goes_on_bitwise(text, tmp_path, options, monkeypatch
     train.train(dataclasses.replace(broken, resume=True))
     assert_same(final_state(broken, text), final_state(straight, text))
     rows = [json.loads(line) for line in (straight.directory / "metrics.jsonl").read_text().splitlines()]
+    with pytest.raises(UserError, match="--epochs must be at least 2, which the run has begun; got 1"):
+        train.train(dataclasses.replace(broken, resume=True, epochs=1))
     if straight.solver == "fixed_point":
         assert all(3 < row["mean_passes"] <= straight.steps + 2 for row in rows)  # tiny windows
     else:
         assert all("mean_passes" not in row for row in rows)
 
 
-def test_runs_side_by_side_are_those_alone(text, tmp_path, monkeypatch):
+def test_a_run_that_has_begun_an_epoch_goes_on_to_its_end_at_least(text, tmp_path, monkeypatch):
+    config = settings(text, tmp_path / "run", epochs=2)
+
+    def interrupt(self, state, *_):
+        if int(state.epoch) == 1:  # after the first step of the second
+            signal.raise_signal(signal.SIGINT)
+
+    with monkeypatch.context() as patch:
+        patch.setattr("ranjax.report.Report.progress", interrupt)
+        with pytest.raises(SystemExit, match="130"):
+            _one_step_at_a_time(patch, config)
+    with pytest.raises(UserError, match="--epochs must be at least 2, which the run has begun; got 1"):
+        train.train(dataclasses.replace(config, resume=True, epochs=1))
+
+
+def test_runs_side_by_side_are_those_alone(text, tmp_path, monkeypatch, capsys):
     """Each with its own seed and directory; cut off together, they go on together, or each by itself."""
     both = [settings(text, tmp_path / str(seed), seed=seed, dropout=0.3, epochs=1) for seed in (0, 3)]
     alone = dataclasses.replace(both[1], out=str(tmp_path / "alone"))
@@ -171,7 +189,9 @@ def test_runs_side_by_side_are_those_alone(text, tmp_path, monkeypatch):
         with pytest.raises(SystemExit, match="130"):
             _one_step_at_a_time(patch, *both)
     on = [dataclasses.replace(config, resume=True) for config in both]
+    capsys.readouterr()
     results = train.train_together(on)
+    assert capsys.readouterr().out.count("epoch 1: train") == 1  # one of them tells
     assert [(r["config"]["seed"], r["side_by_side"]) for r in (*results, expected)] == [(0, 2), (3, 2), (3, 1)]
     assert results[1]["test_perplexity"] == pytest.approx(expected["test_perplexity"], rel=1e-4)
     assert results[0]["test_perplexity"] != pytest.approx(expected["test_perplexity"], rel=1e-3)
@@ -183,8 +203,11 @@ def test_runs_side_by_side_are_those_alone(text, tmp_path, monkeypatch):
     assert [r["config"]["epochs"] for r in train.train_together(further)] == [2, 2]
     with pytest.raises(UserError, match="the same settings, but for --seed"):
         train.train_together([alone, dataclasses.replace(both[0], dropout=0.1)])
-    with pytest.raises(UserError, match="an --out each"):
-        train.train_together([on[0], on[0]])
+    monkeypatch.chdir(tmp_path)
+    for outs in ((both[0].out, both[0].out), ("x", "./x")):
+        with pytest.raises(UserError, match="an --out each"):
+            train.train_together([dataclasses.replace(config, out=out) for config, out in zip(both, outs)])
+    assert train.train_together([]) == []
 
 
 def test_an_interrupt_on_the_last_step_of_an_epoch_loses_nothing(text, tmp_path, monkeypatch):
@@ -356,7 +379,7 @@ def test_steps_that_are_not_finite_are_skipped_and_counted(text):
     state = jax.tree.map(jnp.copy, state)
     bad = state._replace(params=jax.tree.map(lambda a: jnp.full_like(a, jnp.nan), state.params))
     bad = advance(bad, windows)
-    assert (int(bad.bad), int(bad.bad_in_row), int(bad.step), int(bad.tokens)) == (1, 1, 1, 0)
+    assert (int(bad.bad), int(bad.bad_in_row), int(bad.step), int(bad.tokens), float(bad.loss)) == (1, 1, 1, 0, 0)
     good = advance(bad._replace(params=jax.tree.map(jnp.copy, state.params)), windows)
     assert (int(good.bad), int(good.bad_in_row), int(good.step)) == (1, 0, 2)
     assert all(bool(jnp.all(jnp.isfinite(leaf))) for leaf in jax.tree.leaves((good.params, good.carry)))
@@ -422,6 +445,15 @@ def test_evaluation_counts_every_prediction_whatever_the_window(run, monkeypatch
         assert result.tokens == len(ids) - 1
         assert result.nats == pytest.approx(-float(picked.mean()), rel=1e-5)
     assert result.perplexity == pytest.approx(math.exp(result.nats))
+    unsigned = make_evaluator(loaded.model)(loaded.params, ids.astype(np.uint8))
+    assert unsigned == result
+    for wrong in (ids - 1, ids + 1, ids.astype(float)):
+        with pytest.raises(ValueError, match="`ids` must be whole numbers from 0 to 14, the model's; got"):
+            make_evaluator(loaded.model)(loaded.params, wrong)
+    with pytest.raises(UserError, match=r"at least 2 tokens is needed .*; got 1"):
+        make_evaluator(loaded.model)(loaded.params, ids[:1])
+    with pytest.raises(ValueError, match="`streams` must be a whole number, at least 1; got 0"):
+        make_evaluator(loaded.model, 0)
 
     counted = np.arange(len(ids)) % 5 == 0
     result = make_evaluator(loaded.model)(loaded.params, ids, counted)
@@ -530,6 +562,13 @@ def test_words_and_half_characters_are_written_whole():
     vocabulary = Bytes.build(data)
     generate.stream(vocabulary, iter(vocabulary.encode("é!").tolist()), written.append, "")
     assert written == ["é", "!", ""]
+    written.clear()
+    vocabulary = Bytes.build("😀".encode())
+    generate.stream(vocabulary, iter(vocabulary.encode("😀").tolist()), written.append, "")
+    assert written == ["😀", ""]
+    written.clear()
+    generate.stream(Words(("<eos>", "a")), iter([1]), written.append, "")
+    assert written[0] == "a"  # as on a line of its own
 
 
 def test_explicit_flags_win_over_the_preset(tmp_path, monkeypatch):
@@ -624,6 +663,8 @@ def test_ctrl_c_that_would_be_lost_ends_a_program_all_the_same(where, monkeypatc
         assert collect not in lost
         assert (Dying.__del__ in lost) == (where == "a __del__")
         assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+        time.sleep(0.1)
+        assert not any(isinstance(thread, threading.Timer) for thread in threading.enumerate())  # none comes later
     finally:
         signal.signal(signal.SIGINT, before)
         gc.callbacks[:] = [callback for callback in gc.callbacks if callback is not collect]
@@ -634,6 +675,7 @@ def test_a_model_that_has_diverged_is_written_in_short():
     assert json.loads(json.dumps(result.perplexity, allow_nan=False)) == 1e100
     assert evaluate.report(result, None) == "perplexity 1.00e+100, 451570.0000 nats, 10 tokens"
     assert evaluate.report(evaluate.Evaluation(4.5, 10), None) == "perplexity 90.02, 4.5000 nats, 10 tokens"
+    assert evaluate.shown(123_456.0) == "123456.00"
 
 
 @pytest.mark.parametrize(
@@ -693,6 +735,9 @@ def test_a_model_that_has_diverged_is_written_in_short():
         ("train", ["--dataset", "{text}", "--seed", "2147483648"], r"--seed must be in \[0, 2\*\*31\)"),
         ("train", ["--dataset", "{text}", "--out", "{text}/run"], "--out .*pets.txt/run cannot be written: Not a dir"),
         ("generate", ["--checkpoint", "{run}", "--top-p", "0"], r"--top-p must be in \(0, 1\]; got 0"),
+        ("generate", ["--checkpoint", "{run}", "--top-k", "0"], "--top-k must be at least 1; got 0"),
+        ("generate", ["--checkpoint", "{run}", "--seed", "2147483648"], r"--seed must be in \[0, 2\*\*31\)"),
+        ("evaluate", ["--checkpoint", "{run}", "--dataset", ""], "there is no data set or path ''"),
     ],
 )
 def test_bad_input(module, flags, message, run, text, tmp_path, capsys, monkeypatch):
@@ -723,6 +768,16 @@ def test_bad_input(module, flags, message, run, text, tmp_path, capsys, monkeypa
         ({"out": ""}, "--out must be a path; got ''"),
         ({"dataset": ""}, "--dataset must be a name or a path; got ''"),
         ({"features": np.array([8, 8])}, "--features must be one or more whole numbers, each at least 1; got array"),
+        ({"streams": 0}, "--streams must be a whole number, at least 1; got 0"),
+        ({"dropout": 1.0}, "--dropout must be in [0, 1); got 1.0"),
+        ({"dropout": -0.1}, "--dropout must be in [0, 1); got -0.1"),
+        ({"weight_decay": -1.0}, "--weight-decay must be at least 0; got -1.0"),
+        ({"decay": 0.0}, "--decay must be above 0; got 0.0"),
+        ({"init_scale": 0.0}, "--init-scale must be above 0; got 0.0"),
+        *(({name: math.inf}, "must be finite; got inf") for name in ("decay", "init_scale", "weight_decay")),
+        ({"learning_rate": 10**400}, "--learning-rate must be finite; got 1000"),
+        ({"decay_after": 1.5}, "--decay-after must be a whole number, at least 0; got 1.5"),
+        ({"data_dir": "a\0b"}, "--data-dir must be a path; got 'a\\x00b'"),
         ({"preset": "ptb-medium"}, "--preset ptb-medium has none of its settings here. From Python: dataclasses.repl"),
     ],
 )
@@ -769,13 +824,17 @@ def test_a_vocabulary_that_does_not_match(run, tmp_path):
         ("config.json", b'{"features": [8], "steps": "7"}', "damaged: --steps must be a whole number, .*got '7'"),
         ("vocabulary.json", None, "vocabulary.json cannot be read: .*No such file"),
         ("text.json", b"\xff", "text.json cannot be read: 'utf-8' codec"),
+        ("config.json", b'{"features": [8], "new": 1}', "has settings this version does not know: new"),
+        ("checkpoints/best/*/tree/_METADATA", None, "best is damaged: it holds no arrays"),
+        ("checkpoints/best/*/tree/array_metadatas/process_0", b"garbage", "best is damaged: its arrays cannot be read"),
     ],
 )
 def test_damaged_files_of_a_run_are_named(file, content, message, run, tmp_path):
     shutil.copytree(run[0], tmp_path / "copy")
-    (tmp_path / "copy" / file).unlink()
+    (path,) = (tmp_path / "copy").glob(file)
+    path.unlink()
     if content is not None:
-        (tmp_path / "copy" / file).write_bytes(content)
+        path.write_bytes(content)
     with pytest.raises(UserError, match=message):
         evaluate.evaluate_split(evaluate.Options(str(tmp_path / "copy")))
 
@@ -786,6 +845,9 @@ def test_a_run_without_a_best_state_says_how_to_get_one(run, tmp_path):
     with pytest.raises(UserError, match=r"no epoch of it has been validated\. Go on with: .*copy --resume"):
         load_run(tmp_path / "copy")
     assert not (tmp_path / "copy" / "checkpoints" / "best").exists()
+    (tmp_path / "copy" / "checkpoints" / "best").mkdir()
+    with pytest.raises(UserError, match="no epoch of it has been validated"):
+        load_run(tmp_path / "copy")
 
 
 def test_a_run_is_evaluated_on_its_own_text_unless_told(text, tmp_path, capsys):
@@ -869,7 +931,7 @@ def test_the_state_that_validates_best_is_kept_and_tested(tmp_path, monkeypatch)
 
     monkeypatch.setattr("ranjax.evaluate.make_evaluator", lambda *_: evaluated)
     train.train(config)
-    losses = iter([3.0])
+    losses = iter([1.0])  # as good is not better
     train.train(dataclasses.replace(config, epochs=3, resume=True))
     assert read == ["valid", "valid", "valid", "test", "valid", "valid", "test"]
     for params in (*ended, load_run(config.directory).params):
@@ -915,6 +977,15 @@ def test_draws_differ_from_token_to_token_and_from_seed_to_seed(run):
     assert min(len(set(ids)) for ids in drawn) > 5
 
 
+def test_a_second_text_is_not_compiled_for_again(run, caplog):
+    loaded, sampling = load_run(run[0]), generate.Sampling(0.7)
+    texts = [list(generate.generate(loaded, [0, 1], 5, sampling, seed=0))]
+    with jax.log_compiles():
+        texts.append(list(generate.generate(load_run(run[0]), [0, 1], 5, generate.Sampling(0.7), seed=0)))
+    assert texts[0] == texts[1]
+    assert not [record for record in caplog.records if "Compiling jit(advance)" in record.getMessage()]
+
+
 def test_the_flags_of_generate_reach_it(run, monkeypatch):
     asked = []
 
@@ -927,6 +998,9 @@ def test_the_flags_of_generate_reach_it(run, monkeypatch):
     generate.main(["--checkpoint", str(run[0]), *flags.split()])
     line = load_run(run[0]).vocabulary.encode("\n").tolist()
     assert asked == [(line, 7, generate.Sampling(0.5, 3, 0.9), 5)]
+    assert dataclasses.asdict(generate.Options("x")) == {
+        "checkpoint": "x", "prompt": "", "length": 200, "temperature": 0.8, "top_k": None, "top_p": 1.0, "seed": 0
+    }  # fmt: skip
     assert generate.prompt_ids(Characters("ab"), "").tolist() == [0]
     assert generate.prompt_ids(Words(("a", "<eos>")), "").tolist() == [1]
 
@@ -970,6 +1044,7 @@ def test_arrays_that_the_system_refuses_are_an_oserror(tmp_path, caplog):
     with files_of_at_most(100_000), pytest.raises(OSError, match="File too large"):
         Checkpoints(tmp_path).save("latest", 0, numbers)
     assert not [record for record in caplog.records if record.levelno >= logging.ERROR]
+    assert logging.getLogger("absl").level < logging.CRITICAL
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
@@ -1093,6 +1168,20 @@ def test_a_run_finds_its_data_set_from_any_directory(tmp_path, monkeypatch):
     monkeypatch.chdir("/")
     found, _ = evaluate.evaluate_split(evaluate.Options(str(tmp_path / "run")))
     assert found.nats == result["test_nats"]
+    with pytest.raises(UserError, match="ptb is read from local files only"):  # not from the folder of another
+        evaluate.evaluate_split(evaluate.Options(str(tmp_path / "run"), dataset="ptb"))
+
+
+def test_paths_may_begin_with_a_tilde(run, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "a.pets.txt").write_text("the cat")
+    config = normalised(Config(dataset="~/a.pets.txt", data_dir="~/d", out="~/r"))
+    assert (config.dataset, config.data_dir) == (str(tmp_path / "a.pets.txt"), str(tmp_path / "d"))
+    assert config.directory == tmp_path / "r"
+    assert dataclasses.replace(config, out=None).directory.name == "a.pets-ran"
+    (tmp_path / "run").symlink_to(run[0])
+    found, _ = evaluate.evaluate_split(evaluate.Options("~/run"))
+    assert found.perplexity == run[1]["test_perplexity"]
 
 
 def test_one_checkpoint_of_a_kind_is_kept(tmp_path):
@@ -1102,8 +1191,16 @@ def test_one_checkpoint_of_a_kind_is_kept(tmp_path):
 
 
 def test_a_line_that_a_kill_cut_short_is_dropped(tmp_path):
-    (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n{"step": 2, "ep')
-    assert report._read_rows(tmp_path / "metrics.jsonl") == [{"step": 1}]
+    row = {"step": 1, "epoch": 0.5}
+    (tmp_path / "metrics.jsonl").write_text(json.dumps(row) + '\n{"step": 2, "ep')
+    assert report._read_rows(tmp_path / "metrics.jsonl") == [row]
+
+
+@pytest.mark.parametrize("line", ["5", '{"epoch": 1}', '{"step": 1, "ep'])
+def test_a_damaged_line_before_the_last_is_named(line, tmp_path):
+    (tmp_path / "metrics.jsonl").write_text(line + '\n{"step": 1, "epoch": 0.5}\n')
+    with pytest.raises(UserError, match=r"line 1 of .*metrics.jsonl must be a row; got"):
+        report._read_rows(tmp_path / "metrics.jsonl")
 
 
 def test_a_validation_that_is_not_finite_ends_the_run(pets, tmp_path, monkeypatch):
@@ -1150,8 +1247,9 @@ class Clock:
         return self.now
 
 
-def an_epoch(monkeypatch, seconds, windows):
+def an_epoch(monkeypatch, seconds, windows, stop=None):
     """The state after an epoch of steps that do nothing, and at which of them it was saved."""
+    stop = stop or loop.Interrupt()
     saved, told = [], types.SimpleNamespace(steps=0)
 
     def progress(state, steps, elapsed):
@@ -1163,8 +1261,31 @@ def an_epoch(monkeypatch, seconds, windows):
     zero, count = jnp.zeros(()), jnp.zeros((), jnp.int32)
     state = step.TrainState({}, {}, (), count, count, zero, count, count, count, zero, zero, count, zero)
     run = loop.Run(Config(), None, told)
-    trained = loop.Loop([run], lambda state, _: state._replace(step=state.step + 1), None, windows)
-    return trained.epoch(state, loop.Interrupt()), saved
+
+    def advance(state, _):
+        assert stop.saved is None
+        return state._replace(step=state.step + 1)
+
+    return loop.Loop([run], advance, None, windows).epoch(state, stop), saved
+
+
+def test_what_was_saved_before_an_epoch_is_not_all_there_is_in_it(monkeypatch):
+    stop = loop.Interrupt(saved=0)
+    an_epoch(monkeypatch, 1.0, 4, stop)
+    assert stop.saved == 4
+
+
+def test_a_second_signal_is_not_waited_for():
+    told = []
+    before = signal.signal(signal.SIGINT, lambda *_: told.append("the program's own"))
+    try:
+        with loop.interrupts([]) as stop:
+            for _ in range(2):
+                signal.raise_signal(signal.SIGINT)
+            assert stop.signal == signal.SIGINT
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert told == ["the program's own"]
 
 
 def test_compilation_is_not_timed(monkeypatch):
@@ -1183,6 +1304,23 @@ def test_speed_is_in_tokens(pets, tmp_path):
     zero = jnp.zeros(())
     told.progress(step.TrainState({}, None, None, jnp.array(5), jnp.array(0), *[zero] * 8), 5, 2.0)
     assert told._rows[-1]["tokens_per_second"] == 5 * 4 * 7 / 2
+
+
+def test_progress_is_that_of_the_epoch_and_skipped_steps_are_told(pets, tmp_path, capsys):
+    told, zero = Report(tmp_path, dataclasses.replace(pets, epochs=3), 5, 0, 0), jnp.zeros(())
+    state = step.TrainState({}, None, None, jnp.array(10), jnp.array(1), *[zero] * 8)
+    told.progress(state, 5, 2.0)
+    assert capsys.readouterr().out.startswith("epoch 2/3 100%: 70 tokens/s")
+    told.epoch(state._replace(bad=jnp.array(2), seconds=jnp.array(90.0)), Evaluation(0.0, 1))
+    assert capsys.readouterr().out.endswith("valid 1.00, 1.5 minutes of training, 2 steps skipped\n")
+
+
+def test_the_picture_of_the_loss_is_over_epochs(tmp_path, monkeypatch):
+    figures, blank = [], report.blank_figure
+    monkeypatch.setattr(report, "blank_figure", lambda *size: figures.append(blank(*size)) or figures[0])
+    rows = [{"step": 5 * n, "epoch": float(n), "train_perplexity": 9.0 - n, "valid_perplexity": 8.0} for n in (1, 2)]
+    report.draw_loss(rows, 5, tmp_path / "loss.png")
+    assert [line.get_xydata().tolist() for line in figures[0].axes[0].lines] == [[[1, 8], [2, 7]], [[1, 8], [2, 8]]]
 
 
 @pytest.mark.parametrize(("seconds", "steps"), [(1.0, [5]), (16.0, [1, 2, 3, 4, 5])])  # between looks at the clock

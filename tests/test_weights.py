@@ -196,6 +196,12 @@ def test_rounding_does_not_end_the_search_too_early(patch, reduce):
     assert reduce != "contribution" or not np.array_equal(early[0], without)  # the margin is needed
 
 
+def test_the_margin_grows_with_the_features_that_are_summed():
+    eps = float(np.finfo(np.float32).eps)
+    assert strongest._margin(1, 1000, "float32") > 1000 * eps
+    assert strongest._margin(1000, 1, "float32") > 1000 * eps
+
+
 def test_norms_of_small_weights_are_not_lost():
     """Squares of weights below 1e-19 are nothing in float32; their norm is."""
     i, f = jnp.full((120, 4), 0.5), jnp.full((120, 4), 0.4)
@@ -207,6 +213,8 @@ def test_norms_of_small_weights_are_not_lost():
     np.testing.assert_allclose(values[-1][: there.sum()], 2 * expected[there][::-1], rtol=1e-5)
     small = weights.Decomposition(1e-20 * i, 0.9 + 0 * f, i, i, i[0])
     assert int(weights.spans(small)[0]) == int(weights.spans(small, "l1")[0]) == 7
+    norms = strongest.measure_pairs("l2", jnp.ones((1, 4)), jnp.full((1, 4), 1e-30))
+    np.testing.assert_allclose(norms, 2e-30, rtol=1e-5)
 
 
 @pytest.mark.parametrize(
@@ -305,10 +313,20 @@ def test_outside_jit_nothing_is_compiled_twice(gates, caplog):
     assert not [record for record in caplog.records if "Compiling" in record.getMessage()]
 
 
-def test_no_steps_and_no_sequences():
+@pytest.mark.parametrize(
+    ("gates", "solver"),
+    [
+        ("input", "auto"),
+        ("diagonal", "auto"),
+        ("diagonal", "newton"),
+        ("recurrent", "auto"),
+        ("recurrent", "fixed_point"),
+    ],
+)
+def test_no_steps_and_no_sequences(gates, solver):
     for shape in ((0, 4, 3), (2, 0, 3)):
-        params, _, _ = drawn("input", dtype=jnp.float32, features=3)
-        made = weights.decompose(params, jnp.zeros((*shape[:-1], SIZE)))
+        params, _, _ = drawn(gates, dtype=jnp.float32, features=3)
+        made = weights.decompose(params, jnp.zeros((*shape[:-1], SIZE)), solver=solver)
         assert weights.full(made).shape == (*shape[:-1], shape[1], 3)
         assert weights.reduced(made).shape == (*shape[:-1], shape[1])
         assert weights.top(made, 2)[0].shape == (*shape[:-1], 2)
