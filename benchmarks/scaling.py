@@ -24,6 +24,7 @@ from jax.sharding import PartitionSpec as P
 
 import ranjax
 from ranjax.hugepages import restart_with_huge_pages
+from ranjax.report import blank_figure
 
 TIME = P(None, "time")
 COLLECTIVE = re.compile(r"= (.*?) (all-gather|all-reduce|collective-permute|all-to-all|reduce-scatter)(?:-start)?\(")
@@ -127,10 +128,8 @@ def measure(name: str, length: int, options: Options) -> list[dict]:
 
 def draw(rows: list[dict], path: Path, title: str) -> None:
     """Memory of one device against the length, one panel for each case."""
-    from matplotlib.figure import Figure
-
     names = list(dict.fromkeys(row["name"] for row in rows))
-    figure = Figure(figsize=(3.2 * len(names) + 1, 3.4), layout="constrained")
+    figure = blank_figure(3.2 * len(names) + 1, 3.4)
     for axes, name in zip(figure.subplots(1, len(names), sharey=True, squeeze=False)[0], names, strict=True):
         for count in dict.fromkeys(row["devices"] for row in rows):
             points = [(r["time"], r["mib_per_device"]) for r in rows if (r["name"], r["devices"]) == (name, count)]

@@ -20,6 +20,7 @@ from jax import Array, lax
 
 from ranjax import linear_recurrence
 from ranjax.hugepages import restart_with_huge_pages
+from ranjax.report import blank_figure
 
 RESULTS = Path(__file__).parent / "results"
 MAIN = (8, 1024, 512)  # batch, time, features
@@ -177,10 +178,8 @@ def contest(shape: tuple[int, int, int], options: Options) -> tuple[dict, dict, 
 
 def draw(rows: list[dict], path: Path, title: str) -> None:
     """Nanoseconds an element of the whole gradient, over the length, one panel for each number of features."""
-    from matplotlib.figure import Figure
-
     widths = sorted({row["features"] for row in rows})
-    figure = Figure(figsize=(4 * len(widths) + 3, 4), layout="constrained")
+    figure = blank_figure(4 * len(widths) + 3, 4)
     panels = figure.subplots(1, len(widths), sharey=True, squeeze=False)[0]
     for panel, features in zip(panels, widths, strict=True):
         for name in dict.fromkeys(row["name"] for row in rows):

@@ -59,7 +59,7 @@ class Config:
     epochs: int = 3
     """Passes over the training text."""
     batch_size: int = 20
-    """Columns of text trained on side by side."""
+    """Streams of text trained on in parallel."""
     steps: int = 35
     """Truncation length: tokens that a gradient reaches back at most."""
     optimizer: Literal["sgd", "adamw"] = "adamw"
@@ -84,8 +84,8 @@ class Config:
     solver: Literal["auto", "sequential", "associative", "chunked", "pallas", "fixed_point", "newton"] = "auto"
     """How a RAN layer solves its recurrence."""
     streams: int = 1
-    """Validation and test text are read as so many streams, in less time if long and in as many times the memory.
-    Each but the first begins 512 tokens before those that it counts."""
+    """Validation and test text are read as so many streams: faster for long texts, at so many times the memory. Each
+    but the first begins 512 tokens before those that it counts."""
     seed: int = 0
     """Seed of the weights and of dropout."""
 

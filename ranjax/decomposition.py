@@ -13,12 +13,11 @@ from jax.core import Tracer
 from jax.typing import ArrayLike
 from jaxtyping import Float
 
-from ranjax.cell import ACTIVATIONS, Params, checked_carry, checked_inputs, content, gates_of, gates_of_input, promoted
+from ranjax.cell import ACTIVATIONS, Params, checked_inputs, gates_of
 from ranjax.errors import check_choice
 from ranjax.fixed_point import FixedPoint
-from ranjax.gated import check_solver, states_and_gates
-from ranjax.masks import Steps, checked, checked_lengths, masked, padding_after
-from ranjax.scan import state_dtype
+from ranjax.gated import check_solver, prepared, states_and_gates
+from ranjax.masks import Steps, checked, checked_lengths, padding_after
 
 Sequence = Float[Array, "*batch time features"]
 
@@ -85,15 +84,11 @@ def decompose(
     if lengths is not None:
         padding = padding_after(lengths, x.shape[:-1], x.ndim - 2)
         x = jnp.where(padding[..., None], 0, x)  # before any product: padding may hold NaN
-    params, x = promoted(params, x, dtype)
-    u, z = content(params, x), gates_of_input(params, x)
-    shape = (*u.shape[:-2], u.shape[-1])
-    c0 = jnp.zeros(shape, state_dtype(u)) if c0 is None else checked_carry("c0", c0, shape)
-    steps, masks = jax.tree.map(lambda a: jnp.moveaxis(a, x.ndim - 2, 0), (Steps(u, z), (starts, padding)))
-    steps = masked(Steps(*(a.astype(c0.dtype) for a in steps)), *masks)
-    c, gates = states_and_gates(params, steps, c0, activation=activation, solver=solver)
+    params, steps, first = prepared(params, x, c0, starts, padding, dtype)
+    steps = Steps(*(a.astype(first.dtype) for a in steps))
+    c, gates = states_and_gates(params, steps, first, activation=activation, solver=solver)
     i, f, u, c = (jnp.moveaxis(a, 0, -2) for a in (gates[..., 0, :], gates[..., 1, :], steps.u, c))
-    return Decomposition(i, f, u, c, c0)
+    return Decomposition(i, f, u, c, first)
 
 
 def _largest(w: Array) -> Array:

@@ -32,12 +32,11 @@ class FixedPoint:
     A pass is one product over all steps and one linear recurrence; passes that would overshoot are averaged. They end
     when at every step the residual max |F(c_{t-1}) - c_t| is at most `rtol` times the larger of max |c_{t-1}| and
     max |F(c_{t-1})|: where one feature is much larger than the others, these have its tolerance. Gradients solve the
-    transposed linear system, with the full Jacobian, by the same iteration in reverse, to a tolerance of their own;
-    there the cotangents that have faded below a thousandth of the largest of their sequence and window have the
-    tolerance of that thousandth: what a loss on late states gives to much earlier ones has few digits or none, and
-    whoever wants it for itself (how far a memory reaches, the gradient of a first state) takes `"sequential"`. Products
-    are in the dtype of the states. A residual bounds what a step is off by; where the model amplifies it, states and
-    gradients are off by more.
+    transposed linear system, with the full Jacobian, by the same iteration in reverse, to a tolerance of their own.
+    Cotangents below a thousandth of the largest of their sequence and window have the tolerance of that thousandth:
+    what a loss on late states gives to much earlier ones has few digits or none. Where that itself is wanted (how far
+    a memory reaches, the gradient of a first state) use `"sequential"`. Products are in the dtype of the states. A
+    residual bounds what a step is off by; where the model amplifies it, states and gradients are off by more.
 
     Batch by the leading axes. On a mesh each device makes its own passes and has a record of them, unless time is
     spread. Under `vmap` `on_failure="sequential"` always walks, for both branches of a condition that is batched are

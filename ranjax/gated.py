@@ -10,6 +10,7 @@ from typing import cast
 
 import jax
 import jax.numpy as jnp
+from flax.typing import Dtype
 from jax import Array, lax
 from jax.sharding import PartitionSpec
 from jax.typing import ArrayLike
@@ -30,7 +31,7 @@ from ranjax.cell import (
 from ranjax.errors import check_choice
 from ranjax.fixed_point import FixedPoint, Record, exact
 from ranjax.kernels import Rows, Walk
-from ranjax.masks import Gates, States, Steps, seen
+from ranjax.masks import Gates, States, Steps, masked, seen
 from ranjax.mesh import automatic, before, check_spread, varying_as
 from ranjax.recurrent import Way, recurrent_states, walk
 from ranjax.scan import SOLVERS, linear_recurrence, state_dtype
@@ -81,13 +82,26 @@ def solve(
     params, x = checked_inputs(params, x)
     check_gates(gates, params)
     check_solver(solver, gates, axis_name)
-    params, x = promoted(params, x)
+    params, steps, first = prepared(params, x, c0)
+    c, record = states(params, steps, first, activation=activation, solver=solver, axis_name=axis_name)
+    return jnp.moveaxis(c, 0, -2), record
+
+
+def prepared(
+    params: Params,
+    x: Array,
+    c0: ArrayLike | None,
+    starts: Array | None = None,
+    padding: Array | None = None,
+    dtype: Dtype | None = None,
+) -> tuple[Params, Steps, State]:
+    """The parameters in the dtype of the products, the masked steps, the first state."""
+    params, x = promoted(params, x, dtype)
     u, z = content(params, x), gates_of_input(params, x)
     shape = (*u.shape[:-2], u.shape[-1])
-    c0 = jnp.zeros(shape, state_dtype(u)) if c0 is None else checked_carry("c0", c0, shape)
-    steps = Steps(jnp.moveaxis(u, -2, 0), jnp.moveaxis(z, -3, 0))
-    c, record = states(params, steps, c0, activation=activation, solver=solver, axis_name=axis_name)
-    return jnp.moveaxis(c, 0, -2), record
+    first = jnp.zeros(shape, state_dtype(u)) if c0 is None else checked_carry("c0", c0, shape)
+    steps, masks = jax.tree.map(lambda a: jnp.moveaxis(a, x.ndim - 2, 0), (Steps(u, z), (starts, padding)))
+    return params, masked(steps, *masks), first
 
 
 def check_solver(solver: str | FixedPoint, gates: str, axis_name: str | None = None) -> None:
