@@ -251,7 +251,7 @@ def test_what_adds_to_a_logit_is_green_and_what_is_strong_is_bold(monkeypatch, c
         views.print_sources(found, 1)
         said = capsys.readouterr().out
         assert ("Half-lives of the 1 components" in said) == (horizon > 2)
-    assert "w" * 10 in said
+    assert f"\x1b[1m{'w' * 10}\x1b" in said
     for code, what in (("1;32", "the 1"), ("36", "w" * 10 + " 0.5"), ("2", "the 0.1")):  # bold green, cyan, dim
         assert f"\x1b[{code}m  {what}" in said
 

@@ -548,7 +548,9 @@ def test_bad_arguments_of_solve():
     params, x, _ = problem(dtype=jnp.float32)
     with pytest.raises(ValueError, match=r"`gates` must be 'recurrent', .*; got 'input'"):
         ranjax.solve(params, x, gates="input")
-    with pytest.raises(ValueError, match=r"`params` must be those .*\['cell'\] of a layer, .*of a LanguageModel; got params"):
+    with pytest.raises(
+        ValueError, match=r"`params` must be those .*\['cell'\] of a layer, .*of a LanguageModel; got params"
+    ):
         ranjax.solve({"params": params}, x, gates="recurrent")
     with pytest.raises(ValueError, match=r"`activation` must be one of 'tanh', 'identity'; got 'relu'"):
         ranjax.solve(params, x, gates="recurrent", activation="relu")

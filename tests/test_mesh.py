@@ -10,6 +10,7 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 import numpy as np
+import oracle
 import pytest
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
@@ -451,8 +452,10 @@ def explicit(request):
 
 @pytest.mark.parametrize("solver", ["sequential", "chunked"])
 def test_types_that_name_the_sharding_of_a_batch(x64, explicit, solver):
-    decay, inputs, _ = (np.asarray(a) for a in drawn())
+    decay, inputs, initial = (np.asarray(a) for a in drawn())
     solve = partial(linear_recurrence, solver=solver)
+    expected = oracle.recurrence(decay, inputs, initial)
+    assert_close(jax.jit(solve)(decay, inputs, initial), expected)  # arrays from elsewhere
     gradient = jax.jit(jax.grad(lambda *a: jnp.sum(jnp.sin(solve(*a))), (0, 1)))
     arrays = [jax.device_put(a, NamedSharding(explicit, P("batch"))) for a in (decay, inputs)]
     assert jax.typeof(solve(*arrays)).sharding.spec[0] == "batch"
