@@ -219,6 +219,8 @@ def _check_model(model: LanguageModel, params: Params) -> None:
             f"`params` must be those of the model, variables['params']; got {', '.join(params) or 'nothing'}."
         )
     cells = [layer["cell"] for name, layer in params.items() if name.startswith("stack_")]
+    if not all("gates" in cell for cell in cells):
+        raise ValueError("`params` must be those of the model, cell='ran'; got those of another cell.")
     gates = "-".join(sorted({gates_of(cell) for cell in cells}))
     projected = any("projection" in cell for cell in cells)
     asked = model.vocabulary, len(model.sizes), model.tie, model.gates, model.projection is not None

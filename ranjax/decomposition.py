@@ -100,7 +100,7 @@ def _total(w: Array) -> Array:
 
 
 def _norm(w: Array) -> Array:
-    """The L2 norm; weights are at most 1, so that scaled up by a power of 2 no square of one above 1e-36 is lost."""
+    """The L2 norm; weights are at most 1, so that scaled up by a power of 2 no square of one above 2e-36 is lost."""
     scale = 2.0 ** (jnp.finfo(w.dtype).maxexp * 7 // 16)
     squares = _total(jnp.square(scale * w))
     return jnp.where(squares > 0, jnp.sqrt(jnp.where(squares > 0, squares, 1)), 0) / scale  # 0 has no gradient

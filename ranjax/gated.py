@@ -59,7 +59,7 @@ def solve(
       c0: state before the first step, `(*batch, features)`, float32 or wider; None is the same as zeros.
       gates: what the gates of these parameters see: `"recurrent"`, `"diagonal"` or `"input"`.
       activation: `"tanh"` or `"identity"`, the g of h = g(c). It is not in the parameters: give that of the cell.
-      solver, axis_name: as for `RAN`, forward mode and higher derivatives included.
+      solver, axis_name: as for `RAN`, whose limits in forward mode and higher derivatives hold here too.
 
     Returns:
       The states c, `(*batch, time, features)`, and a `Record`: iterations, residual, converged.

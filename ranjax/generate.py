@@ -61,6 +61,8 @@ def sample(key: "Array", logits: "Array", sampling: Sampling) -> "Array":
 def generate(run: "Run", prompt: "ArrayLike", length: int, sampling: Sampling, seed: int) -> Iterator[int]:
     """Token ids that follow those of a prompt, one after another; the memory does not grow with their number.
 
+    Compiled once for a model, a way of sampling and a length of the prompt.
+
     Args:
       run: a trained model, as `ranjax.evaluate.load_run` gives it.
       prompt: ids, at least one; `prompt_ids` makes them from text.

@@ -36,7 +36,8 @@ class RAN(nn.Module):
     them. Forward mode and higher derivatives of these gates take an explicit solver, such as `"sequential"`.
 
     Attributes:
-      cell: a `RANCell`, or a subclass with the same `__call__`, whose equations are solved.
+      cell: a `RANCell`, or a subclass with the same `__call__`, whose equations are solved. `nn.remat` and `nn.jit`
+        belong around the layer.
       solver: for `gates="input"` a solver of `ranjax.linear_recurrence`; for `"diagonal"` `"auto"`, `"pallas"`,
         `"sequential"` or `"newton"`; for `"recurrent"` `"auto"` (which is `"sequential"`), `"sequential"` or
         `"fixed_point"`. `"newton"` and `"fixed_point"` solve windows of 1024 time steps at once, by the same iteration;

@@ -70,7 +70,7 @@ class LanguageModel(nn.Module):
 
     vocabulary: int
     cell: str = "ran"
-    features: int | tuple[int, ...] = 200
+    features: int | tuple[int, ...] | list[int] = 200
     layers: int | None = None
     embedding: int | None = None
     projection: int | None = None
@@ -85,6 +85,8 @@ class LanguageModel(nn.Module):
 
     def __post_init__(self):
         check_choice("cell", self.cell, CELLS)
+        if isinstance(self.features, list):
+            self.features = tuple(self.features)  # a module is hashed
         for name in ("vocabulary", "layers", "embedding", "projection"):
             size = getattr(self, name)
             if size is not None:

@@ -41,7 +41,7 @@ def automatic(function: Callable, *arguments: Any, like: Array, others: tuple[Pa
     """
     meshes = [jax.typeof(array).sharding.mesh for array in jax.tree.leaves(arguments)]
     mesh = next((mesh for mesh in meshes if mesh.explicit_axes), jax.sharding.get_abstract_mesh())
-    if not mesh.explicit_axes:
+    if not mesh.explicit_axes or mesh.manual_axes:
         return function(*arguments)
     split = tuple(NamedSharding(mesh, spec) for spec in (jax.typeof(like).sharding.spec, *others))
     return jax.sharding.auto_axes(function, out_sharding=split if others else split[0])(*arguments)

@@ -225,8 +225,10 @@ def load_vocabulary(path: Path) -> Vocabulary:
 
 def _is_bpe(content: str) -> bool:
     """Whether the library `tokenizers` reads it."""
+    from tokenizers import Tokenizer
+
     try:
-        return len(BytePairs(content)) > 0
+        return Tokenizer.from_str(content).get_vocab_size() > 0
     except Exception:  # it raises nothing narrower
         return False
 

@@ -152,6 +152,9 @@ def test_what_does_not_fit_is_named(x64):
                 rule(model, params, TOKENS, 4, 9, narrow)
         with pytest.raises(ValueError, match=r"`params` must be those of the model, variables\['params'\]; got params"):
             rule(model, {"params": params}, TOKENS, 4, 9)
+        other = ranjax.LanguageModel(vocabulary=11, cell="gru", features=6)
+        with pytest.raises(ValueError, match=r"`params` must be those of the model, cell='ran'; got those of another"):
+            rule(model, other.init(jax.random.key(0), TOKENS[None], deterministic=True)["params"], TOKENS, 4, 9)
         for name, value in (("vocabulary", 50), ("layers", 3), ("tie", True), ("gates", "input"), ("projection", 6)):
             asked = "projected=True" if name == "projection" else f"{name}={value!r}"
             got = "got vocabulary=11, layers=2, tie=False, gates='recurrent', projected=False"

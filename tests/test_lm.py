@@ -158,6 +158,10 @@ def test_bad_options(options, message):
         LanguageModel(11, **{"features": 6, "layers": 2} | options)
 
 
+def test_sizes_in_a_list_are_hashed():
+    assert hash(LanguageModel(11, features=[4, 6])) == hash(LanguageModel(11, features=(4, 6)))
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

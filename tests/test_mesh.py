@@ -464,6 +464,17 @@ def test_types_that_name_the_sharding_of_a_batch(x64, explicit, solver):
     assert_close(solve(arrays[0], whole), solve(decay, inputs))
 
 
+@pytest.mark.parametrize("manual", ["batch", "time"])
+def test_a_mesh_whose_axes_are_explicit_but_for_the_one_that_is_manual(x64, manual):
+    decay, inputs, _ = (np.asarray(a) for a in drawn())
+    both = jax.make_mesh((2, 2), ("batch", "time"), axis_types=(AxisType.Explicit,) * 2, devices=jax.devices()[:4])
+    axis_name, spec = ("time", P(None, "time")) if manual == "time" else (None, P("batch"))
+    with jax.set_mesh(both):
+        solve = partial(linear_recurrence, axis_name=axis_name)
+        over = jax.jit(jax.shard_map(solve, in_specs=spec, out_specs=spec, axis_names={manual}))
+        assert_close(over(decay, inputs), oracle.recurrence(decay, inputs))
+
+
 def test_the_largest_of_values_that_are_not_numbers_is_infinite():
     over = spread(lambda a: largest(jnp.max(a), "time"), mesh(time=2), P("time"), P())
     assert float(over(jnp.array([1.0, 2.0]))) == 2

@@ -656,6 +656,7 @@ def test_ctrl_c_that_would_be_lost_ends_a_program_all_the_same(where, monkeypatc
             for _ in range(100):
                 time.sleep(0.1)
 
+    threads = set(threading.enumerate())
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         with pytest.raises(SystemExit, match="130"):
@@ -663,8 +664,8 @@ def test_ctrl_c_that_would_be_lost_ends_a_program_all_the_same(where, monkeypatc
         assert collect not in lost
         assert (Dying.__del__ in lost) == (where == "a __del__")
         assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
-        time.sleep(0.1)
-        assert not any(isinstance(thread, threading.Timer) for thread in threading.enumerate())  # none comes later
+        timers = [t for t in set(threading.enumerate()) - threads if isinstance(t, threading.Timer)]
+        assert all(timer.finished.is_set() for timer in timers)  # none comes later
     finally:
         signal.signal(signal.SIGINT, before)
         gc.callbacks[:] = [callback for callback in gc.callbacks if callback is not collect]
