@@ -61,10 +61,14 @@ __all__ = [
     "LanguageModel",
     "RANCell",
     "attribution",
+    "config",
     "data",
+    "evaluate",
+    "generate",
     "linear_recurrence",
     "memory",
     "solve",
+    "train",
     "weights",
 ]
 

@@ -99,12 +99,8 @@ class Config:
 def check(config: Config) -> None:
     """Raises a UserError for a setting out of its range."""
     for names, holds, expected in (
-        ("dataset", lambda v: isinstance(v, str | os.PathLike) and str(v), "a name or a path"),
-        (
-            "data_dir out",
-            lambda v: v is None or (isinstance(v, str | os.PathLike) and str(v) and "\0" not in str(v)),
-            "a path",
-        ),
+        ("dataset", _is_path, "a name or a path"),
+        ("data_dir out", lambda v: v is None or _is_path(v), "a path"),
         ("epochs batch_size steps streams", is_size, "a whole number, at least 1"),
         ("layers embedding projection", lambda v: v is None or is_size(v), "a whole number, at least 1"),
         ("features", lambda v: v and all(map(is_size, v)), "one or more whole numbers, each at least 1"),
@@ -132,6 +128,10 @@ def check(config: Config) -> None:
                 f"--preset {config.preset} has none of its settings here. From Python: "
                 f"dataclasses.replace(ranjax.config.PRESETS[{config.preset!r}], ...)."
             )
+
+
+def _is_path(value: Any) -> bool:
+    return isinstance(value, str | os.PathLike) and bool(str(value)) and "\0" not in str(value)
 
 
 def _choices(kind: Any) -> tuple:

@@ -123,12 +123,7 @@ def make_evaluator(model: "LanguageModel", streams: int = 1) -> Callable[..., Ev
         return state, jnp.sum(jnp.where(targets < 0, 0.0, cross_entropy(logits, jnp.maximum(targets, 0))))
 
     def evaluate(params, ids, counted=None) -> Evaluation:
-        if len(ids) < 2:
-            raise UserError(f"a text of at least 2 tokens is needed to predict one from another; got {len(ids)}.")
-        ids = np.asarray(ids)
-        if not np.issubdtype(ids.dtype, np.integer) or ids.min() < 0 or ids.max() >= model.vocabulary:
-            expected = f"whole numbers from 0 to {model.vocabulary - 1}, the model's"
-            raise ValueError(f"`ids` must be {expected}; got {ids.dtype} from {ids.min()} to {ids.max()}.")
+        ids = _checked_text(ids, model.vocabulary)
         counted = np.ones(len(ids), bool) if counted is None else np.asarray(counted)
         if counted.shape != (len(ids),) or counted.dtype != bool or not counted[1:].any():
             raise ValueError(
@@ -137,7 +132,7 @@ def make_evaluator(model: "LanguageModel", streams: int = 1) -> Callable[..., Ev
             )
         counts = counted[1:]
         state, losses = zero_state(model, params, batch_size=streams), []
-        for inputs, outputs in _windows(ids[:-1], np.where(counts, ids[1:].astype(np.int32), -1), streams):
+        for inputs, outputs in _windows(ids[:-1], np.where(counts, ids[1:], -1), streams):
             state, loss = window(params, state, inputs, outputs)
             losses.append(loss)
         total, number = np.sum(jax.device_get(losses), dtype=np.float64), int(counts.sum())
@@ -146,14 +141,26 @@ def make_evaluator(model: "LanguageModel", streams: int = 1) -> Callable[..., Ev
     return evaluate
 
 
+def _checked_text(ids: "np.ndarray", vocabulary: int) -> "np.ndarray":
+    """The ids of a text as int32, once they are seen to be the model's, and at least two."""
+    import numpy as np
+
+    ids = np.asarray(ids)
+    if len(ids) < 2:
+        raise UserError(f"a text of at least 2 tokens is needed to predict one from another; got {len(ids)}.")
+    if not np.issubdtype(ids.dtype, np.integer) or ids.min() < 0 or ids.max() >= vocabulary:
+        expected = f"whole numbers from 0 to {vocabulary - 1}, the model's"
+        raise ValueError(f"`ids` must be {expected}; got {ids.dtype} from {ids.min()} to {ids.max()}.")
+    return ids.astype(np.int32)
+
+
 def _windows(tokens: "np.ndarray", targets: "np.ndarray", streams: int) -> Iterator[tuple["np.ndarray", "np.ndarray"]]:
     """Both, a window of every stream at a time, `(streams, WINDOW)`; a target is -1 where it does not count."""
     import numpy as np
 
     own = -(-max(len(tokens) - WINDOW, 0) // (streams * WINDOW)) * WINDOW  # what a stream after the first counts
     padding = (0, streams * own + WINDOW - len(tokens))
-    tokens = np.pad(tokens, padding).astype(np.int32)
-    targets = np.pad(targets, padding, constant_values=-1).astype(np.int32)
+    tokens, targets = np.pad(tokens, padding), np.pad(targets, padding, constant_values=-1)
     for first in range(0, own + WINDOW, WINDOW):
         at = first + np.arange(streams)[:, None] * own + np.arange(WINDOW)
         outputs = targets[at]

@@ -132,6 +132,20 @@ def test_a_run_that_could_not_begin_leaves_no_directory(text, tmp_path, monkeypa
     assert (tmp_path / "run" / "result.json").exists()
 
 
+def train_until(when, monkeypatch, *configs):
+    """Trains one step at a time until Ctrl-C, which comes once for the first run's state `when` holds."""
+
+    def interrupt(self, state, *_):
+        if self.config == normalised(configs[0]) and when(state):
+            signal.raise_signal(signal.SIGINT)
+
+    with monkeypatch.context() as patch:
+        patch.setattr("ranjax.report.Report.progress", interrupt)
+        patch.setattr(loop, "round", lambda _: 1, raising=False)  # bursts stay at a single step
+        with pytest.raises(SystemExit, match="130"):
+            train.train_together(configs)
+
+
 @pytest.mark.parametrize(
     "options", [{"dropout": 0.3, "solver": "fixed_point"}, {"optimizer": "sgd", "schedule": "decay", "cell": "lstm"}]
 )
@@ -139,20 +153,10 @@ def test_an_interrupted_run_goes_on_bitwise(text, tmp_path, options, monkeypatch
     straight = settings(text, tmp_path / "straight", **options)
     broken = dataclasses.replace(straight, out=str(tmp_path / "broken"))
     train.train(straight)
-
-    def interrupt(self, state, *_):
-        if int(state.step) == 40:  # in the middle of the first epoch
-            signal.raise_signal(signal.SIGINT)
-
-    with monkeypatch.context() as patch:
-        patch.setattr("ranjax.report.Report.progress", interrupt)
-        with pytest.raises(SystemExit, match="130"):
-            _one_step_at_a_time(patch, broken)
+    train_until(lambda state: int(state.step) == 40, monkeypatch, broken)  # in the middle of the first epoch
     train.train(dataclasses.replace(broken, resume=True))
     assert_same(final_state(broken, text), final_state(straight, text))
     rows = [json.loads(line) for line in (straight.directory / "metrics.jsonl").read_text().splitlines()]
-    with pytest.raises(UserError, match="--epochs must be at least 2, which the run has begun; got 1"):
-        train.train(dataclasses.replace(broken, resume=True, epochs=1))
     if straight.solver == "fixed_point":
         assert all(3 < row["mean_passes"] <= straight.steps + 2 for row in rows)  # tiny windows
     else:
@@ -161,15 +165,7 @@ def test_an_interrupted_run_goes_on_bitwise(text, tmp_path, options, monkeypatch
 
 def test_a_run_that_has_begun_an_epoch_goes_on_to_its_end_at_least(text, tmp_path, monkeypatch):
     config = settings(text, tmp_path / "run", epochs=2)
-
-    def interrupt(self, state, *_):
-        if int(state.epoch) == 1:  # after the first step of the second
-            signal.raise_signal(signal.SIGINT)
-
-    with monkeypatch.context() as patch:
-        patch.setattr("ranjax.report.Report.progress", interrupt)
-        with pytest.raises(SystemExit, match="130"):
-            _one_step_at_a_time(patch, config)
+    train_until(lambda state: int(state.epoch) == 1, monkeypatch, config)  # after the first step of the second
     with pytest.raises(UserError, match="--epochs must be at least 2, which the run has begun; got 1"):
         train.train(dataclasses.replace(config, resume=True, epochs=1))
 
@@ -179,15 +175,7 @@ def test_runs_side_by_side_are_those_alone(text, tmp_path, monkeypatch, capsys):
     both = [settings(text, tmp_path / str(seed), seed=seed, dropout=0.3, epochs=1) for seed in (0, 3)]
     alone = dataclasses.replace(both[1], out=str(tmp_path / "alone"))
     expected = train.train(alone)
-
-    def interrupt(self, state, *_):
-        if int(state.step) == 5 and self.config.seed == 0:
-            signal.raise_signal(signal.SIGINT)
-
-    with monkeypatch.context() as patch:
-        patch.setattr("ranjax.report.Report.progress", interrupt)
-        with pytest.raises(SystemExit, match="130"):
-            _one_step_at_a_time(patch, *both)
+    train_until(lambda state: int(state.step) == 5, monkeypatch, *both)
     on = [dataclasses.replace(config, resume=True) for config in both]
     capsys.readouterr()
     results = train.train_together(on)
@@ -318,11 +306,6 @@ def test_a_run_is_trained_by_one_program_at_a_time(text, tmp_path, monkeypatch):
 
     monkeypatch.setattr(step, "make_step", meanwhile)
     assert train.train(config)["test_perplexity"] == train.train(again)["test_perplexity"]  # free again
-
-
-def _one_step_at_a_time(patch, *configs):
-    patch.setattr(loop, "round", lambda _: 1, raising=False)  # bursts stay at a single step
-    train.train_together(configs)
 
 
 def test_going_on_to_more_epochs_is_one_longer_run(text, tmp_path):
