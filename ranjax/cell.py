@@ -174,10 +174,8 @@ class RANCell(nn.RNNCellBase):
     def __post_init__(self):
         for name, choices in (("gates", GATES), ("activation", tuple(ACTIVATIONS))):
             check_choice(name, getattr(self, name), choices)
-        for name in ("features", "projection"):
-            value = getattr(self, name)
-            if name == "features" or value is not None:
-                check_size(name, value)
+        check_size("features", self.features)
+        check_size("projection", self.projection, optional=True)
         if self.gates == "diagonal" and self.projection is not None:
             raise ValueError(
                 "`projection` cannot go with gates='diagonal': each gate reads its own feature of h, which a "

@@ -25,17 +25,17 @@ class Checkpoints:
     """
 
     def __init__(self, directory: Path):
-        self.directory = directory / "checkpoints"
+        self.run, self.directory = directory, directory / "checkpoints"
 
-    def save(self, kind: str, step: int, tree: Any) -> None:
+    def save(self, kind: str, number: int, tree: Any) -> None:
         """Saves `tree` as the newest checkpoint of its kind, `"latest"` or `"best"`, and drops the older ones.
 
         Raises:
           OSError: where the system refuses it, as on a disk that is full; what was saved before is intact.
         """
         with _refused_as_oserror(), self._open(kind) as checkpointer:
-            if step not in [saved.step for saved in checkpointer.checkpoints]:
-                checkpointer.save_checkpointables(step, {"tree": tree}, force=True)
+            if number not in [saved.step for saved in checkpointer.checkpoints]:
+                checkpointer.save_checkpointables(number, {"tree": tree}, force=True)
 
     def load(self, kind: str, like: Any) -> Any:
         """Loads the newest checkpoint of a kind.
@@ -47,13 +47,12 @@ class Checkpoints:
         Raises:
           UserError: if there is none, if it is damaged, or if it is not a tree of these shapes.
         """
-        run = self.directory.parent
-        out = shlex.quote(str(run))
+        out = shlex.quote(str(self.run))
         why = {
             "best": f"no epoch of it has been validated. Go on with: python -m ranjax.train --out {out} --resume",
             "latest": "it had one from its beginning. Restore it, or train anew.",
         }
-        none = UserError(f"{run} has no {kind} checkpoint: {why[kind]}")
+        none = UserError(f"{self.run} has no {kind} checkpoint: {why[kind]}")
         if not (self.directory / kind).is_dir():
             raise none
         with self._open(kind) as checkpointer:

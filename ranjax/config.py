@@ -13,7 +13,9 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from ranjax.data import EMBEDDED, KNOWN
 from ranjax.embedded import task_of
-from ranjax.errors import UserError, is_choice, is_size, read_json, write_whole
+from ranjax.errors import UserError, flag, is_choice, is_size, read_json, write_whole
+
+ITERATING = "fixed_point", "newton"  # solvers that pass over all steps until they agree
 
 
 @dataclass(frozen=True)
@@ -114,11 +116,11 @@ def check(config: Config) -> None:
     ):
         for name in names.split():
             if not _holds(holds, getattr(config, name)):
-                raise UserError(f"--{name.replace('_', '-')} must be {expected}; got {getattr(config, name)!r}.")
+                raise UserError(f"{flag(name)} must be {expected}; got {getattr(config, name)!r}.")
     for name, choices in _CHOICES.items():
         value = getattr(config, name)
         if not is_choice(value, choices):
-            raise UserError(f"--{name.replace('_', '-')} must be one of {', '.join(map(str, choices))}; got {value!r}.")
+            raise UserError(f"{flag(name)} must be one of {', '.join(map(str, choices))}; got {value!r}.")
     if config.weight_decay and config.optimizer != "adamw":
         raise UserError(f"--weight-decay is for --optimizer adamw; got {config.weight_decay} with {config.optimizer}.")
     if config.preset is not None:
@@ -202,8 +204,8 @@ def parse(argv: list[str] | None = None) -> Config:
         config = read(default)
     for name, schedule in (("warmup", "cosine"), ("decay", "decay"), ("decay_after", "decay")):
         if config.schedule != schedule and getattr(config, name) != getattr(default, name):
-            flag = f"--{name.replace('_', '-')}"
-            raise UserError(f"{flag} is for --schedule {schedule}; got {getattr(config, name)} with {config.schedule}.")
+            got = f"{getattr(config, name)} with {config.schedule}"
+            raise UserError(f"{flag(name)} is for --schedule {schedule}; got {got}.")
     return config
 
 
@@ -238,7 +240,7 @@ def check_same(config: Config, saved: Config) -> None:
     moved = os.path.isabs(config.dataset) and os.path.isabs(saved.dataset)  # a file: its text is compared instead
     free = _FREE | {"dataset"} if moved else _FREE
     names = [name for name in now if now[name] != then[name] and name not in free]
-    changed = [f"--{name.replace('_', '-')} {then[name]} -> {now[name]}" for name in names]
+    changed = [f"{flag(name)} {then[name]} -> {now[name]}" for name in names]
     if changed:
         raise UserError(
             f"the run in {config.directory} was made with another configuration ({'; '.join(changed)}). "

@@ -194,7 +194,8 @@ def _decoded(text: bytes, where: str) -> str:
     except UnicodeDecodeError as error:
         raise UserError(
             f"{where} is not UTF-8: byte {text[error.start]:#04x} at position {error.start}. "
-            "Convert it (`iconv -t utf-8`), or read it as bytes with --tokenizer byte."
+            "Convert it from the encoding it has (`iconv -f latin1 -t utf-8`, or -f utf-16), or read it as bytes with "
+            "--tokenizer byte."
         ) from None
 
 

@@ -35,10 +35,15 @@ def is_choice(value: Any, choices: tuple) -> bool:
     return any(value is choice for choice in choices) or (isinstance(value, str) and value in choices)
 
 
-def check_size(name: str, value: Any) -> None:
-    """Raises a ValueError for an argument that is no size: a whole number, at least 1."""
-    if not is_size(value):
-        raise ValueError(f"`{name}` must be a whole number, at least 1; got {value!r}.")
+def check_size(name: str, value: Any, optional: bool = False) -> None:
+    """Raises a ValueError for an argument that is no size: a whole number, at least 1; or None, if it is optional."""
+    if not (is_size(value) or (optional and value is None)):
+        raise ValueError(f"`{name}` must be a whole number, at least 1{', or None' * optional}; got {value!r}.")
+
+
+def flag(name: str) -> str:
+    """The flag of a setting."""
+    return "--" + name.replace("_", "-")
 
 
 def is_size(value: Any) -> bool:

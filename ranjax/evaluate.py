@@ -13,6 +13,7 @@ from ranjax.hugepages import restart_with_huge_pages
 
 if TYPE_CHECKING:
     import numpy as np
+    from jax.typing import ArrayLike
 
     from ranjax.config import Config
     from ranjax.lm import LanguageModel
@@ -123,7 +124,9 @@ def make_evaluator(model: "LanguageModel", streams: int = 1) -> Callable[..., Ev
         return state, jnp.sum(jnp.where(targets < 0, 0.0, cross_entropy(logits, jnp.maximum(targets, 0))))
 
     def evaluate(params, ids, counted=None) -> Evaluation:
-        ids = _checked_text(ids, model.vocabulary)
+        ids = checked_text("ids", ids, model.vocabulary)
+        if len(ids) < 2:
+            raise UserError(f"a text of at least 2 tokens is needed to predict one from another; got {len(ids)}.")
         counted = np.ones(len(ids), bool) if counted is None else np.asarray(counted)
         if counted.shape != (len(ids),) or counted.dtype != bool or not counted[1:].any():
             raise ValueError(
@@ -131,8 +134,9 @@ def make_evaluator(model: "LanguageModel", streams: int = 1) -> Callable[..., Ev
                 f"{counted.dtype} of the shape {counted.shape}, {int(counted[1:].sum())} marked."
             )
         counts = counted[1:]
-        state, losses = zero_state(model, params, batch_size=streams), []
-        for inputs, outputs in _windows(ids[:-1], np.where(counts, ids[1:], -1), streams):
+        side_by_side = min(streams, max(1, -(-(len(counts) - WINDOW) // WINDOW)))  # others would have no text
+        state, losses = zero_state(model, params, side_by_side), []
+        for inputs, outputs in _windows(ids[:-1], np.where(counts, ids[1:], -1), side_by_side):
             state, loss = window(params, state, inputs, outputs)
             losses.append(loss)
         total, number = np.sum(jax.device_get(losses), dtype=np.float64), int(counts.sum())
@@ -141,17 +145,17 @@ def make_evaluator(model: "LanguageModel", streams: int = 1) -> Callable[..., Ev
     return evaluate
 
 
-def _checked_text(ids: "np.ndarray", vocabulary: int) -> "np.ndarray":
-    """The ids of a text as int32, once they are seen to be the model's, and at least two."""
+def checked_text(name: str, ids: "ArrayLike", vocabulary: int) -> "np.ndarray":
+    """The ids of a text as int32, once they are seen to be the model's."""
     import numpy as np
 
-    ids = np.asarray(ids)
-    if len(ids) < 2:
-        raise UserError(f"a text of at least 2 tokens is needed to predict one from another; got {len(ids)}.")
-    if not np.issubdtype(ids.dtype, np.integer) or ids.min() < 0 or ids.max() >= vocabulary:
+    text = np.asarray(ids)
+    if text.ndim != 1:
+        raise ValueError(f"`{name}` must be the ids of one text, (tokens,); got the shape {text.shape}.")
+    if len(text) and (not np.issubdtype(text.dtype, np.integer) or text.min() < 0 or text.max() >= vocabulary):
         expected = f"whole numbers from 0 to {vocabulary - 1}, the model's"
-        raise ValueError(f"`ids` must be {expected}; got {ids.dtype} from {ids.min()} to {ids.max()}.")
-    return ids.astype(np.int32)
+        raise ValueError(f"`{name}` must be {expected}; got {text.dtype} from {text.min()} to {text.max()}.")
+    return text.astype(np.int32)
 
 
 def _windows(tokens: "np.ndarray", targets: "np.ndarray", streams: int) -> Iterator[tuple["np.ndarray", "np.ndarray"]]:
@@ -184,8 +188,8 @@ class Options:
     """Which part of the corpus."""
 
 
-def evaluate_split(options: Options) -> tuple[Evaluation, Run]:
-    """What the program computes."""
+def evaluate_split(options: Options) -> tuple[Evaluation, Run, "np.ndarray"]:
+    """What the program computes, and the ids of the split."""
     from ranjax.data import identity, load_split
 
     run, own = load_run(options.checkpoint), options.dataset is None
@@ -199,23 +203,27 @@ def evaluate_split(options: Options) -> tuple[Evaluation, Run]:
             "with, and may hold what it was trained on (the embedded corpora change with the version of Python). "
             f"Restore it; or, to read what is there: --dataset {dataset}"
         )
-    return make_evaluator(run.model, run.config.streams)(run.params, ids), run
+    return make_evaluator(run.model, run.config.streams)(run.params, ids), run, ids
 
 
-def report(evaluation: Evaluation, unit: str | None) -> str:
+def report(evaluation: Evaluation, unit: str | None, unknown: int = 0) -> str:
     """One line: perplexity, bits a character or byte, and the number of tokens they are of."""
     bits = f", {evaluation.bits:.4f} bits per {unit}" if unit else ""
-    return f"perplexity {shown(evaluation.perplexity)}{bits}, {evaluation.nats:.4f} nats, {evaluation.tokens:,} tokens"
+    tokens = f"{evaluation.tokens:,} tokens" + (f", {unknown:,} of them <unk>" if unknown else "")
+    return f"perplexity {shown(evaluation.perplexity)}{bits}, {evaluation.nats:.4f} nats, {tokens}"
 
 
 def main(argv: list[str] | None = None) -> None:
     """The program."""
     import tyro
 
+    from ranjax.vocabulary import unknown
+
     with exit_with_message():
         options = tyro.cli(Options, args=argv, prog="python -m ranjax.evaluate")
-        evaluation, run = evaluate_split(options)
-        print(f"{options.dataset or run.config.dataset} {options.split}: {report(evaluation, run.vocabulary.unit)}")
+        evaluation, run, ids = evaluate_split(options)
+        line = report(evaluation, run.vocabulary.unit, unknown(run.vocabulary, ids[1:]))
+        print(f"{options.dataset or run.config.dataset} {options.split}: {line}")
 
 
 if __name__ == "__main__":

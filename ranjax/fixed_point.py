@@ -17,8 +17,9 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
-from ranjax.errors import check_choice, is_size
+from ranjax.errors import check_choice, check_size
 from ranjax.mesh import chained, largest, largest_anywhere, steps_walked, summed, varying_as
+from ranjax.scan import SOLVERS
 
 Splitting = Literal["diagonal", "frozen"]
 OnFailure = Literal["sequential", "nan", "ignore"]
@@ -87,8 +88,6 @@ class FixedPoint:
     on_failure: OnFailure = "sequential"
 
     def __post_init__(self):
-        from ranjax.scan import SOLVERS
-
         for name, choices in (
             ("splitting", get_args(Splitting)),
             ("recurrence", tuple(SOLVERS)),
@@ -100,10 +99,8 @@ class FixedPoint:
             value = getattr(self, name)
             if value is not None and not (isinstance(value, Real) and 0 < float(value) < 1):
                 raise ValueError(f"`{name}` must be a number above 0 and below 1, or None; got {value!r}.")
-        for name, none in (("max_iterations", ""), ("window", ", or None")):
-            value = getattr(self, name)
-            if not is_size(value) and not (none and value is None):
-                raise ValueError(f"`{name}` must be a whole number, at least 1{none}; got {value!r}.")
+        check_size("max_iterations", self.max_iterations)
+        check_size("window", self.window, optional=True)
 
 
 class Record(NamedTuple):

@@ -14,7 +14,6 @@ from flax.typing import Dtype
 from jax import Array, lax
 from jax.sharding import PartitionSpec
 from jax.typing import ArrayLike
-from jaxtyping import Float
 
 from ranjax.cell import (
     ACTIVATIONS,
@@ -33,10 +32,9 @@ from ranjax.fixed_point import FixedPoint, Record, exact
 from ranjax.kernels import Rows, Walk
 from ranjax.masks import Gates, States, Steps, masked, seen
 from ranjax.mesh import automatic, before, check_spread, varying_as
-from ranjax.recurrent import Way, recurrent_states, walk
-from ranjax.scan import SOLVERS, linear_recurrence, state_dtype
+from ranjax.recurrent import Way, recurrent_states, walk_through
+from ranjax.scan import SOLVERS, State, linear_recurrence, state_dtype
 
-State = Float[Array, "*batch features"]
 FUSED = ("auto", "pallas")  # solvers that go from the pre-activations straight to the states
 ITERATED = {"recurrent": "fixed_point", "diagonal": "newton"}  # names of the iteration over all steps, by the gates
 
@@ -97,11 +95,17 @@ def prepared(
 ) -> tuple[Params, Steps, State]:
     """The parameters in the dtype of the products, the masked steps, the first state."""
     params, x = promoted(params, x, dtype)
-    u, z = content(params, x), gates_of_input(params, x)
-    shape = (*u.shape[:-2], u.shape[-1])
-    first = jnp.zeros(shape, state_dtype(u)) if c0 is None else checked_carry("c0", c0, shape)
-    steps, masks = jax.tree.map(lambda a: jnp.moveaxis(a, x.ndim - 2, 0), (Steps(u, z), (starts, padding)))
-    return params, masked(steps, *masks), first
+    steps = steps_of(params, x, x.ndim - 2, starts, padding)
+    shape = steps.u.shape[1:]
+    first = jnp.zeros(shape, state_dtype(steps.u)) if c0 is None else checked_carry("c0", c0, shape)
+    return params, steps, first
+
+
+def steps_of(params: Params, x: Array, time: int, starts: Array | None, padding: Array | None) -> Steps:
+    """The masked steps, time first; `time` is the axis that it has in the inputs and the masks."""
+    steps, masks = Steps(content(params, x), gates_of_input(params, x)), (starts, padding)
+    steps, masks = jax.tree.map(lambda a: jnp.moveaxis(a, time, 0), (steps, masks))
+    return masked(steps, *masks)
 
 
 def check_solver(solver: str | FixedPoint, gates: str, axis_name: str | None = None) -> None:
@@ -133,8 +137,8 @@ def states(
     axis_name: str | None = None,
 ) -> tuple[States, Record]:
     """The states c_1 ... c_T from the state `c0`, and what the solver did."""
-    walk = partial(_states, activation=activation, solver=solver, axis_name=axis_name)
-    return automatic(walk, params, steps, c0, like=steps.u, others=(PartitionSpec(),))
+    solved = partial(_states, activation=activation, solver=solver, axis_name=axis_name)
+    return automatic(solved, params, steps, c0, like=steps.u, others=(PartitionSpec(),))
 
 
 # Compiled once for a shape where it is called outside `jit`; inside, nothing is left of this one.
@@ -174,7 +178,7 @@ def _states_and_gates(
         return states(params, steps, c0, activation=activation, solver=solver)[0], jax.nn.sigmoid(steps.z)
     iterated, fused = _iteration(solver, gates, None), solver in FUSED and gates == "diagonal"
     if iterated is None and not fused:
-        return walk(params, steps, c0, activation)[1]
+        return walk_through(params, steps, c0, activation)[1]
     c, _ = states(params, steps, c0, activation=activation, solver=solver)
     earlier = seen(steps.z[..., 1, :], before(c, c0, 0))
     wide = jax.tree.map(lambda p: p.astype(c0.dtype), params)

@@ -7,9 +7,10 @@ from dataclasses import dataclass
 from functools import lru_cache, partial
 from typing import TYPE_CHECKING, Any
 
-from ranjax.errors import UserError, check_utf8, exit_with_message
+from ranjax.errors import UserError, check_size, check_utf8, exit_with_message, is_size
 
 if TYPE_CHECKING:
+    import numpy as np
     from jax import Array
     from jax.typing import ArrayLike
 
@@ -35,8 +36,8 @@ class Sampling:
     def __post_init__(self):
         if not 0 <= self.temperature < math.inf:
             raise UserError(f"--temperature must be finite and at least 0; got {self.temperature}.")
-        if self.top_k is not None and self.top_k < 1:
-            raise UserError(f"--top-k must be at least 1; got {self.top_k}.")
+        if self.top_k is not None and not is_size(self.top_k):
+            raise UserError(f"--top-k must be a whole number, at least 1; got {self.top_k}.")
         if not 0 < self.top_p <= 1:
             raise UserError(f"--top-p must be in (0, 1]; got {self.top_p}.")
 
@@ -69,7 +70,21 @@ def generate(run: "Run", prompt: "ArrayLike", length: int, sampling: Sampling, s
       length: how many are to follow.
       sampling: how each is drawn.
       seed: of the draws.
+
+    Raises:
+      ValueError: for a prompt without ids, or with others than the model's; for a length that is no size.
     """
+    from ranjax.evaluate import checked_text
+
+    check_size("length", length)
+    ids = checked_text("prompt", prompt, run.model.vocabulary)
+    if not len(ids):
+        raise ValueError("`prompt` must have at least one id; got none. `prompt_ids` makes some of any text.")
+    return _drawn(run, ids, length, sampling, seed)
+
+
+def _drawn(run: "Run", prompt: "np.ndarray", length: int, sampling: Sampling, seed: int) -> Iterator[int]:
+    """One token after another."""
     import jax
     import jax.numpy as jnp
 
@@ -118,7 +133,7 @@ def stream(vocabulary: "Vocabulary", ids: Iterator[int], write: Callable[[str], 
     for token in ids:
         pending.append(token)
         text = vocabulary.decode(pending)
-        if text.endswith("\ufffd") and len(pending) < 8:  # a character that more bytes will complete
+        if not vocabulary.separator and text.endswith("\ufffd") and len(pending) < 8:  # more bytes complete it
             continue
         if vocabulary.separator and not end.isspace() and text != "\n":
             text = vocabulary.separator + text

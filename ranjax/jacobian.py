@@ -111,7 +111,7 @@ def _transposed_product(turned: Params, jacobians: Jacobians, v: Array) -> Array
 def linear_solve(params: Params, jacobians: Jacobians, r: Array, way: Way) -> Array:
     """v_t = J_t v_{t-1} + r_t from zero, as a linear system that JAX can transpose."""
     params = jax.tree.map(lambda p: varying_as(p, (r,)), params)  # as they are when they come back as residuals
-    zero = jnp.zeros_like(step_of(r, 0, way.axis))
+    zero = jnp.zeros_like(first_step(r, way.axis))
 
     def matvec(v):
         with way.precision():
@@ -144,7 +144,7 @@ def _iterated(
     params: Params, jacobians: Jacobians, r: Array, solver: FixedPoint, axis_name: str | None, reverse: bool
 ) -> Array:
     """The same as a fixed point of v_t <- D_t v_{t-1} + (J_t - D_t) p_{t-1} + r_t, p that of the pass before."""
-    zero, turned = jnp.zeros_like(step_of(r, 0, -2)), _turned(params) if reverse else params
+    zero, turned = jnp.zeros_like(first_step(r, -2)), _turned(params) if reverse else params
     d = clipped(jacobians, diagonal(params)) if solver.splitting == "diagonal" else jacobians.f
 
     def neighbours(a):  # what each step comes from: in reverse, the later ones
@@ -185,6 +185,6 @@ def overshoots(params: Params) -> bool:
     return params["gates"]["recurrent_kernel"].ndim == 3
 
 
-def step_of(array: Array, step: int, axis: int) -> Array:
-    """One step of an array."""
-    return lax.index_in_dim(array, step, axis, keepdims=False)
+def first_step(array: Array, axis: int) -> Array:
+    """What an array has for the first step."""
+    return lax.index_in_dim(array, 0, axis, keepdims=False)

@@ -10,10 +10,10 @@ from flax.typing import Dtype
 from jax import Array, lax
 from jax.typing import ArrayLike
 
-from ranjax.cell import RANCell, checked_carry, content, gates_of_input, output
+from ranjax.cell import RANCell, checked_carry, output
 from ranjax.fixed_point import FixedPoint
-from ranjax.gated import check_solver, states
-from ranjax.masks import Steps, checked, checked_lengths, masked, padding_after
+from ranjax.gated import check_solver, states, steps_of
+from ranjax.masks import checked, checked_lengths, padding_after
 from ranjax.mesh import last_state, steps_before
 from ranjax.scan import state_dtype
 
@@ -149,10 +149,9 @@ class RAN(nn.Module):
 
         params, x = self.cell.parameters(x)
         c0 = self._initial(initial_carry, init_key, (*batch, x.shape[-1]), x.dtype)
-        steps, masks = Steps(content(params, x), gates_of_input(params, x)), (segment_starts, padding)
-        steps, masks = jax.tree.map(lambda a: jnp.moveaxis(a, time, 0), (steps, masks))
+        steps = steps_of(params, x, time, segment_starts, padding)
         options: dict = {"activation": self.cell.activation, "solver": self.solver, "axis_name": self.axis_name}
-        c, record = states(params, masked(steps, *masks), c0, **options)
+        c, record = states(params, steps, c0, **options)
         if not self.is_initializing():
             self.sow("solver", "record", record, init_fn=lambda: record, reduce_fn=lambda _, new: new)
         c = jnp.moveaxis(c, 0, time)

@@ -87,10 +87,9 @@ class LanguageModel(nn.Module):
         check_choice("cell", self.cell, CELLS)
         if isinstance(self.features, list):
             self.features = tuple(self.features)  # a module is hashed
-        for name in ("vocabulary", "layers", "embedding", "projection"):
-            size = getattr(self, name)
-            if size is not None:
-                check_size(name, size)
+        check_size("vocabulary", self.vocabulary)
+        for name in ("layers", "embedding", "projection"):
+            check_size(name, getattr(self, name), optional=True)
         if self.cell == "ran":
             check_choice("gates", self.gates, GATES)
             check_choice("activation", self.activation, ACTIVATIONS)

@@ -9,8 +9,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from ranjax.config import Config
 from ranjax.errors import DivergedError, refusals
+from ranjax.step import BAD_STEPS
 
 if TYPE_CHECKING:
     from ranjax.checkpoint import Checkpoints
@@ -35,10 +35,9 @@ class Interrupt:
 
 
 @dataclass
-class Run:
-    """A run being trained: its settings, where it is saved, what it tells."""
+class Training:
+    """A run being trained: where it is saved, what it tells."""
 
-    config: Config
     checkpoints: "Checkpoints"
     report: "Report"
 
@@ -52,12 +51,10 @@ class Run:
 
     def check(self, state: "TrainState") -> None:
         """Raises a UserError for a run that has diverged."""
-        from ranjax.step import BAD_STEPS
-
         if int(state.bad_in_row) >= BAD_STEPS:
             raise DivergedError(
                 f"the loss or its gradient was not finite {BAD_STEPS} steps in a row, up to step {int(state.step)}; "
-                f"the last good checkpoint in {self.config.directory} is intact. Lower --learning-rate or --clip and "
+                f"the last good checkpoint in {self.checkpoints.run} is intact. Lower --learning-rate or --clip and "
                 "start again, with another --out."
             )
 
@@ -68,7 +65,7 @@ class Run:
         """
         if not math.isfinite(evaluation.nats):
             raise DivergedError(
-                f"the validation loss is {evaluation.nats}; the checkpoints before it, in {self.config.directory}, are "
+                f"the validation loss is {evaluation.nats}; the checkpoints before it, in {self.checkpoints.run}, are "
                 "intact. Lower --learning-rate or --clip and start again, with another --out."
             )
         if evaluation.nats < float(state.best):
@@ -91,7 +88,7 @@ class Loop:
       windows: steps an epoch.
     """
 
-    runs: Sequence[Run]
+    runs: Sequence[Training]
     step: "Callable[[TrainState, Any], TrainState]"
     text: Any
     windows: int
@@ -117,7 +114,7 @@ class Loop:
         stop.saved = None
         first = self.counters(state)[0]
         at, end = int(first.step), (int(first.epoch) + 1) * self.windows
-        burst, saved = 1, time.monotonic()
+        burst, last = 1, time.monotonic()
         while at < end:
             began, compiling = time.monotonic(), not self.runs[0].report.steps
             n = min(burst, end - at)
@@ -132,10 +129,10 @@ class Loop:
                 burst = max(1, min(2 * burst, round(burst / elapsed)))
             for run, counted in zip(self.runs, self.counters(state), strict=True):
                 run.report.progress(counted, n, elapsed)
-            if stop.signal is not None or at == end or time.monotonic() - saved > SAVE_SECONDS:
+            if stop.signal is not None or at == end or time.monotonic() - last > SAVE_SECONDS:
                 for run, part in zip(self.runs, self.parts(state), strict=True):
                     run.save(part)
-                saved = time.monotonic()
+                last = time.monotonic()
             if stop.signal is not None:
                 leave(self.runs, stop.signal, at)
         stop.saved = at
@@ -154,7 +151,7 @@ class Loop:
         return self.parts(state._replace(params=None, optimizer=None, carry=None))
 
 
-def leave(runs: Sequence[Run], number: int, at: int) -> NoReturn:
+def leave(runs: Sequence[Training], number: int, at: int) -> NoReturn:
     """Ends the program for a signal, all being saved at step `at`."""
     for run in runs:
         run.report.interrupted(at)
@@ -170,7 +167,7 @@ def together(states: Sequence["TrainState"]) -> "TrainState":
 
 
 @contextmanager
-def interrupts(runs: Sequence[Run]) -> Iterator[Interrupt]:
+def interrupts(runs: Sequence[Training]) -> Iterator[Interrupt]:
     """Ctrl-C and SIGTERM ask the loop to stop after its step; a second one is not waited for.
 
     With all saved they end the program where it is, and where that is lost, as every exception is in a callback of the

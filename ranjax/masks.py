@@ -80,8 +80,7 @@ def checked(name: str, value: ArrayLike | None, kind: Any, shape: tuple[int, ...
         return None
     array = jnp.asarray(value)
     if not jnp.issubdtype(array.dtype, kind):
-        expected = "bool" if kind is jnp.bool_ else kind.__name__
-        raise TypeError(f"`{name}` must be of dtype {expected}; got {array.dtype}. Convert it with `.astype`.")
+        raise TypeError(f"`{name}` must be of dtype {kind.__name__}; got {array.dtype}. Convert it with `.astype`.")
     if array.shape != shape:
         raise ValueError(f"`{name}` must have the shape {shape} to fit the inputs; got {array.shape}.")
     return array

@@ -53,7 +53,8 @@ def memory(
       model: a language model with `cell="ran"`.
       params: its parameters.
       ids: the text.
-      reduce, share: what a step's span is until; see `weights.spans`.
+      reduce, share: as for `weights.spans`, but that a span ends where a tenth is left, not half: the word is all but
+        forgotten.
       most: steps that are looked ahead.
       window: steps counted at once; memory grows with `window` + `most`.
 
@@ -79,8 +80,8 @@ def memory(
         raise ValueError(f"`ids` must be one text, (tokens,); got the shape {np.shape(ids)}.")
     if len(ids) < window + most:
         raise UserError(
-            f"the text must have at least {window + most:,} tokens; got {len(ids):,}. Give a longer text, or lower the "
-            "window."
+            f"the text must have at least {window + most:,} tokens, a window of {window:,} and the {most:,} after it; "
+            f"got {len(ids):,}. Give a longer text."
         )
 
     @jax.jit

@@ -22,11 +22,11 @@ from ranjax.jacobian import (
     answer,
     clipped,
     diagonal,
+    first_step,
     jacobian_product,
     jacobians_of,
     linear_solve,
     overshoots,
-    step_of,
 )
 from ranjax.masks import Steps, filled, seen
 from ranjax.mesh import at_the_edge, before, varying_as
@@ -87,7 +87,7 @@ def _solved(params: Params, steps: Steps, c0: Array, activation: str, way: Way) 
 def _states(params: Params, steps: Steps, c0: Array, activation: str, way: Way) -> tuple[Array, Record]:
     """The states, and the record in their dtype: integers on a mesh have no tangent that a rule could return."""
     if way.solver is None:
-        states, record = walk(params, steps, c0, activation)[1][0], exact(c0.dtype)
+        states, record = walk_through(params, steps, c0, activation)[1][0], exact(c0.dtype)
     else:
         states, record = _iterated(params, steps, c0, activation, way.solver, way.axis_name)
     return states, jax.tree.map(lambda a: a.astype(c0.dtype), record)
@@ -98,7 +98,7 @@ def _states_jvp(activation, way, primals, tangents):
     (params, steps, c0), (d_params, d_steps, d_c0) = primals, tangents
     axis, record = way.axis, exact(c0.dtype)
     if way.solver is None:
-        states, gates = walk(params, steps, c0, activation)[1]
+        states, gates = walk_through(params, steps, c0, activation)[1]
         earlier = seen(steps.z[..., 1, :], before(states, c0, axis))
     else:
         states, record = _states(params, steps, c0, activation, way)
@@ -112,7 +112,7 @@ def _states_jvp(activation, way, primals, tangents):
     r = jnp.sum(answer(steps, earlier, gates) * d_z, axis=-2) + gates[..., 0, :] * d_steps.u
 
     jacobians = jacobians_of(steps, earlier, gates, activation)
-    first = jax.tree.map(lambda a: step_of(a, 0, axis % r.ndim), jacobians)
+    first = jax.tree.map(lambda a: first_step(a, axis % r.ndim), jacobians)
     with way.precision():
         begun = at_the_edge(jacobian_product(params, first, d_c0), False, way.axis_name)
     r = r.at[(0,) if axis == 0 else (..., 0, slice(None))].add(begun)
@@ -121,7 +121,7 @@ def _states_jvp(activation, way, primals, tangents):
     return (states, record), (linear_solve(params, jacobians, r, way), still)
 
 
-def walk(params: Params, steps: Steps, c0: Array, activation: str) -> tuple[Array, tuple[Array, Array]]:
+def walk_through(params: Params, steps: Steps, c0: Array, activation: str) -> tuple[Array, tuple[Array, Array]]:
     """The last state, the states, and the gates that made them, one `jax.lax.scan` step after another."""
 
     def advance(c, step):
@@ -167,7 +167,7 @@ def _iterated(
     c, record = on(apply, c, rtol, record)
 
     def states(c0, steps):
-        last, (states, _) = walk(params, steps, c0, activation)
+        last, (states, _) = walk_through(params, steps, c0, activation)
         return last, states
 
     return or_walked(c, record, states, varying_as(c0, steps), steps, solver, axis_name=axis_name), record

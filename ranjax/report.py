@@ -12,11 +12,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, Progress, TimeRemainingColumn
 
-from ranjax.config import Config
-from ranjax.errors import UserError, refusals, write_whole
-from ranjax.evaluate import perplexity, shown
+from ranjax.config import ITERATING, Config
+from ranjax.errors import UserError, read_json, refusals, write_whole
+from ranjax.evaluate import perplexity, report, shown
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -63,8 +63,7 @@ class Report:
             write_whole(directory / "metrics.jsonl", "".join(json.dumps(row) + "\n" for row in self._rows))
         self._console = Console(quiet=quiet)
         columns = "{task.description}", BarColumn(None), "{task.fields[status]}", TimeRemainingColumn()
-        bars = (TextColumn(column) if isinstance(column, str) else column for column in columns)
-        self._bar = Progress(*bars, console=self._console, disable=not self._console.is_terminal)
+        self._bar = Progress(*columns, console=self._console, disable=not self._console.is_terminal)
         total = config.epochs * windows
         self._task = self._bar.add_task("epoch 1", total=total, completed=first_step, status="compiling")
         self._logged = time.monotonic()
@@ -80,7 +79,7 @@ class Report:
         """After a burst of steps: the bar, and now and then a row and a line."""
         self.steps += steps
         speed = steps * self.config.batch_size * self.config.steps / seconds
-        so_far = perplexity(float(state.loss) / max(int(state.tokens), 1))
+        so_far = _so_far(state)
         status = f"{speed:,.0f} tokens/s, perplexity {shown(so_far)}"
         heading = f"epoch {int(state.epoch) + 1}/{self.config.epochs}"
         self._bar.update(self._task, advance=steps, description=heading, status=status)
@@ -93,7 +92,7 @@ class Report:
 
     def epoch(self, state: "TrainState", evaluation: "Evaluation") -> None:
         """After a validation."""
-        train = perplexity(float(state.loss) / max(int(state.tokens), 1))
+        train = _so_far(state)
         self._row(state, train_perplexity=train, valid_perplexity=evaluation.perplexity)
         skipped = f", {int(state.bad)} steps skipped" if int(state.bad) else ""
         self._console.print(
@@ -108,10 +107,9 @@ class Report:
         out = shlex.quote(str(self.directory))
         print(f"Stopped after step {step}, saved. Go on with: python -m ranjax.train --out {out} --resume")
 
-    def result(self, corpus: "Corpus", state: "TrainState", valid: "Evaluation", test: "Evaluation") -> dict[str, Any]:
+    def result(self, corpus: "Corpus", state: "TrainState", test: "Evaluation") -> dict[str, Any]:
         """Ends the run: `result.json`, `loss.png` and the last line."""
         from ranjax.ablation import learned
-        from ranjax.evaluate import report
 
         timed = int(state.timed) * self.config.batch_size * self.config.steps
         epochs = [row for row in self._rows if "valid_perplexity" in row]
@@ -119,7 +117,7 @@ class Report:
             "dataset": corpus.name,
             "source": corpus.source,
             "test_perplexity": test.perplexity,
-            "valid_perplexity": valid.perplexity,
+            "valid_perplexity": perplexity(float(state.best)),
             "valid_perplexities": [row["valid_perplexity"] for row in epochs],
             "train_perplexities": [row["train_perplexity"] for row in epochs],
             "test_tokens": test.tokens,
@@ -132,18 +130,21 @@ class Report:
             "parameters": learned(state.params, self.config.ablation),
             "device": device(),
             "date": date.today().isoformat(),
-            "config": asdict(self.config),
+            "config": asdict(self.config) | {"resume": False},
             "versions": versions(),
         }
+        path = self.directory / "result.json"
+        if self.steps == 0 and path.exists():  # this process has only read again what another one trained
+            result |= {name: value for name, value in read_json(path).items() if name in ("device", "date", "versions")}
         with refusals(self.directory):
-            write_whole(self.directory / "result.json", json.dumps(result, indent=2) + "\n")
+            write_whole(path, json.dumps(result, indent=2) + "\n")
             draw_loss(self._rows, self.windows, self.directory / "loss.png")
         print(f"test: {report(test, corpus.vocabulary.unit)}; saved in {self.directory}")
         return result
 
     def _row(self, state: "TrainState", **values: float) -> None:
         row = {"step": int(state.step), "epoch": int(state.step) / self.windows, **values}
-        if self.config.solver in ("fixed_point", "newton"):
+        if self.config.solver in ITERATING:
             row["mean_passes"] = float(state.passes) / ((int(state.step) - 1) % self.windows + 1)
         row |= {"skipped_steps": int(state.bad), "training_seconds": float(state.seconds)}
         if self.side_by_side > 1:
@@ -152,6 +153,11 @@ class Report:
         path = self.directory / "metrics.jsonl"
         with refusals(path), path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(row) + "\n")
+
+
+def _so_far(state: "TrainState") -> float:
+    """The perplexity of the epoch so far, in training."""
+    return perplexity(float(state.loss) / max(int(state.tokens), 1))
 
 
 def draw_loss(rows: list[dict[str, float]], windows: int, path: Path) -> None:

@@ -7,7 +7,7 @@ Axes are `(*batch, time, features)` throughout.
 
 from functools import partial
 from importlib.util import find_spec
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -169,7 +169,7 @@ def _auto(walk: Walk) -> tuple[Rows, Rows]:
     """What `CHOICES` has for the platform."""
     kernel = _has_gpu() and not any(map(varying_axes, walk.arrays))  # a kernel cannot tell that its results vary
     known = isinstance(walk.sizes[1], int)  # a symbolic time, of `jax.export`, can only be walked through
-    found = {choice.platform: choice.solver if known else "sequential" for choice in CHOICES}
+    found = CHOICES if known else dict.fromkeys(CHOICES, "sequential")
     return _by_platform(walk, {name: SOLVERS[one] for name, one in found.items() if one != "pallas" or kernel})
 
 
@@ -210,25 +210,17 @@ SOLVERS: dict[str, Solver] = {
 }
 
 
-class Choice(NamedTuple):
-    """What `"auto"` takes on a platform, and why."""
-
-    platform: str
-    solver: str
-    evidence: str
-
-
-# Milliseconds of a gradient, from benchmarks/results/. Other shapes are there for the CPU: chunked wins at one of them,
-# 4 x 16,384 x 64. A kernel that has not run on its device is not a default: the GPU's was timed as of e6eaacf, and has
-# passed its tests there since it was rearranged. How it fills a chip by shape is in kernels/gpu.py, chosen on the same
-# H100 on the same day. Gates that read all of h_{t-1} are walked through everywhere: 249 against 825 ms on that CPU,
-# 2 x 8192 x 200; on a GPU that has not been measured.
-CHOICES = (
-    Choice("cpu", "sequential", "AMD EPYC, 2 cores, 2026-11-23, 8 x 1024 x 512: 14.1; chunked 18.2, associative 48.6"),
-    Choice("cuda", "pallas", "H100, 2026-11-23, 32 x 1024 x 512: 0.255; associative 0.798"),
-    Choice("tpu", "sequential", "not measured; associative_scan is slower there, De et al. 2024 (Griffin)"),
-    Choice("default", "associative", "not measured: log2(T) sweeps instead of T turns of a loop"),
-)
+# What `"auto"` takes on a platform, and why: milliseconds of a gradient, from benchmarks/results/. Other shapes are
+# there for the CPU: chunked wins at one of them, 4 x 16,384 x 64. A kernel that has not run on its device is not a
+# default: the GPU's was timed as of e6eaacf, and has passed its tests there since it was rearranged. How it fills a
+# chip by shape is in kernels/gpu.py, chosen on the same H100 on the same day. Gates that read all of h_{t-1} are walked
+# through everywhere: 249 against 825 ms on that CPU, 2 x 8192 x 200; on a GPU that has not been measured.
+CHOICES = {
+    "cpu": "sequential",  # AMD EPYC, 2 cores, 2026-11-23, 8 x 1024 x 512: 14.1; chunked 18.2, associative 48.6
+    "cuda": "pallas",  # H100, 2026-11-23, 32 x 1024 x 512: 0.255; associative 0.798
+    "tpu": "sequential",  # not measured; associative_scan is slower there, De et al. 2024 (Griffin)
+    "default": "associative",  # not measured: log2(T) sweeps instead of T turns of a loop
+}
 
 
 # On a GPU a turn of a loop has costs of its own, beside those of its steps: with 8 steps a turn a training step takes

@@ -6,7 +6,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ranjax.config import Config
-from ranjax.errors import UserError
+from ranjax.errors import UserError, flag
 
 if TYPE_CHECKING:
     import optax
@@ -72,8 +72,7 @@ def build_model(config: Config, vocabulary: int) -> "LanguageModel":
 def _with_flags(message: str, names: Sequence[str]) -> str:
     """A message of the model's in the words of the program: `tie` as --tie, cell='ran' as --cell ran."""
     for name in names:
-        flag = f"--{name.replace('_', '-')}"
-        message = re.sub(rf"\b{name}='?([\w-]+)'?", rf"{flag} \1", message.replace(f"`{name}`", flag))
+        message = re.sub(rf"\b{name}='?([\w-]+)'?", rf"{flag(name)} \1", message.replace(f"`{name}`", flag(name)))
     return message
 
 

@@ -17,7 +17,7 @@ from jax import Array, lax
 from jax.nn import sigmoid
 from jax.typing import ArrayLike
 
-from ranjax.cell import Params, plus_bias
+from ranjax.cell import Params, plus_bias, promoted
 from ranjax.mesh import varying_as
 from ranjax.scan import unroll
 
@@ -56,9 +56,7 @@ class Stepwise(nn.Module):
             raise ValueError(f"`initial_carry` must have the shapes {expected}, as a call returns it; got {got}.")
         if self.is_initializing():
             self.cell(carry, jnp.zeros(x.shape[1:], x.dtype))  # there may be no step at all
-        params = self.cell.variables["params"]
-        dtype = self.cell.dtype or jnp.result_type(x, *jax.tree.leaves(params))
-        params, x = jax.tree.map(lambda a: a.astype(dtype), (params, x))
+        params, x = promoted(self.cell.variables["params"], x, self.cell.dtype)
         weights_and_rows, step = CELLS[type(self.cell)]
         weights, rows = weights_and_rows(params, x.reshape(math.prod(x.shape[:-1]), x.shape[-1]))
         rows = rows.reshape(*x.shape[:-1], rows.shape[-1])

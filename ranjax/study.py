@@ -1,5 +1,6 @@
 """Trainings in a row, in slices if need be: what the programs in `experiments/` share."""
 
+import os
 import signal
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -7,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ranjax.errors import UserError, exit_with_message
+from ranjax.errors import UserError, exit_with_message, flag
 from ranjax.hugepages import restart_with_huge_pages
 from ranjax.table import Table
 
@@ -43,9 +44,10 @@ def run(main: Callable[[Any, Table], None], flags: type[Options], folder: Path) 
         options = tyro.cli(flags)
         for name, given in vars(options).items():
             if given == ():
-                raise UserError(f"--{name} must be followed by at least one name.")
+                raise UserError(f"{flag(name)} must be followed by at least one name.")
         with budget(options.minutes):
-            table = Table(Path(options.out or folder), Path(options.runs), options.data_dir)
+            out, runs = (Path(os.path.expanduser(path)) for path in (options.out or folder, options.runs))
+            table = Table(out, runs, options.data_dir)
             try:
                 main(options, table)
             except (KeyboardInterrupt, SystemExit):

@@ -10,14 +10,15 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ranjax.config import Config, check, check_same, load_config, normalised, parse, save_config
+from ranjax.config import ITERATING, Config, check, check_same, load_config, normalised, parse, save_config
+from ranjax.data import identity
 from ranjax.errors import UserError, exit_with_message, read_json, refusals
 from ranjax.hugepages import restart_with_huge_pages
 from ranjax.vocabulary import load_vocabulary, save_vocabulary
 
 if TYPE_CHECKING:
     from ranjax.data import Corpus
-    from ranjax.loop import Run
+    from ranjax.loop import Training
     from ranjax.step import TrainState
 
 
@@ -63,12 +64,12 @@ def train_together(configs: Sequence[Config]) -> list[dict[str, Any]]:
     from ranjax.checkpoint import Checkpoints
     from ranjax.data import columns, load_corpus, windows_per_epoch
     from ranjax.evaluate import make_evaluator
-    from ranjax.loop import Loop, Run, interrupts, together
+    from ranjax.loop import Loop, Training, interrupts, together
     from ranjax.report import Report
     from ranjax.step import build_model, initial_state, make_optimizer, make_step
 
     first = configs[0]
-    if len(configs) > 1 and first.solver in ("fixed_point", "newton"):
+    if len(configs) > 1 and first.solver in ITERATING:
         return [train(config) for config in configs]
     corpus = load_corpus(first.dataset, first.data_dir, first.tokenizer)
     text = columns(corpus.train, first.batch_size, first.steps)
@@ -83,7 +84,7 @@ def train_together(configs: Sequence[Config]) -> list[dict[str, Any]]:
 
         at = int(states[0].step), int(states[0].epoch)
         reports = [Report(c.directory, c, windows, *at, len(configs), quiet=c is not first) for c in configs]
-        runs = [Run(c, Checkpoints(c.directory), report) for c, report in zip(configs, reports, strict=True)]
+        runs = [Training(Checkpoints(report.directory), report) for report in reports]
         step = make_step(model, optimizer, first, windows, [config.seed for config in configs])
         loop, evaluate = Loop(runs, step, jax.device_put(text), windows), make_evaluator(model, first.streams)
         state = together(states)
@@ -110,9 +111,9 @@ def _check_together(configs: Sequence[Config]) -> None:
             raise UserError(f"--out {directory} exists and is left as it is. {mend} another --out.")
 
 
-def _result(run: "Run", corpus: "Corpus", state: "TrainState", evaluate: Callable) -> dict[str, Any]:
+def _result(run: "Training", corpus: "Corpus", state: "TrainState", evaluate: Callable) -> dict[str, Any]:
     best = run.checkpoints.load("best", state.params)
-    return run.report.result(corpus, state, evaluate(best, corpus.valid), evaluate(best, corpus.test))
+    return run.report.result(corpus, state, evaluate(best, corpus.test))
 
 
 def _begin(config: Config, corpus: "Corpus", state: "TrainState", windows: int, held: ExitStack) -> "TrainState":
@@ -184,8 +185,6 @@ def _check_text(directory: Path, corpus: "Corpus") -> None:
 
 
 def _identity(corpus: "Corpus") -> dict[str, Any]:
-    from ranjax.data import identity
-
     return {"train": identity(corpus.train), "valid": identity(corpus.valid), "test": identity(corpus.test)}
 
 

@@ -75,9 +75,8 @@ def draw_pairs(explanation: "Explanation", number: int, path: Path) -> None:
     assert layer.pairs is not None
     image = axes.imshow(layer.pairs.T, cmap="Greys", norm=scale, interpolation="nearest" if few else "antialiased")
     if few:
-        labels = [word.replace("$", r"\$") for word in words]
-        axes.set_xticks(range(len(words)), labels, rotation=90)
-        axes.set_yticks(range(len(words)), labels)
+        axes.set_xticks(range(len(words)), words, rotation=90, parse_math=False)
+        axes.set_yticks(range(len(words)), words, parse_math=False)
     axes.set(xlabel="the state at", ylabel="remembers", title=f"layer {number}, {NAMES[explanation.reduce]}")
     figure.colorbar(image, shrink=0.6)
     figure.savefig(path, dpi=150)

@@ -172,11 +172,12 @@ class BytePairs:
     separator: ClassVar[str] = ""
 
     @classmethod
-    def build(cls, text: str, size: int = BPE_SIZE) -> "BytePairs":
+    def build(cls, text: str) -> "BytePairs":
         from tokenizers import ByteLevelBPETokenizer
 
         bpe = ByteLevelBPETokenizer()
-        bpe.train_from_iterator(text.splitlines(keepends=True), vocab_size=size, min_frequency=2, show_progress=False)
+        lines = text.splitlines(keepends=True)
+        bpe.train_from_iterator(lines, vocab_size=BPE_SIZE, min_frequency=2, show_progress=False)
         return cls(bpe.to_str())
 
     @cached_property
@@ -202,6 +203,11 @@ class BytePairs:
 def save_vocabulary(vocabulary: Vocabulary, path: Path) -> None:
     """Writes a vocabulary as JSON."""
     path.write_text(json.dumps({"tokenizer": vocabulary.tokenizer, "content": vocabulary.content()}), "utf-8")
+
+
+def unknown(vocabulary: Vocabulary, ids: np.ndarray) -> int:
+    """How many of the ids stand for words that the vocabulary does not have."""
+    return int(np.sum(ids == vocabulary.ids.get(UNK, -1))) if isinstance(vocabulary, Words) else 0
 
 
 def load_vocabulary(path: Path) -> Vocabulary:

@@ -157,7 +157,7 @@ def half_lives(made: Decomposition, most: int = 1024) -> Int[Array, "*batch time
       >>> weights.half_lives(weights.Decomposition(i=f, f=f, u=f, c=f, c0=f[0]), most=8)[0].tolist()
       [1, 7]
     """
-    return _lasting(made, most, 0 * made.f.astype(jnp.int32), lambda p: p > 0.5)
+    return _lasting(made, most, jnp.zeros_like(made.f, jnp.int32), lambda p: p > 0.5)
 
 
 def spans(made: Decomposition, reduce: str = "l2", share: float = 0.5, most: int = 1024) -> Int[Array, "*batch time"]:

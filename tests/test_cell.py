@@ -164,7 +164,7 @@ def test_the_carry_keeps_its_dtype(param_dtype, x_dtype, dtype, x64):
         ({"activation": "relu"}, "`activation` must be one of 'tanh', 'identity'; got 'relu'"),
         ({"gates": "diagonal", "projection": 3}, "`projection` cannot go with gates='diagonal'"),
         ({"features": 0}, "`features` must be a whole number, at least 1; got 0"),
-        ({"projection": 0}, "`projection` must be a whole number, at least 1; got 0"),
+        ({"projection": 0}, "`projection` must be a whole number, at least 1, or None; got 0"),
     ],
 )
 def test_bad_options(options, message):

@@ -135,7 +135,8 @@ def test_cross_entropy_is_minus_log_probability():
         ({"cell": "xlstm"}, "`cell` must be one of .*'ran'.* got 'xlstm'"),
         ({"features": (1, 2, 3)}, "`features` must be one size, or one for each of 2 layers"),
         ({"tie": True, "embedding": 5}, "`tie` needs the embedding .* got embedding=5 and an output of 6"),
-        ({"embedding": 0}, "`embedding` must be a whole number, at least 1; got 0"),
+        ({"vocabulary": None}, "`vocabulary` must be a whole number, at least 1; got None"),
+        ({"embedding": 0}, "`embedding` must be a whole number, at least 1, or None; got 0"),
         ({"features": ()}, "`features` must be one size, or one for each layer; got none"),
         ({"features": (3, 0)}, "`features` must be a whole number, at least 1; got 0"),
         ({"init_scale": 0.0}, "`init_scale` must be above 0; got 0.0"),
@@ -155,7 +156,7 @@ def test_cross_entropy_is_minus_log_probability():
 )
 def test_bad_options(options, message):
     with pytest.raises(ValueError, match=message):
-        LanguageModel(11, **{"features": 6, "layers": 2} | options)
+        LanguageModel(**{"vocabulary": 11, "features": 6, "layers": 2} | options)
 
 
 def test_sizes_in_a_list_are_hashed():

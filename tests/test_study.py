@@ -60,10 +60,11 @@ def test_time_runs_out(pets, tmp_path):
         "study.run(main, study.Options, pathlib.Path('the study'))\n"
     )
     (tmp_path / "study.py").write_text(program)
-    command = [sys.executable, "study.py", "--minutes", "5", "--runs", "kept", "--out", "cut", "--data-dir", "data"]
-    first = subprocess.run(command, capture_output=True, text=True, check=False, timeout=120, cwd=tmp_path)
+    command = [sys.executable, "study.py", "--minutes", "5", "--runs", "kept", "--out", "~/cut", "--data-dir", "data"]
+    home = os.environ | {"HOME": str(tmp_path)}
+    first = subprocess.run(command, capture_output=True, text=True, check=False, timeout=120, cwd=tmp_path, env=home)
     assert first.returncode == 143, first.stderr
-    assert first.stdout.startswith("cut data\n")
+    assert first.stdout.startswith(f"{tmp_path}/cut data\n")
     assert "saved. Go on with" in first.stdout
     assert first.stdout.endswith("The study was stopped; the same command goes on with it.\n")
     assert not list((tmp_path / "cut").iterdir())

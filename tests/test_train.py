@@ -232,7 +232,7 @@ def test_a_signal_during_validation_ends_at_once_and_loses_nothing(text, tmp_pat
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
-@pytest.mark.parametrize("lost", [1, 4])  # in the first validation; in the test, after which no step comes
+@pytest.mark.parametrize("lost", [1, 3])  # in the first validation; in the test, after which no step comes
 def test_a_signal_lost_in_a_callback_ends_the_program_all_the_same(lost, text, tmp_path, monkeypatch):
     """What is raised in one of the garbage collector's is only printed."""
     straight, broken = (settings(text, tmp_path / name, epochs=2) for name in ("straight", "broken"))
@@ -268,14 +268,14 @@ def test_every_epoch_of_a_killed_run_is_told_of_once(saved, text, tmp_path, monk
     straight, broken = (settings(text, tmp_path / name, epochs=3) for name in ("straight", "broken"))
     whole = train.train(straight)
 
-    def killed(self, state, write=loop.Run.save):
+    def killed(self, state, write=loop.Training.save):
         if saved or int(state.epoch) < 2:
             write(self, state)
         if int(state.epoch) == 2:
             raise MemoryError
 
     with monkeypatch.context() as patch:
-        patch.setattr(loop.Run, "save", killed)
+        patch.setattr(loop.Training, "save", killed)
         with pytest.raises(MemoryError):
             train.train(broken)
     resumed = train.train(dataclasses.replace(broken, resume=True))
@@ -433,6 +433,8 @@ def test_evaluation_counts_every_prediction_whatever_the_window(run, monkeypatch
     for wrong in (ids - 1, ids + 1, ids.astype(float)):
         with pytest.raises(ValueError, match="`ids` must be whole numbers from 0 to 14, the model's; got"):
             make_evaluator(loaded.model)(loaded.params, wrong)
+    with pytest.raises(ValueError, match=r"`ids` must be the ids of one text, \(tokens,\); got the shape \(1, "):
+        make_evaluator(loaded.model)(loaded.params, ids[None])
     with pytest.raises(UserError, match=r"at least 2 tokens is needed .*; got 1"):
         make_evaluator(loaded.model)(loaded.params, ids[:1])
     with pytest.raises(ValueError, match="`streams` must be a whole number, at least 1; got 0"):
@@ -447,7 +449,7 @@ def test_evaluation_counts_every_prediction_whatever_the_window(run, monkeypatch
             make_evaluator(loaded.model)(loaded.params, ids, wrong)
 
 
-@pytest.mark.parametrize("streams", [2, 5, 40])
+@pytest.mark.parametrize("streams", [2, 5, 40, 10**9])  # most of the last would have nothing to read
 def test_a_stream_reads_a_window_before_what_it_counts(streams, run, monkeypatch):
     monkeypatch.setattr(evaluate, "WINDOW", 16)
     loaded = load_run(run[0])
@@ -477,7 +479,7 @@ def test_a_run_of_several_streams_is_evaluated_so(text, tmp_path, monkeypatch):
     monkeypatch.setattr(evaluate, "WINDOW", 16)
     out = tmp_path / "run"
     result = train.train(settings(text, out, epochs=1, streams=3))
-    again, loaded = evaluate.evaluate_split(evaluate.Options(str(out)))
+    again, loaded, _ = evaluate.evaluate_split(evaluate.Options(str(out)))
     assert result["test_nats"] == again.nats
     assert again.nats != make_evaluator(loaded.model)(loaded.params, load_corpus(text).test).nats
 
@@ -521,6 +523,8 @@ def test_sampling_takes_only_what_it_may():
     np.testing.assert_allclose(drawn(top_p=0.4), [1, 0, 0, 0])
     np.testing.assert_allclose(drawn(top_p=0.81, top_k=2), [0.625, 0.375, 0, 0], atol=0.06)
     alike = jnp.array([0.0, 1.0, 1.0, 1.0])
+    with pytest.raises(UserError, match=r"--top-k must be a whole number, at least 1; got 2\.5"):
+        generate.Sampling(top_k=2.5)
     for options in ({"top_k": 1}, {"top_p": 0.2}):  # equal ones are not kept beyond the number or the sum
         assert {int(generate.sample(key, alike, generate.Sampling(**options))) for key in keys[:20]} == {1}
     assert {int(generate.sample(key, alike, generate.Sampling(top_k=2))) for key in keys[:20]} == {1, 2}
@@ -549,6 +553,9 @@ def test_words_and_half_characters_are_written_whole():
     vocabulary = Bytes.build("😀".encode())
     generate.stream(vocabulary, iter(vocabulary.encode("😀").tolist()), written.append, "")
     assert written == ["😀", ""]
+    written.clear()
+    generate.stream(Words(("<eos>", "a", "\ufffd")), iter([1, 2]), written.append, "a")
+    assert written[:2] == [" a", " \ufffd"]  # a word is whole, whatever it ends in
     written.clear()
     generate.stream(Words(("<eos>", "a")), iter([1]), written.append, "")
     assert written[0] == "a"  # as on a line of its own
@@ -719,7 +726,7 @@ def test_a_model_that_has_diverged_is_written_in_short():
         ("train", ["--dataset", "{text}", "--seed", "2147483648"], r"--seed must be in \[0, 2\*\*31\)"),
         ("train", ["--dataset", "{text}", "--out", "{text}/run"], "--out .*pets.txt/run cannot be written: Not a dir"),
         ("generate", ["--checkpoint", "{run}", "--top-p", "0"], r"--top-p must be in \(0, 1\]; got 0"),
-        ("generate", ["--checkpoint", "{run}", "--top-k", "0"], "--top-k must be at least 1; got 0"),
+        ("generate", ["--checkpoint", "{run}", "--top-k", "0"], "--top-k must be a whole number, at least 1; got 0"),
         ("generate", ["--checkpoint", "{run}", "--seed", "2147483648"], r"--seed must be in \[0, 2\*\*31\)"),
         ("evaluate", ["--checkpoint", "{run}", "--dataset", ""], "there is no data set or path ''"),
     ],
@@ -909,7 +916,7 @@ def test_the_state_that_validates_best_is_kept_and_tested(tmp_path, monkeypatch)
     def evaluated(params, ids):
         read.append(next(split for split in SPLITS if np.array_equal(ids, getattr(corpus, split))))
         nats = next(losses, None)
-        if nats is None:  # after the last epoch
+        if nats is None:  # of the test
             ended.append(jax.tree.map(np.array, params))
         return Evaluation(nats or 1.0, 10)
 
@@ -917,7 +924,7 @@ def test_the_state_that_validates_best_is_kept_and_tested(tmp_path, monkeypatch)
     train.train(config)
     losses = iter([1.0])  # as good is not better
     train.train(dataclasses.replace(config, epochs=3, resume=True))
-    assert read == ["valid", "valid", "valid", "test", "valid", "valid", "test"]
+    assert read == ["valid", "valid", "test", "valid", "test"]
     for params in (*ended, load_run(config.directory).params):
         jax.tree.map(np.testing.assert_array_equal, params, ended[0])
 
@@ -952,6 +959,44 @@ def test_of_a_prompt_only_the_last_token_has_logits(run, monkeypatch):
     monkeypatch.setattr(LanguageModel, "logits", lambda self, hidden: made.append(hidden.shape) or logits(self, hidden))
     list(generate.generate(loaded, [0] * 50, 3, generate.Sampling(), seed=0))
     assert max(math.prod(shape[:-1]) for shape in made) == 1
+
+
+@pytest.mark.parametrize(
+    ("prompt", "length", "message"),
+    [
+        ([1, 15], 3, "`prompt` must be whole numbers from 0 to 14, the model's; got int64 from 1 to 15"),
+        ([-1], 3, "`prompt` must be whole numbers from 0 to 14, .* from -1 to -1"),
+        ([[1, 2]], 3, r"`prompt` must be the ids of one text, \(tokens,\); got the shape \(1, 2\)"),
+        ("cat", 3, r"`prompt` must be the ids of one text, \(tokens,\); got the shape \(\)"),
+        ([], 3, "`prompt` must have at least one id; got none"),
+        ([1], -3, "`length` must be a whole number, at least 1; got -3"),
+    ],
+)
+def test_a_prompt_that_is_not_the_models_is_refused_before_a_token_is_drawn(prompt, length, message, run):
+    with pytest.raises(ValueError, match=message):
+        generate.generate(load_run(run[0]), prompt, length, generate.Sampling(), seed=0)
+
+
+def test_words_that_a_model_does_not_have_are_counted(tmp_path, capsys):
+    for split in ("train", "valid", "test"):
+        (tmp_path / f"{split}.txt").write_text("the cat sat on the <unk>\n" * 60)
+    out = str(tmp_path / "run")
+    train.train(settings(str(tmp_path), out, epochs=1))
+    (tmp_path / "other.txt").write_text("a dog\n" * 40)
+    capsys.readouterr()
+    evaluate.main(["--checkpoint", out, "--dataset", str(tmp_path / "other.txt"), "--split", "train"])
+    assert capsys.readouterr().out.endswith(" nats, 107 tokens, 71 of them <unk>\n")
+
+
+def test_a_finished_run_that_is_read_again_keeps_the_device_it_was_trained_on(run, tmp_path):
+    shutil.copytree(run[0], tmp_path / "copy")
+    elsewhere = {"device": "1 x NVIDIA H100", "date": "2020-01-01", "versions": {"jax": "0.0.1"}}
+    (tmp_path / "copy" / "result.json").write_text(json.dumps(run[1] | elsewhere))
+    config = dataclasses.replace(load_config(tmp_path / "copy"), out=str(tmp_path / "copy"), resume=True)
+    again = train.train(config)
+    assert again == run[1] | elsewhere | {"config": again["config"]}
+    assert not again["config"]["resume"]
+    assert train.train(dataclasses.replace(config, epochs=4))["date"] != "2020-01-01"
 
 
 def test_draws_differ_from_token_to_token_and_from_seed_to_seed(run):
@@ -995,7 +1040,7 @@ def test_the_speed_is_tokens_by_seconds(text, tmp_path):
     state = step.TrainState({}, None, None, 30, 2, 1.0, 1, 0, 0, zero, jnp.array(2.0), jnp.array(10), 0.0)
     report = Report(tmp_path, config, 15, 0, 0)
     report._rows = [{"step": 15, "epoch": 1.0, "train_perplexity": 2.0, "valid_perplexity": 2.0}]
-    result = report.result(load_corpus(text), state, Evaluation(1.0, 1), Evaluation(1.0, 1))
+    result = report.result(load_corpus(text), state, Evaluation(1.0, 1))
     assert result["tokens_per_second"] == 10 * 4 * 7 / 2.0
 
 
@@ -1150,7 +1195,7 @@ def test_a_run_finds_its_data_set_from_any_directory(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     result = train.train(settings("text8", "run", data_dir="data", epochs=1))
     monkeypatch.chdir("/")
-    found, _ = evaluate.evaluate_split(evaluate.Options(str(tmp_path / "run")))
+    found, *_ = evaluate.evaluate_split(evaluate.Options(str(tmp_path / "run")))
     assert found.nats == result["test_nats"]
     with pytest.raises(UserError, match="ptb is read from local files only"):  # not from the folder of another
         evaluate.evaluate_split(evaluate.Options(str(tmp_path / "run"), dataset="ptb"))
@@ -1164,7 +1209,7 @@ def test_paths_may_begin_with_a_tilde(run, tmp_path, monkeypatch):
     assert config.directory == tmp_path / "r"
     assert dataclasses.replace(config, out=None).directory.name == "a.pets-ran"
     (tmp_path / "run").symlink_to(run[0])
-    found, _ = evaluate.evaluate_split(evaluate.Options("~/run"))
+    found, *_ = evaluate.evaluate_split(evaluate.Options("~/run"))
     assert found.perplexity == run[1]["test_perplexity"]
 
 
@@ -1240,11 +1285,11 @@ def an_epoch(monkeypatch, seconds, windows, stop=None):
         told.steps += steps
 
     told.progress = progress
-    monkeypatch.setattr(loop.Run, "save", lambda self, state: saved.append(int(state.step)))
+    monkeypatch.setattr(loop.Training, "save", lambda self, state: saved.append(int(state.step)))
     monkeypatch.setattr(loop, "time", Clock(seconds))
     zero, count = jnp.zeros(()), jnp.zeros((), jnp.int32)
     state = step.TrainState({}, {}, (), count, count, zero, count, count, count, zero, zero, count, zero)
-    run = loop.Run(Config(), None, told)
+    run = loop.Training(None, told)
 
     def advance(state, _):
         assert stop.saved is None

@@ -18,7 +18,7 @@ from passes import variants, windows
 import ranjax
 from ranjax.cell import output
 from ranjax.data import load_corpus
-from ranjax.errors import exit_with_message
+from ranjax.errors import UserError, exit_with_message
 from ranjax.evaluate import load_run
 from ranjax.report import blank_figure, device, versions
 
@@ -89,6 +89,8 @@ def main(options: Options) -> None:
         run = load_run(directory)
         corpus = load_corpus(run.config.dataset, options.data_dir, run.config.tokenizer)
         tokens = jnp.asarray(corpus.valid[None, : max(1024, *options.lengths)])
+        if tokens.size < max(1024, *options.lengths):
+            raise UserError(f"the {tokens.size:,} tokens for validation are fewer than --lengths and 1,024 ask for.")
         lines = (json.loads(line) for line in (Path(directory) / "metrics.jsonl").read_text().splitlines())
         epochs = 1 + int(np.argmin([line["valid_perplexity"] for line in lines if "valid_perplexity" in line]))
         fresh = run.model.init(jax.random.key(run.config.seed), tokens[:, :2], deterministic=True)["params"]

@@ -14,7 +14,7 @@ from measures import against_changes, by_frequency, by_word
 
 from ranjax import views
 from ranjax.data import load_corpus
-from ranjax.errors import exit_with_message
+from ranjax.errors import UserError, exit_with_message
 from ranjax.evaluate import load_run
 from ranjax.explanation import explain
 from ranjax.memory import Memory, memory
@@ -63,6 +63,9 @@ def draw(layers: list[Memory], path: Path) -> None:
 def main(options: Options) -> None:
     run, out = load_run(options.checkpoint), Path(options.out)
     corpus = load_corpus(run.config.dataset, options.data_dir or run.config.data_dir, run.config.tokenizer)
+    if not 0 <= options.passage < len(corpus.valid):
+        what = f"one of the {len(corpus.valid):,} tokens for validation"
+        raise UserError(f"--passage must be the number of {what}; got {options.passage}.")
     layers = memory(run.model, run.params, corpus.valid, most=options.most)
     draw(layers, out / "half-lives.png")
     passage = run.vocabulary.decode(corpus.valid[options.passage : options.passage + 45])
