@@ -11,15 +11,13 @@ from flax.typing import Dtype
 from jax import Array, lax
 from jax.core import Tracer
 from jax.typing import ArrayLike
-from jaxtyping import Float
 
 from ranjax.cell import ACTIVATIONS, Params, checked_inputs, gates_of
 from ranjax.errors import check_choice
 from ranjax.fixed_point import FixedPoint
 from ranjax.gated import check_solver, prepared, states_and_gates
 from ranjax.masks import Steps, checked, checked_lengths, padding_after
-
-Sequence = Float[Array, "*batch time features"]
+from ranjax.scan import Sequence, State
 
 
 class Decomposition(NamedTuple):
@@ -37,7 +35,7 @@ class Decomposition(NamedTuple):
     f: Sequence
     u: Sequence
     c: Sequence
-    c0: Float[Array, "*batch features"]
+    c0: State
 
 
 def decompose(

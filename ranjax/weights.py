@@ -32,6 +32,7 @@ from jaxtyping import Float, Int
 
 from ranjax.decomposition import MEASURES, Decomposition, checked_index, decompose, measure_of, rows, scale_of
 from ranjax.errors import check_size
+from ranjax.scan import Sequence
 from ranjax.strongest import top
 
 __all__ = [
@@ -47,7 +48,6 @@ __all__ = [
     "top",
 ]
 
-Sequence = Float[Array, "*batch time features"]
 REDUCTIONS = tuple(MEASURES)
 LIMIT = 2**30  # bytes that `full` makes without being told that more is meant
 

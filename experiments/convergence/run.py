@@ -90,7 +90,7 @@ def main(options: Options) -> None:
         corpus = load_corpus(run.config.dataset, options.data_dir, run.config.tokenizer)
         tokens = jnp.asarray(corpus.valid[None, : max(1024, *options.lengths)])
         if tokens.size < max(1024, *options.lengths):
-            raise UserError(f"the {tokens.size:,} tokens for validation are fewer than --lengths and 1,024 ask for.")
+            raise UserError(f"{directory} must have 1,024 tokens for validation, and --lengths; got {tokens.size:,}.")
         lines = (json.loads(line) for line in (Path(directory) / "metrics.jsonl").read_text().splitlines())
         epochs = 1 + int(np.argmin([line["valid_perplexity"] for line in lines if "valid_perplexity" in line]))
         fresh = run.model.init(jax.random.key(run.config.seed), tokens[:, :2], deterministic=True)["params"]
@@ -107,7 +107,7 @@ def main(options: Options) -> None:
                     print({key: value for key, value in rows[-1].items() if key != "residuals"}, flush=True)
                 states, _ = ranjax.solve(cell, x, gates="recurrent", activation=run.config.activation)
                 x = output(cell, states, run.config.activation)
-    (options.out / "results.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (options.out / "passes.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     draw(rows, options.out / "residuals.png")
 
 

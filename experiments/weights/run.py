@@ -64,8 +64,8 @@ def main(options: Options) -> None:
     run, out = load_run(options.checkpoint), Path(options.out)
     corpus = load_corpus(run.config.dataset, options.data_dir or run.config.data_dir, run.config.tokenizer)
     if not 0 <= options.passage < len(corpus.valid):
-        what = f"one of the {len(corpus.valid):,} tokens for validation"
-        raise UserError(f"--passage must be the number of {what}; got {options.passage}.")
+        end = f"{len(corpus.valid):,}, the number of tokens for validation"
+        raise UserError(f"--passage must be at least 0 and below {end}; got {options.passage}.")
     layers = memory(run.model, run.params, corpus.valid, most=options.most)
     draw(layers, out / "half-lives.png")
     passage = run.vocabulary.decode(corpus.valid[options.passage : options.passage + 45])
