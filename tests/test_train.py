@@ -453,6 +453,8 @@ def test_evaluation_counts_every_prediction_whatever_the_window(run, monkeypatch
 def test_a_stream_reads_a_window_before_what_it_counts(streams, run, monkeypatch):
     monkeypatch.setattr(evaluate, "WINDOW", 16)
     loaded = load_run(run[0])
+    loaded = dataclasses.replace(loaded, params=jax.tree.map(np.array, loaded.params))
+    loaded.params["stack_0"]["cell"]["gates"]["bias"][1] += 4  # it remembers longer
     ids = load_corpus(loaded.config.dataset).test
     own = -(-(len(ids) - 17) // (16 * streams)) * 16
     picked = []
@@ -593,7 +595,8 @@ def waiting(body="pass"):
         f"    print('first', flush=True)\n    sys.stdin.read()\n    {body}\n"
     )
     pipes = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE)
-    with subprocess.Popen([sys.executable, "-c", code], **pipes) as process:
+    buffered = os.environ | {"PYTHONUNBUFFERED": ""}
+    with subprocess.Popen([sys.executable, "-c", code], env=buffered, **pipes) as process:
         assert process.stdout.readline() == b"first\n"
         yield process
 
@@ -620,6 +623,17 @@ def test_ctrl_c_ends_a_program_without_a_word():
         process.send_signal(signal.SIGINT)
         assert process.stderr.read() == b""
         assert process.wait() == 130
+
+
+def test_ctrl_c_that_is_ignored_stays_so():
+    """As for a job in the background of a shell."""
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        with exit_with_message():
+            signal.raise_signal(signal.SIGINT)
+        assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 @pytest.mark.parametrize("where", ["a callback", "a __del__"])
@@ -811,6 +825,7 @@ def test_a_vocabulary_that_does_not_match(run, tmp_path):
     [
         ("config.json", b"{", "config.json cannot be read: Expecting property name"),
         ("config.json", b"[]", r"config.json must hold an object and 'features'; got \[\]"),
+        ("config.json", b"{}", r"config.json must hold an object and 'features'; got \{\}"),
         ("config.json", b'{"features": 8}', "damaged: --features must be one or more whole numbers, .*got 8"),
         ("config.json", b'{"features": [8], "steps": "7"}', "damaged: --steps must be a whole number, .*got '7'"),
         ("vocabulary.json", None, "vocabulary.json cannot be read: .*No such file"),
