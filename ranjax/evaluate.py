@@ -149,11 +149,12 @@ def checked_text(name: str, ids: "ArrayLike", vocabulary: int) -> "np.ndarray":
     """The ids of a text as int32, once they are seen to be the model's."""
     import numpy as np
 
-    text = np.asarray(ids)
+    text, expected = np.asarray(ids), f"whole numbers from 0 to {vocabulary - 1}, the model's"
+    if not np.issubdtype(text.dtype, np.number):
+        raise ValueError(f"`{name}` must be {expected}; got {ids!r:.40}.")
     if text.ndim != 1:
         raise ValueError(f"`{name}` must be the ids of one text, (tokens,); got the shape {text.shape}.")
     if len(text) and (not np.issubdtype(text.dtype, np.integer) or text.min() < 0 or text.max() >= vocabulary):
-        expected = f"whole numbers from 0 to {vocabulary - 1}, the model's"
         raise ValueError(f"`{name}` must be {expected}; got {text.dtype} from {text.min()} to {text.max()}.")
     return text.astype(np.int32)
 
@@ -188,8 +189,13 @@ class Options:
     """Which part of the corpus."""
 
 
-def evaluate_split(options: Options) -> tuple[Evaluation, Run, "np.ndarray"]:
-    """What the program computes, and the ids of the split."""
+def evaluate_split(options: Options) -> tuple[Evaluation, Run]:
+    """What the program computes."""
+    return _evaluated(options)[:2]
+
+
+def _evaluated(options: Options) -> tuple[Evaluation, Run, "np.ndarray"]:
+    """The same, and the ids of the split."""
     from ranjax.data import identity, load_split
 
     run, own = load_run(options.checkpoint), options.dataset is None
@@ -221,7 +227,7 @@ def main(argv: list[str] | None = None) -> None:
 
     with exit_with_message():
         options = tyro.cli(Options, args=argv, prog="python -m ranjax.evaluate")
-        evaluation, run, ids = evaluate_split(options)
+        evaluation, run, ids = _evaluated(options)
         line = report(evaluation, run.vocabulary.unit, unknown(run.vocabulary, ids[1:]))
         print(f"{options.dataset or run.config.dataset} {options.split}: {line}")
 

@@ -11,6 +11,7 @@ from ranjax import weights
 from ranjax.attribution import decompositions
 from ranjax.cell import Params
 from ranjax.errors import UserError, check_size
+from ranjax.evaluate import checked_text
 from ranjax.lm import LanguageModel, zero_state
 
 
@@ -62,7 +63,8 @@ def memory(
       One `Memory` for each layer.
 
     Raises:
-      ValueError: for ids of another shape, a window or `most` below 1, another `reduce`, a share out of its range.
+      ValueError: for ids of another shape or not the model's, a window or `most` below 1, another `reduce`, a share out
+        of its range.
       UserError: for a text of fewer than `window` + `most` tokens.
 
     Example:
@@ -76,12 +78,11 @@ def memory(
     """
     check_size("window", window)
     check_size("most", most)
-    if np.ndim(ids) != 1:
-        raise ValueError(f"`ids` must be one text, (tokens,); got the shape {np.shape(ids)}.")
+    ids = checked_text("ids", ids, model.vocabulary)
     if len(ids) < window + most:
         raise UserError(
             f"the text must have at least {window + most:,} tokens, a window of {window:,} and the {most:,} after it; "
-            f"got {len(ids):,}. Give a longer text."
+            f"got {len(ids):,}. Give a longer text, or lower `window` or `most`."
         )
 
     @jax.jit

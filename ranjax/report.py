@@ -117,7 +117,7 @@ class Report:
             "dataset": corpus.name,
             "source": corpus.source,
             "test_perplexity": test.perplexity,
-            "valid_perplexity": perplexity(float(state.best)),
+            "valid_perplexity": min((row["valid_perplexity"] for row in epochs), default=perplexity(float(state.best))),
             "valid_perplexities": [row["valid_perplexity"] for row in epochs],
             "train_perplexities": [row["train_perplexity"] for row in epochs],
             "test_tokens": test.tokens,
@@ -134,8 +134,8 @@ class Report:
             "versions": versions(),
         }
         path = self.directory / "result.json"
-        if self.steps == 0 and path.exists():  # this process has only read again what another one trained
-            result |= {name: value for name, value in read_json(path).items() if name in ("device", "date", "versions")}
+        if self.steps == 0:  # this process has only read again what another one trained
+            result |= _process(path, result["valid_perplexities"])
         with refusals(self.directory):
             write_whole(path, json.dumps(result, indent=2) + "\n")
             draw_loss(self._rows, self.windows, self.directory / "loss.png")
@@ -181,6 +181,16 @@ def blank_figure(width: float, height: float) -> "Figure":
     from matplotlib.figure import Figure
 
     return Figure(figsize=(width, height), layout="constrained")
+
+
+def _process(path: Path, valid_perplexities: list[float]) -> dict[str, Any]:
+    """What the result of a training with these validations says of the process that ended it, if it is there."""
+    try:
+        saved = read_json(path, "valid_perplexities", "device", "date", "versions")
+    except UserError:  # missing or damaged: it is written anew
+        return {}
+    same = saved["valid_perplexities"] == valid_perplexities
+    return {name: saved[name] for name in ("device", "date", "versions")} if same else {}
 
 
 def device() -> str:

@@ -206,7 +206,7 @@ def save_vocabulary(vocabulary: Vocabulary, path: Path) -> None:
 
 
 def unknown(vocabulary: Vocabulary, ids: np.ndarray) -> int:
-    """How many of the ids stand for words that the vocabulary does not have."""
+    """How many of the ids are that of `<unk>`: in the text itself, or for words that the vocabulary does not have."""
     return int(np.sum(ids == vocabulary.ids.get(UNK, -1))) if isinstance(vocabulary, Words) else 0
 
 

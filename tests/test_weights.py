@@ -404,9 +404,11 @@ def test_the_memory_over_a_text_is_that_of_its_parts(x64):
         memory.memory(model, params, ids, most=8, window=0)
     with pytest.raises(ValueError, match=r"`most` must be a whole number, at least 1; got 2\.5"):
         memory.memory(model, params, ids, most=2.5, window=20)
-    with pytest.raises(ValueError, match=r"`ids` must be one text, \(tokens,\); got the shape \(1, 90\)"):
+    with pytest.raises(ValueError, match=r"`ids` must be the ids of one text, \(tokens,\); got the shape \(1, 90\)"):
         memory.memory(model, params, ids[None], most=8, window=20)
-    with pytest.raises(UserError, match="at least 28 tokens; got 27"):
+    with pytest.raises(ValueError, match="`ids` must be whole numbers from 0 to 8, the model's; got"):
+        memory.memory(model, params, ids + 1, most=8, window=20)
+    with pytest.raises(UserError, match="at least 28 tokens, a window of 20 and the 8 after it; got 27"):
         memory.memory(model, params, ids[:27], most=8, window=20)
 
 

@@ -88,11 +88,11 @@ def main(options: Options) -> None:
     for directory in options.checkpoint:
         run = load_run(directory)
         corpus = load_corpus(run.config.dataset, options.data_dir, run.config.tokenizer)
-        tokens = jnp.asarray(corpus.valid[None, : max(1024, *options.lengths)])
-        if tokens.size < max(1024, *options.lengths):
-            raise UserError(f"{directory} must have 1,024 tokens for validation, and --lengths; got {tokens.size:,}.")
+        if len(corpus.valid) < (asked := max(1024, *options.lengths)):  # 512, and as many again, are always read
+            raise UserError(f"{directory} must have {asked:,} tokens for validation; got {len(corpus.valid):,}.")
         lines = (json.loads(line) for line in (Path(directory) / "metrics.jsonl").read_text().splitlines())
         epochs = 1 + int(np.argmin([line["valid_perplexity"] for line in lines if "valid_perplexity" in line]))
+        tokens = jnp.asarray(corpus.valid[None, :asked])
         fresh = run.model.init(jax.random.key(run.config.seed), tokens[:, :2], deterministic=True)["params"]
         for trained, params in ((epochs, run.params), (0, fresh)):
             params = jax.tree.map(lambda p: p.astype(jnp.float64), params)
