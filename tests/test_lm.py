@@ -135,7 +135,7 @@ def test_cross_entropy_is_minus_log_probability():
         ({"cell": "xlstm"}, "`cell` must be one of .*'ran'.* got 'xlstm'"),
         ({"features": (1, 2, 3)}, "`features` must be one size, or one for each of 2 layers"),
         ({"tie": True, "embedding": 5}, "`tie` needs the embedding .* got embedding=5 and an output of 6"),
-        ({"vocabulary": None}, "`vocabulary` must be a whole number, at least 1; got None"),
+        ({"vocabulary": 0}, "`vocabulary` must be a whole number, at least 1; got 0"),
         ({"embedding": 0}, "`embedding` must be a whole number, at least 1, or None; got 0"),
         ({"features": ()}, "`features` must be one size, or one for each layer; got none"),
         ({"features": (3, 0)}, "`features` must be a whole number, at least 1; got 0"),
