@@ -127,13 +127,7 @@ def make_evaluator(model: "LanguageModel", streams: int = 1) -> Callable[..., Ev
         ids = checked_text("ids", ids, model.vocabulary)
         if len(ids) < 2:
             raise UserError(f"a text of at least 2 tokens is needed to predict one from another; got {len(ids)}.")
-        counted = np.ones(len(ids), bool) if counted is None else np.asarray(counted)
-        if counted.shape != (len(ids),) or counted.dtype != bool or not counted[1:].any():
-            raise ValueError(
-                f"`counted` must be bool, of the shape {(len(ids),)} of `ids`, and mark a token after the first; got "
-                f"{counted.dtype} of the shape {counted.shape}, {int(counted[1:].sum())} marked."
-            )
-        counts = counted[1:]
+        counts = np.ones(len(ids) - 1, bool) if counted is None else _checked_marks(np.asarray(counted), len(ids))[1:]
         side_by_side = min(streams, max(1, -(-(len(counts) - WINDOW) // WINDOW)))  # others would have no text
         state, losses = zero_state(model, params, side_by_side), []
         for inputs, outputs in _windows(ids[:-1], np.where(counts, ids[1:], -1), side_by_side):
@@ -157,6 +151,16 @@ def checked_text(name: str, ids: "ArrayLike", vocabulary: int) -> "np.ndarray":
     if len(text) and (not np.issubdtype(text.dtype, np.integer) or text.min() < 0 or text.max() >= vocabulary):
         raise ValueError(f"`{name}` must be {expected}; got {text.dtype} from {text.min()} to {text.max()}.")
     return text.astype(np.int32)
+
+
+def _checked_marks(counted: "np.ndarray", tokens: int) -> "np.ndarray":
+    """The marks of a text of so many tokens, once one that has a prediction is seen to be marked."""
+    if counted.shape != (tokens,) or counted.dtype != bool or not counted[1:].any():
+        raise ValueError(
+            f"`counted` must be bool, of the shape {(tokens,)} of `ids`, and mark a token after the first; got "
+            f"{counted.dtype} of the shape {counted.shape}, {int(counted[1:].sum())} marked."
+        )
+    return counted
 
 
 def _windows(tokens: "np.ndarray", targets: "np.ndarray", streams: int) -> Iterator[tuple["np.ndarray", "np.ndarray"]]:

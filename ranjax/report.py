@@ -128,19 +128,25 @@ class Report:
             "side_by_side": max((row.get("side_by_side", 1) for row in self._rows), default=1),
             "skipped_steps": int(state.bad),
             "parameters": learned(state.params, self.config.ablation),
-            "device": device(),
-            "date": date.today().isoformat(),
             "config": asdict(self.config) | {"resume": False},
-            "versions": versions(),
         }
-        path = self.directory / "result.json"
-        if self.steps == 0:  # this process has only read again what another one trained
-            result |= _process(path, result["valid_perplexities"])
+        result |= self._process(result["valid_perplexities"])
         with refusals(self.directory):
-            write_whole(path, json.dumps(result, indent=2) + "\n")
+            write_whole(self.directory / "result.json", json.dumps(result, indent=2) + "\n")
             draw_loss(self._rows, self.windows, self.directory / "loss.png")
         print(f"test: {report(test, corpus.vocabulary.unit)}; saved in {self.directory}")
         return result
+
+    def _process(self, valid_perplexities: list[float]) -> dict[str, Any]:
+        """What ended a training with these validations: this process or, if it has only read it again, one before."""
+        now = {"device": device(), "date": date.today().isoformat(), "versions": versions()}
+        if self.steps:
+            return now
+        try:
+            saved = read_json(self.directory / "result.json", "valid_perplexities", *now)
+        except UserError:  # missing or damaged: it is written anew
+            return now
+        return {name: saved[name] for name in now} if saved["valid_perplexities"] == valid_perplexities else now
 
     def _row(self, state: "TrainState", **values: float) -> None:
         row = {"step": int(state.step), "epoch": int(state.step) / self.windows, **values}
@@ -181,16 +187,6 @@ def blank_figure(width: float, height: float) -> "Figure":
     from matplotlib.figure import Figure
 
     return Figure(figsize=(width, height), layout="constrained")
-
-
-def _process(path: Path, valid_perplexities: list[float]) -> dict[str, Any]:
-    """What the result of a training with these validations says of the process that ended it, if it is there."""
-    try:
-        saved = read_json(path, "valid_perplexities", "device", "date", "versions")
-    except UserError:  # missing or damaged: it is written anew
-        return {}
-    same = saved["valid_perplexities"] == valid_perplexities
-    return {name: saved[name] for name in ("device", "date", "versions")} if same else {}
 
 
 def device() -> str:

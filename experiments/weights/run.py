@@ -19,6 +19,7 @@ from ranjax.evaluate import load_run
 from ranjax.explanation import explain
 from ranjax.memory import Memory, memory
 from ranjax.report import blank_figure, device, versions
+from ranjax.vocabulary import Vocabulary
 
 HERE = Path(__file__).parent
 QUANTILES = (0.5, 0.9, 0.99)
@@ -60,15 +61,19 @@ def draw(layers: list[Memory], path: Path) -> None:
     figure.savefig(path, dpi=110)
 
 
+def passage_from(first: int, ids: np.ndarray, vocabulary: Vocabulary) -> str:
+    """The 45 tokens of a text from one on."""
+    if not 0 <= first < len(ids):
+        raise UserError(f"--passage must be at least 0 and below {len(ids):,}, the tokens for validation; got {first}.")
+    return vocabulary.decode(ids[first : first + 45])
+
+
 def main(options: Options) -> None:
     run, out = load_run(options.checkpoint), Path(options.out)
     corpus = load_corpus(run.config.dataset, options.data_dir or run.config.data_dir, run.config.tokenizer)
-    if not 0 <= options.passage < len(corpus.valid):
-        end = f"{len(corpus.valid):,}, the number of tokens for validation"
-        raise UserError(f"--passage must be at least 0 and below {end}; got {options.passage}.")
+    passage = passage_from(options.passage, corpus.valid, run.vocabulary)
     layers = memory(run.model, run.params, corpus.valid, most=options.most)
     draw(layers, out / "half-lives.png")
-    passage = run.vocabulary.decode(corpus.valid[options.passage : options.passage + 45])
     for number in range(1, len(layers) + 1):
         views.draw_pairs(explain(run, passage), number, out / f"layer-{number}.png")
     shares_of_components = (0, 0.25, 0.5, 0.75, 0.9, 1)
