@@ -30,8 +30,7 @@ class Layer:
       weights, sources: of the strongest earlier ones, `(time, top)`: the reduced weights, and their steps, -1 for none.
       lasting: how many steps each word keeps more than half of its weight, `(time,)`; that of the text or more where it
         does so to the end.
-      half_lives: the median of each component's, `(features,)`; `horizon` stands for that and more.
-      horizon: steps that were looked ahead.
+      half_lives: the median of each component's, `(features,)`; the explanation's `horizon` stands for that and more.
       pairs: what each step is to each state, `(time, time)`; None for a text too long to be drawn.
     """
 
@@ -40,7 +39,6 @@ class Layer:
     sources: "np.ndarray"
     lasting: "np.ndarray"
     half_lives: "np.ndarray"
-    horizon: int
     pairs: "np.ndarray | None"
 
 
@@ -73,6 +71,7 @@ class Explanation:
       words: its tokens, as they are shown.
       separator: what stands between them.
       reduce: what one number for all components' weights is.
+      horizon: steps that half-lives look ahead.
       layers: from the first to the last.
       predictions: of the word after the text, the likeliest first.
     """
@@ -80,6 +79,7 @@ class Explanation:
     words: list[str]
     separator: str
     reduce: str
+    horizon: int
     layers: list[Layer]
     predictions: list[Prediction]
 
@@ -115,9 +115,8 @@ def explain(run: "Run", text: str, *, reduce: str = "l2", top: int = 3) -> Expla
         Prediction(visible(piece(run.vocabulary, int(v))), float(p), words, float(bias))
         for v, p, words, bias in zip(targets, probabilities, shares.words, shares.bias, strict=True)
     ]
-    words, horizon = [piece(run.vocabulary, i) for i in ids], _horizon(len(ids))
-    shown = [Layer(**arrays, horizon=horizon) for arrays in layers]
-    return Explanation(words, run.vocabulary.separator, reduce, shown, predictions)
+    words, shown = [piece(run.vocabulary, i) for i in ids], [Layer(**arrays) for arrays in layers]
+    return Explanation(words, run.vocabulary.separator, reduce, _horizon(len(ids)), shown, predictions)
 
 
 def _found(model: "LanguageModel", params: Any, ids: Any, *, reduce: str, top: int) -> Any:
@@ -131,8 +130,8 @@ def _found(model: "LanguageModel", params: Any, ids: Any, *, reduce: str, top: i
     from ranjax.decomposition import measure_of, scale_of
 
     made, layers, time = decompositions(model, params, ids), [], len(ids)
+    horizon = _horizon(time)
     for layer in made:
-        horizon = _horizon(time)
         lives = weights.half_lives(layer, horizon)[: time - horizon + 1]  # those that are seen to the end
         own = measure_of(reduce)(layer.i * scale_of(layer, reduce))
         sources = _earlier(*weights.top(layer, top + 1, reduce))

@@ -38,17 +38,18 @@ def print_sources(explanation: "Explanation", number: int) -> None:
                 style = STYLES[min(int(3 * weight / strongest), 2)]
                 line.append(f"  {words[j]} {weight:.3g}", style).append(f" -{t - j}", "dim")
         console.print(line)
-    if layer.horizon > 2:
-        console.print(f"\nHalf-lives of the {len(layer.half_lives)} components in this text: {_quartiles(layer)}")
+    if explanation.horizon > 2:
+        shown = _quartiles(layer.half_lives, explanation.horizon)
+        console.print(f"\nHalf-lives of the {len(layer.half_lives)} components in this text: {shown}")
     console.print("\nThe next word, and what its logit is the sum of")
     for prediction in explanation.predictions:
         console.print(_prediction(prediction, words))
 
 
-def _quartiles(layer: "Layer") -> str:
+def _quartiles(half_lives: np.ndarray, horizon: int) -> str:
     """The quartiles over components of the median half-life."""
-    quartiles = np.quantile(layer.half_lives, (0.25, 0.5, 0.75), method="nearest")
-    shown = [f"{x:g}" if x < layer.horizon else f"{layer.horizon} or more" for x in quartiles]
+    quartiles = np.quantile(half_lives, (0.25, 0.5, 0.75), method="nearest")
+    shown = [f"{x:g}" if x < horizon else f"{horizon} or more" for x in quartiles]
     return f"quartiles {', '.join(shown)} steps"
 
 
@@ -89,6 +90,7 @@ def write_page(explanation: "Explanation", number: int, path: Path) -> None:
         "words": explanation.words,
         "separator": explanation.separator,
         "reduce": NAMES[explanation.reduce],
+        "horizon": explanation.horizon,
         "layer": number - 1,
         "layers": [_layer(layer) for layer in explanation.layers],
         "predictions": [
@@ -118,7 +120,6 @@ def _layer(layer: "Layer") -> dict:
         "sources": layer.sources.tolist(),
         "lasting": layer.lasting.tolist(),
         "halfLives": layer.half_lives.tolist(),
-        "horizon": layer.horizon,
     }
 
 

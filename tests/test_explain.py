@@ -131,8 +131,8 @@ def test_the_page_needs_nothing_but_itself_and_its_text_is_escaped(page):
 
 def test_a_figure_that_lacks_a_character_is_not_written(tmp_path):
     none = np.zeros(1)
-    layer = explanation.Layer(none, none[:, None], none[:, None], none, none, 1, np.ones((1, 1)))
-    found = explanation.Explanation(["\u543e"], " ", "l2", [layer], [])
+    layer = explanation.Layer(none, none[:, None], none[:, None], none, none, np.ones((1, 1)))
+    found = explanation.Explanation(["\u543e"], " ", "l2", 1, [layer], [])
     with pytest.raises(UserError, match=r"Glyph 21566 .* Write a page \(.html\)"):
         explain.write(found, 1, tmp_path / "map.png")
     assert not list(tmp_path.iterdir())
@@ -143,8 +143,8 @@ def test_a_figure_has_states_across_and_sources_down(tmp_path, count):
     from matplotlib.image import imread
 
     pairs, none = np.tril(np.ones((count, count))), np.zeros(count)
-    layer = explanation.Layer(none, none[:, None], none[:, None], none, none, 1, pairs)
-    found = explanation.Explanation(["$word"] * count, " ", "l2", [layer], [])
+    layer = explanation.Layer(none, none[:, None], none[:, None], none, none, pairs)
+    found = explanation.Explanation(["$word"] * count, " ", "l2", 1, [layer], [])
     explain.write(found, 1, tmp_path / "map.png")
     pixels = imread(tmp_path / "map.png")[..., 0]
     height, width = pixels.shape
@@ -244,8 +244,8 @@ def test_what_adds_to_a_logit_is_green_and_what_is_strong_is_bold(monkeypatch, c
     sources = np.array([[-1, -1], [0, -1], [1, 0], [-1, -1]])
     own, none = np.ones(4), np.zeros(4)
     for horizon in (2, 3):
-        layer = explanation.Layer(own, weights, sources, none, np.array([1.0]), horizon, None)
-        found = explanation.Explanation(["the", "w" * 10, "sat", "on"], " ", "l2", [layer], [])
+        layer = explanation.Layer(own, weights, sources, none, np.array([1.0]), None)
+        found = explanation.Explanation(["the", "w" * 10, "sat", "on"], " ", "l2", horizon, [layer], [])
         console = Console(force_terminal=True, color_system="standard", highlight=False, soft_wrap=True)
         monkeypatch.setattr(views, "Console", lambda console=console, **_: console)
         views.print_sources(found, 1)
@@ -472,9 +472,8 @@ def test_half_lives_and_spans_are_those_of_all_weights(run):
         horizon = time // 2 + 1
         lives = [[until(w[j:, j, k], w[j, j, k] / 2, horizon) for j in range(time - horizon + 1)] for k in range(8)]
         assert layer.half_lives.tolist() == [sorted(of)[(len(of) - 1) // 2] for of in lives]
-    layer = dataclasses.replace(layer, half_lives=np.array([1, 2, 2, 3, 9]), horizon=9)
-    assert views._quartiles(layer) == "quartiles 2, 2, 3 steps"
-    assert views._quartiles(dataclasses.replace(layer, horizon=3)) == "quartiles 2, 2, 3 or more steps"
+    assert views._quartiles(np.array([1, 2, 2, 3, 9]), 9) == "quartiles 2, 2, 3 steps"
+    assert views._quartiles(np.array([1, 2, 2, 3, 9]), 3) == "quartiles 2, 2, 3 or more steps"
 
 
 def test_the_page_holds_all_pairs(run, tmp_path):
