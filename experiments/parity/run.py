@@ -34,6 +34,7 @@ STUDIES = {
     "ptb-small-35-columns": replace(SMALL, batch_size=35, dropout=0.25),
     "ptb-small-reach": replace(SMALL, batch_size=35, dropout=0.25, learning_rate=1.75, clip=5 / 1.75),
     "ptb-medium": PRESETS["ptb-medium"],
+    "ptb-medium-tied": replace(PRESETS["ptb-medium"], tie=True),
     "ptb-large": PRESETS["ptb-large"],
     "wikitext-2": replace(SMALL, dataset="wikitext-2", steps=35, dropout=0.25, epochs=3, decay_after=1),
     "text8": TEXT8,
