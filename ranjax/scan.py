@@ -214,7 +214,7 @@ SOLVERS: dict[str, Solver] = {
 # there for the CPU: chunked wins at one of them, 4 x 16,384 x 64. A kernel that has not run on its device is not a
 # default: the GPU's was timed as of e6eaacf, and has passed its tests there since it was rearranged. How it fills a
 # chip by shape is in kernels/gpu.py, chosen on the same H100 on the same day. Gates that read all of h_{t-1} are walked
-# through everywhere: 249 against 825 ms on that CPU, 2 x 8192 x 200; on a GPU that has not been measured.
+# through everywhere: 213 against 748 ms on that CPU, 2 x 8192 x 200; on a GPU that has not been measured.
 CHOICES = {
     "cpu": "sequential",  # AMD EPYC, 2 cores, 2026-11-23, 8 x 1024 x 512: 14.1; chunked 18.2, associative 48.6
     "cuda": "pallas",  # H100, 2026-11-23, 32 x 1024 x 512: 0.255; associative 0.798
