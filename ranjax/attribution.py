@@ -22,6 +22,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
+from jax.core import Tracer
 from jax.typing import ArrayLike
 
 from ranjax.cell import Params, content, gates_of, output
@@ -64,7 +65,7 @@ def decompositions(
 
     Raises:
       ValueError: for a model of another cell, whose states are not weighted sums, parameters that are another model's,
-        or a state that does not fit.
+        ids that are none of the model's, or a state that does not fit.
 
     Example:
       >>> import jax, jax.numpy as jnp, ranjax
@@ -75,7 +76,7 @@ def decompositions(
       [(5, 4)]
     """
     _check_model(model, params)
-    x, layers, options = _embedded(params, tokens), [], {"activation": model.activation, "dtype": model.dtype}
+    x, layers, options = _embedded(model, params, tokens), [], {"activation": model.activation, "dtype": model.dtype}
     for n, carry in enumerate(model.carries(state, x.shape[:-2])):
         cell = params[f"stack_{n}"]["cell"]
         layers.append(decompose(cell, x, carry, solver=model.solver, **options))
@@ -186,7 +187,7 @@ def integrated_gradients(
     _check_model(model, params)
     _check_text(tokens)
     check_size("nodes", nodes)
-    x = _embedded(params, tokens)
+    x = _embedded(model, params, tokens)
     target, step = checked_index("target", target, model.vocabulary), checked_index("step", step, len(x))
     sizes = zip(model.carries(state, ()), model.sizes, strict=True)
     state = tuple(jnp.zeros(size, state_dtype(x)) if c is None else c for c, size in sizes)
@@ -236,9 +237,13 @@ def _check_text(tokens: ArrayLike) -> None:
         raise ValueError(f"`tokens` must be the ids of one text, (time,), of at least one; got the shape {shape}.")
 
 
-def _embedded(params: Params, tokens: ArrayLike) -> Array:
-    """The embeddings of the tokens; NaN for an id that is none, as in the model."""
-    return jnp.take(params["embed"]["embedding"], checked_ids(tokens), axis=0)
+def _embedded(model: LanguageModel, params: Params, tokens: ArrayLike) -> Array:
+    """The embeddings of the tokens, once they are seen to be ids of the model; traced ones are taken as they come."""
+    ids = checked_ids(tokens)
+    if not isinstance(ids, Tracer) and ids.size and not 0 <= ids.min() <= ids.max() < model.vocabulary:
+        expected = f"ids from 0 to {model.vocabulary - 1}, the model's"
+        raise ValueError(f"`tokens` must be {expected}; got {ids.min()} to {ids.max()}.")
+    return jnp.take(params["embed"]["embedding"], ids, axis=0)
 
 
 def _ratio(c: Array) -> Array:
@@ -249,5 +254,7 @@ def _ratio(c: Array) -> Array:
 def _output_layer(model: LanguageModel, params: Params, target: ArrayLike) -> tuple[Array, Array]:
     """The weights and the bias of a word's logit."""
     if model.tie:
-        return params["embed"]["embedding"][target], params["bias"][target]
-    return params["decode"]["kernel"][:, target], params["decode"]["bias"][target]
+        rows, axis, bias = params["embed"]["embedding"], 0, params["bias"]
+    else:
+        rows, axis, bias = params["decode"]["kernel"], 1, params["decode"]["bias"]
+    return jnp.take(rows, target, axis), jnp.take(bias, target)

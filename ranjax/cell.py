@@ -285,7 +285,7 @@ def checked_carry(name: str, carry: ArrayLike, shape: tuple[int, ...]) -> Array:
     if c.shape != shape:
         raise ValueError(
             f"`{name}` must have the shape (*batch, features) = {shape}; got {c.shape}. "
-            "`initialize_carry(key, inputs.shape)` makes one that fits."
+            f"`jnp.zeros({shape})` is the state before the first step."
         )
     if not jnp.issubdtype(c.dtype, jnp.floating) or c.dtype != state_dtype(c.dtype):
         raise TypeError(

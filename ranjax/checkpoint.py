@@ -38,7 +38,7 @@ class Checkpoints:
                 checkpointer.save_checkpointables(number, {"tree": tree}, force=True)
 
     def load(self, kind: str, like: Any) -> Any:
-        """Loads the newest checkpoint of a kind.
+        """Loads the newest checkpoint of a kind, also while a training saves newer ones.
 
         Args:
           kind: `"latest"` or `"best"`.
@@ -53,20 +53,26 @@ class Checkpoints:
             "latest": "it had one from its beginning. Restore it, or train anew.",
         }
         none = UserError(f"{self.run} has no {kind} checkpoint: {why[kind]}")
-        if not (self.directory / kind).is_dir():
+        folder = self.directory / kind
+        if not folder.is_dir():
             raise none
-        with self._open(kind) as checkpointer:
-            if checkpointer.latest is None:
-                raise none
-            saved = checkpointer.checkpointables_metadata(checkpointer.latest).metadata["tree"]
-            _check_shapes(self.directory / kind, jax.tree.leaves(saved), jax.tree.leaves(like))
-            here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-            abstract = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=here), like)
+        here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+        abstract = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=here), like)
+        while True:
+            before = os.listdir(folder)
             try:
-                return checkpointer.load_checkpointables(checkpointer.latest, {"tree": abstract})["tree"]
-            except KeyError:  # orbax then has no handler that reads it
-                damaged = f"{self.directory / kind} is damaged: its arrays cannot be read."
-                raise UserError(f"{damaged} Restore it, or train anew.") from None
+                with self._open(kind) as checkpointer:
+                    if checkpointer.latest is None:
+                        raise none
+                    saved = checkpointer.checkpointables_metadata(checkpointer.latest).metadata["tree"]
+                    _check_shapes(folder, jax.tree.leaves(saved), jax.tree.leaves(like))
+                    return checkpointer.load_checkpointables(checkpointer.latest, {"tree": abstract})["tree"]
+            except (ValueError, KeyError, FileNotFoundError, NotADirectoryError) as error:
+                if set(os.listdir(folder)) != set(before):
+                    continue  # a training that goes on has put a newer one in its place
+                if isinstance(error, UserError):
+                    raise
+                raise UserError(f"{folder} is damaged: its arrays cannot be read. Restore it, or train anew.") from None
 
     def _open(self, kind: str):
         from orbax.checkpoint import v1 as ocp

@@ -125,23 +125,24 @@ class LanguageModel(nn.Module):
 
     @nn.nowrap
     def carries(self, state: State | None, batch: tuple[int, ...]) -> State:
-        """One carry, or None, for each layer; those of a RAN once they are seen to fit as many sequences."""
+        """One carry, or None, for each layer, once they are seen to fit as many sequences."""
         if state is None:
             return (None,) * len(self.sizes)
         if len(state) != len(self.sizes):
             raise ValueError(f"`state` must be one carry for each of {len(self.sizes)} layers; got {len(state)}.")
-        if self.cell != "ran":
-            return tuple(state)
         carries = []
         for n, (carry, size) in enumerate(zip(state, self.sizes, strict=True)):
-            shape, got = (*batch, size), getattr(carry, "shape", None)
-            if got not in (None, shape):
+            shape, got = (*batch, size), jax.tree.map(lambda c: getattr(c, "shape", None), carry)
+            expected = (shape, shape) if self.cell == "lstm" else shape
+            if carry is not None and got != expected:
                 one = " Of a batch of one, jax.tree.map(lambda c: c[0], state) is that of one sequence."
                 raise ValueError(
-                    f"`state[{n}]` must have the shape {shape}, of the sequences that `tokens` has; got {got}."
-                    + one * (len(got) > len(shape))
+                    f"`state[{n}]` must have the shape {expected}, of the sequences that `tokens` has; got {got}."
+                    + one * any(jnp.ndim(c) > len(shape) for c in jax.tree.leaves(carry))
                 )
-            carries.append(None if carry is None else checked_carry(f"state[{n}]", carry, shape))
+            if carry is not None and self.cell == "ran":
+                carry = checked_carry(f"state[{n}]", carry, shape)
+            carries.append(carry)
         return tuple(carries)
 
     @property

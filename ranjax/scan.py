@@ -84,7 +84,10 @@ def linear_recurrence(
     check_spread("`decay` or `inputs`", (decay, inputs), axis_name)
     if inputs.size == 0:
         return inputs
-    solve = partial(_compiled, solver=solver, reverse=reverse, axis_name=axis_name)
+
+    def solve(*arrays):
+        return _compiled(*arrays, solver, reverse, axis_name)
+
     return automatic(solve, decay, inputs, initial, like=inputs)
 
 
@@ -106,8 +109,9 @@ def _recurrence_jvp(solver, reverse, axis_name, primals, tangents):
     return states, _linear_solve(decay, source, solver, reverse, axis_name)
 
 
-# Outside `jit` a loop is compiled at every call, and what was compiled is kept: so once for a shape.
-_compiled = jax.jit(_recurrence, static_argnames=("solver", "reverse", "axis_name"))
+# Outside `jit` a loop is compiled at every call, and what was compiled is kept: so once for a shape. By number, for
+# what has a name is passed by it, which JAX's own checks (`jax_enable_checks`) refuse around a `custom_jvp`.
+_compiled = jax.jit(_recurrence, static_argnums=(3, 4, 5))
 
 
 def _linear_solve(decay: Sequence, source: Sequence, solver: str, reverse: bool, axis_name: str | None) -> Sequence:

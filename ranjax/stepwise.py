@@ -19,7 +19,7 @@ from jax.typing import ArrayLike
 
 from ranjax.cell import Params, plus_bias, promoted
 from ranjax.mesh import varying_as
-from ranjax.scan import unroll
+from ranjax.scan import state_dtype, unroll
 
 
 class Stepwise(nn.Module):
@@ -60,6 +60,7 @@ class Stepwise(nn.Module):
         weights_and_rows, step = CELLS[type(self.cell)]
         weights, rows = weights_and_rows(params, x.reshape(math.prod(x.shape[:-1]), x.shape[-1]))
         rows = rows.reshape(*x.shape[:-1], rows.shape[-1])
+        carry = jax.tree.map(lambda c: jnp.asarray(c, state_dtype(c, rows)), carry)  # as wide as what it will hold
         weights, carry = jax.tree.map(lambda a: varying_as(a, (rows,)), (weights, carry))
         return _walk(step, weights, carry, rows)
 

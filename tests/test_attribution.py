@@ -137,8 +137,21 @@ def test_other_cells_are_refused():
         attribution.integrated_gradients(model, {}, TOKENS, 0, 0)
 
 
+@pytest.mark.parametrize("tie", [True, False])
+def test_targets_are_mapped_over_with_parameters_of_numpy(tie, x64):
+    model, params, _ = trained(tie=tie)
+    for rule in (attribution.shares, partial(attribution.integrated_gradients, nodes=2)):
+        every = jax.vmap(lambda target, rule=rule: rule(model, jax.device_get(params), TOKENS, target, 7).total)
+        one = rule(model, params, TOKENS, 4, 7).total
+        np.testing.assert_allclose(every(jnp.arange(11))[4], one, rtol=1e-12)
+
+
 def test_what_does_not_fit_is_named(x64):
     model, params, state = trained()
+    for ids in ((3, -1), (3, 11)):
+        for rule in (attribution.shares, attribution.integrated_gradients):
+            with pytest.raises(ValueError, match=rf"`tokens` must be ids from 0 to 10, .*got {min(ids)} to {max(ids)}"):
+                rule(model, params, jnp.array(ids), 4, 1)
     for rule in (attribution.shares, attribution.integrated_gradients):
         with pytest.raises(ValueError, match="`state` must be one carry for each of 2 layers; got 1"):
             rule(model, params, TOKENS, 4, 9, state[:1])

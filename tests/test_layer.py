@@ -320,6 +320,17 @@ def test_stepwise_equals_rnn(cell, time, given, x64):
 
 
 @any_other_cell
+def test_stepwise_with_float64_products_has_a_carry_as_wide(cell, x64):
+    """flax's own have a carry of the parameters' dtype, which `nn.RNN` refuses or rounds to."""
+    layer, exact = Stepwise(cell(4, dtype=jnp.float64)), Stepwise(cell(4, param_dtype=jnp.float64))
+    x = inputs(9, 2, 3)
+    variables = randomised(layer.init(jax.random.key(0), x))
+    assert {a.dtype for a in jax.tree.leaves(variables)} == {jnp.dtype(jnp.float32)}
+    expected = exact.apply(jax.tree.map(partial(jnp.asarray, dtype=jnp.float64), variables), x.astype(np.float64))
+    jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-13), layer.apply(variables, x), expected)
+
+
+@any_other_cell
 @pytest.mark.parametrize("shape", [(0, 2, 3), (9, 0, 3)])
 def test_stepwise_without_steps_or_batch(cell, shape):
     layer = Stepwise(cell(4))

@@ -276,6 +276,15 @@ def test_bad_input(change, kind, message):
         linear_recurrence(**arguments, solver=solver)
 
 
+@pytest.mark.parametrize("solver", ["sequential", "associative"])
+def test_solved_under_the_checks_of_jax(solver):
+    decay, inputs, initial = map(jnp.asarray, problem(dtype=np.float32))
+    f = jax.value_and_grad(lambda *a: jnp.sum(jnp.sin(linear_recurrence(*a, solver=solver))), (0, 1, 2))
+    with jax.enable_checks(True):
+        found = f(decay, inputs, initial)
+    jax.tree.map(np.testing.assert_array_equal, found, f(decay, inputs, initial))
+
+
 def test_chunks_are_walked_through_one_after_another():
     a = jnp.ones((1, 200, 2))
     loops = {

@@ -25,7 +25,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ranjax import evaluate, generate, lm, loop, report, step, train
+from ranjax import checkpoint, evaluate, generate, lm, loop, report, step, train
 from ranjax.checkpoint import Checkpoints
 from ranjax.config import PRESETS, Config, check_same, load_config, normalised, parse, save_config
 from ranjax.data import load_corpus
@@ -833,12 +833,13 @@ def test_a_vocabulary_that_does_not_match(run, tmp_path):
         ("config.json", b'{"features": [8], "new": 1}', "has settings this version does not know: new"),
         ("checkpoints/best/*/tree/_METADATA", None, "best is damaged: it holds no arrays"),
         ("checkpoints/best/*/tree/array_metadatas/process_0", b"garbage", "best is damaged: its arrays cannot be read"),
+        ("checkpoints/best/*/tree", None, "best is damaged: its arrays cannot be read"),
     ],
 )
 def test_damaged_files_of_a_run_are_named(file, content, message, run, tmp_path):
     shutil.copytree(run[0], tmp_path / "copy")
     (path,) = (tmp_path / "copy").glob(file)
-    path.unlink()
+    shutil.rmtree(path) if path.is_dir() else path.unlink()
     if content is not None:
         path.write_bytes(content)
     with pytest.raises(UserError, match=message):
@@ -1237,6 +1238,20 @@ def test_one_checkpoint_of_a_kind_is_kept(tmp_path):
     for n in range(3):
         Checkpoints(tmp_path).save("latest", n, {"a": np.full(3, n)})
     assert len([path for path in (tmp_path / "checkpoints" / "latest").iterdir() if path.is_dir()]) == 1
+
+
+def test_a_checkpoint_that_is_replaced_while_it_is_read_is_read_anew(tmp_path, monkeypatch):
+    """As by `evaluate` beside the training that it looks at."""
+    kept, check, newer = Checkpoints(tmp_path), checkpoint._check_shapes, iter((2, 3))
+    kept.save("best", 1, {"a": np.full(3, 1)})
+
+    def replaced(*arguments):
+        check(*arguments)
+        for n in newer:
+            return kept.save("best", n, {"a": np.full(3, n)})
+
+    monkeypatch.setattr(checkpoint, "_check_shapes", replaced)
+    np.testing.assert_array_equal(kept.load("best", {"a": np.zeros(3, int)})["a"], 3)
 
 
 def test_a_line_that_a_kill_cut_short_is_dropped(tmp_path):
