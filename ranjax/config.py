@@ -106,10 +106,12 @@ def check(config: Config) -> None:
         ("epochs batch_size steps streams", is_size, "a whole number, at least 1"),
         ("layers embedding projection", lambda v: v is None or is_size(v), "a whole number, at least 1"),
         ("features", lambda v: v and all(map(is_size, v)), "one or more whole numbers, each at least 1"),
+        ("epochs batch_size steps streams layers embedding projection decay_after", _fits, "below 2**31"),
+        ("features", lambda v: all(map(_fits, v)), "below 2**31"),
         ("learning_rate clip decay", lambda v: v > 0, "above 0"),
         ("init_scale", lambda v: v is None or v > 0, "above 0"),
         ("weight_decay", lambda v: v >= 0, "at least 0"),
-        ("learning_rate decay init_scale weight_decay", lambda v: v is None or math.isfinite(v), "finite"),
+        ("learning_rate clip decay init_scale weight_decay", lambda v: v is None or math.isfinite(v), "finite"),
         ("warmup decay_after", lambda v: v == 0 or is_size(v), "a whole number, at least 0"),
         ("dropout", lambda v: 0 <= v < 1, "in [0, 1)"),
         ("seed", lambda v: (v == 0 or is_size(v)) and v < 2**31, "in [0, 2**31)"),
@@ -130,6 +132,11 @@ def check(config: Config) -> None:
                 f"--preset {config.preset} has none of its settings here. From Python: "
                 f"dataclasses.replace(ranjax.config.PRESETS[{config.preset!r}], ...)."
             )
+
+
+def _fits(size: Any) -> bool:
+    """Whether it is an int32, as arrays' indices and steps are."""
+    return size is None or size < 2**31
 
 
 def _is_path(value: Any) -> bool:
@@ -200,7 +207,7 @@ def parse(argv: list[str] | None = None) -> Config:
     default = PRESETS.get(preset or "", Config())
     config = read(default)
     if config.resume:
-        default = load_config(config.directory)
+        default = dataclasses.replace(load_config(config.directory), out=str(config.directory))
         config = read(default)
     for name, schedule in (("warmup", "cosine"), ("decay", "decay"), ("decay_after", "decay")):
         if config.schedule != schedule and getattr(config, name) != getattr(default, name):

@@ -109,7 +109,7 @@ def exit_with_message() -> Iterator[None]:
     try:
         with _interrupts_until_heard():
             yield
-            sys.stdout.flush()
+            print(end="", flush=True)  # which, unlike sys.stdout, may be closed from the beginning
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         raise SystemExit(1) from None
@@ -118,6 +118,12 @@ def exit_with_message() -> Iterator[None]:
         raise SystemExit(1) from None
     except OSError as error:  # a disk that is full, a name that is too long, a directory that may not be written
         print(f"error: {error.filename or 'the system'}: {error.strerror or error}.", file=sys.stderr)
+        raise SystemExit(1) from None
+    except RuntimeError as error:  # of XLA, where the memory of a device does not suffice
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        message = f"error: {str(error).splitlines()[0]} Take less: in training by --features, --batch-size or --steps."
+        print(message, file=sys.stderr)
         raise SystemExit(1) from None
     except KeyboardInterrupt:
         raise SystemExit(130) from None  # as shells have it: 128 and the signal's number

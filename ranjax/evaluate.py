@@ -2,6 +2,7 @@
 
 import math
 import os
+import shlex
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -88,6 +89,30 @@ def load_run(directory: str | Path) -> Run:
     init = partial(model.init, deterministic=True)
     like = jax.eval_shape(init, jax.random.key(0), jnp.zeros((1, 1), jnp.int32))["params"]
     return Run(config, vocabulary, model, Checkpoints(directory).load("best", like))
+
+
+def load_text(run: Run, directory: str | Path, split: str, data_dir: str | None = None) -> "np.ndarray":
+    """The ids of a split of the text that the run in this directory was made with.
+
+    Args:
+      data_dir: the folder it is in, where that is not the run's own.
+
+    Raises:
+      UserError: if it is not there, or is another text by now.
+      ValueError: for a `split` other than `"train"`, `"valid"` and `"test"`.
+    """
+    from ranjax.data import identity, load_split
+
+    dataset, data_dir = run.config.dataset, data_dir or run.config.data_dir
+    ids = load_split(dataset, split, run.vocabulary, data_dir)
+    if read_json(Path(os.path.expanduser(directory)) / "text.json").get(split) != identity(ids):
+        there = f"--dataset {shlex.quote(dataset)}" + (f" --data-dir {shlex.quote(data_dir)}" if data_dir else "")
+        raise UserError(
+            f"the {split} split of {dataset} is not the one that the run in {directory} was made with, and may hold "
+            "what it was trained on (the embedded corpora change with the version of Python). Restore it; or, to read "
+            f"what is there: python -m ranjax.evaluate --checkpoint {shlex.quote(str(directory))} --split {split} {there}"
+        )
+    return ids
 
 
 def make_evaluator(model: "LanguageModel", streams: int = 1) -> Callable[..., Evaluation]:
@@ -200,19 +225,13 @@ def evaluate_split(options: Options) -> tuple[Evaluation, Run]:
 
 def _evaluated(options: Options) -> tuple[Evaluation, Run, "np.ndarray"]:
     """The same, and the ids of the split."""
-    from ranjax.data import identity, load_split
+    from ranjax.data import load_split
 
-    run, own = load_run(options.checkpoint), options.dataset is None
-    data_dir = options.data_dir or (run.config.data_dir if own else None)
-    dataset = run.config.dataset if options.dataset is None else options.dataset
-    ids = load_split(dataset, options.split, run.vocabulary, data_dir)
-    text = Path(os.path.expanduser(options.checkpoint)) / "text.json"
-    if own and read_json(text).get(options.split) != identity(ids):
-        raise UserError(
-            f"the {options.split} split of {dataset} is not the one that the run in {options.checkpoint} was made "
-            "with, and may hold what it was trained on (the embedded corpora change with the version of Python). "
-            f"Restore it; or, to read what is there: --dataset {dataset}"
-        )
+    run = load_run(options.checkpoint)
+    if options.dataset is None:
+        ids = load_text(run, options.checkpoint, options.split, options.data_dir)
+    else:
+        ids = load_split(options.dataset, options.split, run.vocabulary, options.data_dir)
     return make_evaluator(run.model, run.config.streams)(run.params, ids), run, ids
 
 

@@ -104,7 +104,10 @@ def explain(run: "Run", text: str, *, reduce: str = "l2", top: int = 3) -> Expla
             f"this run is of the cell {run.model.cell!r}, whose states are not weighted sums of what it read. Give a "
             "run trained with --cell ran."
         )
-    ids = run.vocabulary.encode(text)
+    try:
+        ids = run.vocabulary.encode(text)
+    except UserError as error:
+        raise UserError(f"the text does not fit the model: {error}") from None
     if not len(ids):
         raise UserError("the text is empty; give --text or --file at least one word.")
     found = jax.jit(partial(_found, run.model, reduce=reduce, top=min(top, len(ids) - 1)))

@@ -1,7 +1,6 @@
 """Text from a language model: `python -m ranjax.generate --checkpoint DIR --prompt "..."`."""
 
 import math
-import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import lru_cache, partial
@@ -117,7 +116,10 @@ def prompt_ids(vocabulary: "Vocabulary", prompt: str) -> Any:
     """The ids of a prompt; an empty one is the beginning of a line, or the first token where there are no lines."""
     import numpy as np
 
-    ids = vocabulary.encode(prompt)
+    try:
+        ids = vocabulary.encode(prompt)
+    except UserError as error:
+        raise UserError(f"the prompt does not fit the model: {error}") from None
     if len(ids):
         return ids
     try:
@@ -175,11 +177,7 @@ def main(argv: list[str] | None = None) -> None:
             raise UserError(f"--seed must be in [0, 2**31); got {options.seed}.")
         sampling = Sampling(options.temperature, options.top_k, options.top_p)
         run = load_run(options.checkpoint)
-
-        def write(text: str) -> None:
-            sys.stdout.write(text)
-            sys.stdout.flush()
-
+        write = partial(print, end="", flush=True)
         if options.length < 1:
             raise UserError(f"--length must be at least 1; got {options.length}.")
         prompt = prompt_ids(run.vocabulary, options.prompt)

@@ -1,6 +1,7 @@
 """What a run tells: a progress bar or plain lines, `metrics.jsonl`, `result.json`, `loss.png`."""
 
 import json
+import math
 import os
 import platform
 import shlex
@@ -113,12 +114,13 @@ class Report:
 
         timed = int(state.timed) * self.config.batch_size * self.config.steps
         epochs = [row for row in self._rows if "valid_perplexity" in row]
+        valid = [row["valid_perplexity"] for row in epochs]
         result = {
             "dataset": corpus.name,
             "source": corpus.source,
             "test_perplexity": test.perplexity,
-            "valid_perplexity": min((row["valid_perplexity"] for row in epochs), default=perplexity(float(state.best))),
-            "valid_perplexities": [row["valid_perplexity"] for row in epochs],
+            "valid_perplexity": self._best(valid, perplexity(float(state.best))),
+            "valid_perplexities": valid,
             "train_perplexities": [row["train_perplexity"] for row in epochs],
             "test_tokens": test.tokens,
             "test_nats": test.nats,
@@ -130,12 +132,17 @@ class Report:
             "parameters": learned(state.params, self.config.ablation),
             "config": asdict(self.config) | {"resume": False},
         }
-        result |= self._process(result["valid_perplexities"])
+        result |= self._process(valid)
         with refusals(self.directory):
             write_whole(self.directory / "result.json", json.dumps(result, indent=2) + "\n")
             draw_loss(self._rows, self.windows, self.directory / "loss.png")
         print(f"test: {report(test, corpus.vocabulary.unit)}; saved in {self.directory}")
         return result
+
+    def _best(self, valid: list[float], tested: float) -> float:
+        """The lowest validation, with all its digits where its row has not been deleted."""
+        lowest = min(valid, default=tested)
+        return lowest if math.isclose(lowest, tested, rel_tol=1e-4) else tested
 
     def _process(self, valid_perplexities: list[float]) -> dict[str, Any]:
         """What ended a training with these validations: this process or, if it has only read it again, one before."""

@@ -114,7 +114,7 @@ def test_one_word_and_other_tokenizers(tmp_path, run, capsys):
     explain.main(["--checkpoint", out, "--text", "the cat\n", "--top", "50", "--out", str(tmp_path / "it.html")])
     assert shown(tmp_path / "it.html")["words"] == list("the cat⏎")
     assert "␠" in [prediction["word"] for prediction in shown(tmp_path / "it.html")["predictions"]]
-    assert "error: the vocabulary has no <unk> and not the characters 'Q'" in said(
+    assert "error: the text does not fit the model: the vocabulary has no <unk> and not the characters 'Q'" in said(
         ["--checkpoint", out, "--text", "Quick cat"], capsys
     )
 

@@ -24,8 +24,11 @@ from ranjax.data import load_corpus
 from ranjax.embedded import markov_entropy
 from ranjax.errors import UserError
 from ranjax.evaluate import Evaluation, Run
+from ranjax.memory import Memory
 from ranjax.step import build_model
 from ranjax.table import Table, chosen
+from ranjax.train import train
+from ranjax.vocabulary import Words
 
 EXPERIMENTS = Path(__file__).resolve().parents[1] / "experiments"
 
@@ -383,3 +386,30 @@ def test_a_study_finds_its_own_rows():
         for options in calls(name, study, table.rows):
             study["main"](options, table)
         assert len(set(found)) == len(table.rows) - others
+
+
+def test_what_a_study_of_a_run_cannot_use_is_refused_before_anything_is_written(pets, tmp_path, monkeypatch):
+    for name in ("convergence", "weights"):
+        monkeypatch.syspath_prepend(EXPERIMENTS / name)
+    config = dataclasses.replace(pets, gates="input", out=str(tmp_path / "run"))
+    train(config)
+    kept = tmp_path / "out" / "passes.jsonl"
+    kept.parent.mkdir()
+    kept.write_text("kept")
+    convergence, weights = (runpy.run_path(str(EXPERIMENTS / name / "run.py")) for name in ("convergence", "weights"))
+    for checkpoint, message in (((), "at least one directory"), ((config.out,), "must be a RAN with recurrent gates")):
+        with pytest.raises(UserError, match=message):
+            convergence["main"](convergence["Options"](checkpoint, out=kept.parent))
+    for options, message in (({}, "must be a run on words; got .* character"), ({"most": 0}, "--most must be a whole")):
+        with pytest.raises(UserError, match=message):
+            weights["main"](weights["Options"](config.out, out=str(kept.parent), **options))
+    assert [path.read_text() for path in kept.parent.iterdir()] == ["kept"]
+
+
+def test_spans_of_ranks_that_a_vocabulary_does_not_have_are_left_out(monkeypatch):
+    monkeypatch.syspath_prepend(EXPERIMENTS / "weights")
+    by_frequency = runpy.run_path(str(EXPERIMENTS / "weights" / "measures.py"))["by_frequency"]
+    words, text = Words(("<eos>", "a", "b")), np.array([1, 2, 1, 0])
+    layer = Memory(np.ones((4, 1), int), np.array([3, 1, 5]))
+    rows = by_frequency(layer, text, text, words)
+    assert [(row["ranks"], row["tokens"], row["mean"]) for row in rows] == [("1 to 10", 3, 3.0)]

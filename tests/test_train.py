@@ -11,6 +11,7 @@ import math
 import os
 import re
 import resource
+import shlex
 import shutil
 import signal
 import subprocess
@@ -618,6 +619,18 @@ def test_what_a_terminal_cannot_show_is_written_as_its_code(monkeypatch):
     assert written.getvalue() == b"caf\\xe9\n"
 
 
+def test_an_output_that_is_closed_from_the_beginning_is_no_error(run, monkeypatch):
+    monkeypatch.setattr(sys, "stdout", None)
+    generate.main(["--checkpoint", str(run[0]), "--length", "2"])
+
+
+def test_what_does_not_fit_in_the_memory_ends_a_program_with_a_message(capsys):
+    with pytest.raises(SystemExit) as ended, exit_with_message():
+        jnp.zeros((2**20, 2**30), jnp.int8)
+    assert ended.value.code == 1
+    assert re.match("error: .*memory.* Take less: in training by --features, ", capsys.readouterr().err)
+
+
 def test_ctrl_c_ends_a_program_without_a_word():
     with waiting() as process:
         process.send_signal(signal.SIGINT)
@@ -729,7 +742,11 @@ def test_a_model_that_has_diverged_is_written_in_short():
             ["--checkpoint", "{run}", "--dataset", "markov"],
             "the test split of ranjax.embedded does not fit the model: .* not the characters '0', '1'",
         ),
-        ("generate", ["--checkpoint", "{run}", "--prompt", "XYZ"], "not the characters 'X', 'Y', 'Z'"),
+        (
+            "generate",
+            ["--checkpoint", "{run}", "--prompt", "XYZ"],
+            "the prompt does not fit the model: .*'X', 'Y', 'Z'",
+        ),
         (
             "generate",
             ["--checkpoint", "{run}", "--prompt", "caf\udce9"],
@@ -779,7 +796,9 @@ def test_bad_input(module, flags, message, run, text, tmp_path, capsys, monkeypa
         ({"weight_decay": -1.0}, "--weight-decay must be at least 0; got -1.0"),
         ({"decay": 0.0}, "--decay must be above 0; got 0.0"),
         ({"init_scale": 0.0}, "--init-scale must be above 0; got 0.0"),
-        *(({name: math.inf}, "must be finite; got inf") for name in ("decay", "init_scale", "weight_decay")),
+        *(({name: math.inf}, "must be finite; got inf") for name in ("clip", "decay", "init_scale", "weight_decay")),
+        *(({name: 2**31}, f"must be below 2**31; got {2**31}") for name in ("epochs", "embedding", "decay_after")),
+        ({"features": (8, 10**12)}, "--features must be below 2**31; got (8, 1000000000000)"),
         ({"learning_rate": 10**400}, "--learning-rate must be finite; got 1000"),
         ({"decay_after": 1.5}, "--decay-after must be a whole number, at least 0; got 1.5"),
         ({"data_dir": "a\0b"}, "--data-dir must be a path; got 'a\\x00b'"),
@@ -874,9 +893,39 @@ def test_a_run_is_evaluated_on_its_own_text_unless_told(text, tmp_path, capsys):
     (tmp_path / "moved.txt").write_text("the cat sat on the log\n" + TEXT * 60)
     with pytest.raises(SystemExit):
         evaluate.main(["--checkpoint", str(tmp_path / "run")])
-    assert "the test split of" in capsys.readouterr().err
-    evaluate.main(["--checkpoint", str(tmp_path / "run"), "--dataset", moved.dataset])
+    error = capsys.readouterr().err
+    assert "the test split of" in error
+    evaluate.main(shlex.split(error.split("python -m ranjax.evaluate ")[1]))  # as it says
     assert "moved.txt test: perplexity" in capsys.readouterr().out
+
+
+def test_a_text_that_has_changed_is_read_by_the_flags_that_are_named(tmp_path, capsys):
+    folder = tmp_path / "the data" / "text8"
+    folder.mkdir(parents=True)
+    (folder / "text8").write_text(TEXT.replace("\n", " ") * 60)
+    config = settings("text8", tmp_path / "a run", epochs=1, data_dir=str(folder.parent))
+    train.train(config)
+    (folder / "text8").write_text(TEXT.replace("\n", " ") * 60 + "the cat ")
+    with pytest.raises(SystemExit):
+        evaluate.main(["--checkpoint", config.out])
+    evaluate.main(shlex.split(capsys.readouterr().err.split("python -m ranjax.evaluate ")[1]))
+    assert "text8 test: perplexity" in capsys.readouterr().out
+
+
+def test_the_run_that_is_found_goes_on_also_as_a_copy(run, text, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(run[0], "runs/pets-ran")
+    config = parse(["--dataset", text, "--resume", "--epochs", "4"])
+    assert config.directory == tmp_path / "runs" / "pets-ran"
+
+
+def test_what_is_reported_is_of_the_best_state_also_where_its_row_is_gone(text, tmp_path):
+    config = settings(text, tmp_path / "run", epochs=1, learning_rate=0.02, schedule="decay", decay=1e4)
+    best = train.train(config)["valid_perplexity"]
+    (tmp_path / "run" / "metrics.jsonl").unlink()
+    result = train.train(dataclasses.replace(config, epochs=2, resume=True))
+    assert result["valid_perplexities"] > [1.1 * best]
+    assert result["valid_perplexity"] == pytest.approx(best, rel=1e-5)
 
 
 def test_a_text_that_does_not_match(run, tmp_path):

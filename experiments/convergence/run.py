@@ -17,9 +17,8 @@ from passes import variants, windows
 
 import ranjax
 from ranjax.cell import output
-from ranjax.data import load_corpus
-from ranjax.errors import UserError, exit_with_message
-from ranjax.evaluate import load_run
+from ranjax.errors import UserError, exit_with_message, write_whole
+from ranjax.evaluate import load_run, load_text
 from ranjax.report import blank_figure, device, versions
 
 HERE = Path(__file__).parent
@@ -84,15 +83,21 @@ def draw(rows: list[dict], path: Path) -> None:
 
 
 def main(options: Options) -> None:
+    if not options.checkpoint:
+        raise UserError("--checkpoint must be followed by at least one directory of a run.")
+    options.out.mkdir(parents=True, exist_ok=True)
     rows, process = [], {"date": date.today().isoformat(), "device": device(), "versions": versions()}
     for directory in options.checkpoint:
         run = load_run(directory)
-        corpus = load_corpus(run.config.dataset, options.data_dir, run.config.tokenizer)
-        if len(corpus.valid) < (asked := max(1024, *options.lengths)):  # 512, and as many again, are always read
-            raise UserError(f"{directory} must have {asked:,} tokens for validation; got {len(corpus.valid):,}.")
+        if (run.model.cell, run.model.gates) != ("ran", "recurrent"):
+            got = f"{run.model.cell} with {run.model.gates} gates"
+            raise UserError(f"--checkpoint {directory} must be a RAN with recurrent gates; got {got}.")
+        valid = load_text(run, directory, "valid", options.data_dir)
+        if len(valid) < (asked := max(1024, *options.lengths)):  # 512, and as many again, are always read
+            raise UserError(f"{directory} must have {asked:,} tokens for validation; got {len(valid):,}.")
         lines = (json.loads(line) for line in (Path(directory) / "metrics.jsonl").read_text().splitlines())
         epochs = 1 + int(np.argmin([line["valid_perplexity"] for line in lines if "valid_perplexity" in line]))
-        tokens = jnp.asarray(corpus.valid[None, :asked])
+        tokens = jnp.asarray(valid[None, :asked])
         fresh = run.model.init(jax.random.key(run.config.seed), tokens[:, :2], deterministic=True)["params"]
         for trained, params in ((epochs, run.params), (0, fresh)):
             params = jax.tree.map(lambda p: p.astype(jnp.float64), params)
@@ -107,7 +112,7 @@ def main(options: Options) -> None:
                     print({key: value for key, value in rows[-1].items() if key != "residuals"}, flush=True)
                 states, _ = ranjax.solve(cell, x, gates="recurrent", activation=run.config.activation)
                 x = output(cell, states, run.config.activation)
-    (options.out / "passes.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    write_whole(options.out / "passes.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
     draw(rows, options.out / "residuals.png")
 
 

@@ -31,6 +31,7 @@ STUDIES = {
     "ptb-small-35-steps": replace(SMALL, steps=35),
     "ptb-small-tuned": replace(SMALL, steps=35, dropout=0.25),
     "ptb-small-20-tuned": replace(SMALL, dropout=0.1),
+    "ptb-small-tied-tuned": replace(SMALL, steps=35, dropout=0.25, tie=True),
     "ptb-small-35-columns": replace(SMALL, batch_size=35, dropout=0.25),
     "ptb-small-reach": replace(SMALL, batch_size=35, dropout=0.25, learning_rate=1.75, clip=5 / 1.75),
     "ptb-medium": PRESETS["ptb-medium"],

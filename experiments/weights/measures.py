@@ -19,7 +19,7 @@ def by_frequency(layer: Memory, valid: np.ndarray, train: np.ndarray, vocabulary
     """Spans of `<unk>`, of ends of lines, and of the words of each part of the frequency range."""
     ids, ranks = valid[: len(layer.spans)], np.empty(len(vocabulary), int)
     counts = np.bincount(train, minlength=len(vocabulary))
-    signs = [vocabulary.ids[sign] for sign in ("<unk>", "<eos>")]
+    signs = [vocabulary.ids[sign] for sign in ("<unk>", "<eos>") if sign in vocabulary.ids]
     counts[signs] = -1  # they are no words
     ranks[np.argsort(-counts, kind="stable")] = np.arange(len(vocabulary))
     groups = {
@@ -29,6 +29,8 @@ def by_frequency(layer: Memory, valid: np.ndarray, train: np.ndarray, vocabulary
     rows = []
     for name, members in groups.items():
         spans = layer.spans[members[ids]]
+        if not len(spans):  # as of ranks beyond the vocabulary
+            continue
         quantiles = {f"q{q}": int(np.quantile(spans, q / 100, method="nearest")) for q in (50, 90, 99)}
         rows.append({"ranks": name, "tokens": len(spans), "mean": round(float(spans.mean()), 2), **quantiles})
     return rows

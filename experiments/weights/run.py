@@ -13,9 +13,8 @@ import numpy as np
 from measures import against_changes, by_frequency, by_word
 
 from ranjax import views
-from ranjax.data import load_corpus
-from ranjax.errors import UserError, exit_with_message
-from ranjax.evaluate import load_run
+from ranjax.errors import UserError, exit_with_message, flag, is_size
+from ranjax.evaluate import load_run, load_text
 from ranjax.explanation import explain
 from ranjax.memory import Memory, memory
 from ranjax.report import blank_figure, device, versions
@@ -69,10 +68,16 @@ def passage_from(first: int, ids: np.ndarray, vocabulary: Vocabulary) -> str:
 
 
 def main(options: Options) -> None:
+    for name in ("contexts", "length", "most"):
+        if not is_size(size := getattr(options, name)):
+            raise UserError(f"{flag(name)} must be a whole number, at least 1; got {size}.")
     run, out = load_run(options.checkpoint), Path(options.out)
-    corpus = load_corpus(run.config.dataset, options.data_dir or run.config.data_dir, run.config.tokenizer)
-    passage = passage_from(options.passage, corpus.valid, run.vocabulary)
-    layers = memory(run.model, run.params, corpus.valid, most=options.most)
+    if run.vocabulary.tokenizer != "word":
+        raise UserError(f"--checkpoint must be a run on words; got one of --tokenizer {run.vocabulary.tokenizer}.")
+    train, valid = (load_text(run, options.checkpoint, split, options.data_dir) for split in ("train", "valid"))
+    passage = passage_from(options.passage, valid, run.vocabulary)
+    out.mkdir(parents=True, exist_ok=True)
+    layers = memory(run.model, run.params, valid, most=options.most)
     draw(layers, out / "half-lives.png")
     for number in range(1, len(layers) + 1):
         views.draw_pairs(explain(run, passage), number, out / f"layer-{number}.png")
@@ -93,9 +98,9 @@ def main(options: Options) -> None:
         "components_of_half_life": [
             {f"at least {n}": int(np.sum(m.quantile(0.5) >= n)) for n in (1, 2, 5, 10, 20)} for m in layers
         ],
-        "by_frequency": [by_frequency(m, corpus.valid, corpus.train, run.vocabulary) for m in layers],
-        "by_word": [by_word(m, corpus.valid, run.vocabulary.decode) for m in layers],
-        "attribution": against_changes(run, corpus.valid, options.contexts, options.length),
+        "by_frequency": [by_frequency(m, valid, train, run.vocabulary) for m in layers],
+        "by_word": [by_word(m, valid, run.vocabulary.decode) for m in layers],
+        "attribution": against_changes(run, valid, options.contexts, options.length),
     }
     (out / "results.json").write_text(json.dumps(results, indent=1, ensure_ascii=False) + "\n", "utf-8")
 
