@@ -106,11 +106,12 @@ def load_text(run: Run, directory: str | Path, split: str, data_dir: str | None 
     dataset, data_dir = run.config.dataset, data_dir or run.config.data_dir
     ids = load_split(dataset, split, run.vocabulary, data_dir)
     if read_json(Path(os.path.expanduser(directory)) / "text.json").get(split) != identity(ids):
-        there = f"--dataset {shlex.quote(dataset)}" + (f" --data-dir {shlex.quote(data_dir)}" if data_dir else "")
+        there = f"--split {split} --dataset {shlex.quote(dataset)}"
+        there += f" --data-dir {shlex.quote(data_dir)}" if data_dir else ""
         raise UserError(
             f"the {split} split of {dataset} is not the one that the run in {directory} was made with, and may hold "
             "what it was trained on (the embedded corpora change with the version of Python). Restore it; or, to read "
-            f"what is there: python -m ranjax.evaluate --checkpoint {shlex.quote(str(directory))} --split {split} {there}"
+            f"what is there: python -m ranjax.evaluate --checkpoint {shlex.quote(str(directory))} {there}"
         )
     return ids
 
