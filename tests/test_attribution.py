@@ -197,8 +197,9 @@ def test_narrow_products_of_a_model():
     assert abs(float(found.total - logits[0, 9, 4])) < 0.01 * float(jnp.max(jnp.abs(logits)))
 
 
-def test_an_id_that_is_none_is_nan():
+def test_a_traced_id_that_is_none_is_nan():
+    """As in the model; one that is known is refused."""
     model, tokens = ranjax.LanguageModel(vocabulary=9, features=4, layers=1), jnp.array([1, 9, 2])
     params = model.init(jax.random.key(0), tokens[None], deterministic=True)["params"]
-    (made,) = attribution.decompositions(model, params, tokens)
+    (made,) = jax.jit(partial(attribution.decompositions, model))(params, tokens)
     np.testing.assert_array_equal(jnp.isnan(made.c).any(-1), [False, True, True])
