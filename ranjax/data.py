@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from ranjax.embedded import TASKS, python_docs, task_of, task_texts
-from ranjax.errors import UserError, check_choice
+from ranjax.errors import UserError, check_choice, fitting
 from ranjax.sources import SPLITS, hub_texts, path_texts
 from ranjax.vocabulary import TOKENIZERS, BytePairs, Bytes, Characters, Vocabulary, Words
 
@@ -176,10 +176,8 @@ def _encoded(vocabulary: Vocabulary, text: bytes, where: str) -> np.ndarray:
     decoded = "" if isinstance(vocabulary, Bytes) else _decoded(text, where)
     if isinstance(vocabulary, Words) and not decoded.endswith("\n"):
         decoded += "\n"  # the last line is a line too
-    try:
+    with fitting(where):
         ids = vocabulary.encode_bytes(text) if isinstance(vocabulary, Bytes) else vocabulary.encode(decoded)
-    except UserError as error:
-        raise UserError(f"{where} does not fit the model: {error}") from None
     if len(ids) < 2:
         raise UserError(
             f"{where} must have at least 2 tokens, to predict one from another; got {len(ids)}. Give more text (a "

@@ -97,6 +97,15 @@ def refusals(path: Path, mend: str = "--resume goes on with the run") -> Iterato
 
 
 @contextmanager
+def fitting(where: str) -> Iterator[None]:
+    """Names the text in which a vocabulary finds what it has no tokens for."""
+    try:
+        yield
+    except UserError as error:
+        raise UserError(f"{where} does not fit the model: {error}") from None
+
+
+@contextmanager
 def exit_with_message() -> Iterator[None]:
     """Turns a `UserError`, or what the system refuses, into its message on standard error and exit code 1, as it is for
     a flag that is wrong.

@@ -5,7 +5,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ranjax.errors import UserError
+from ranjax.errors import UserError, fitting
 
 if TYPE_CHECKING:
     import numpy as np
@@ -104,10 +104,8 @@ def explain(run: "Run", text: str, *, reduce: str = "l2", top: int = 3) -> Expla
             f"this run is of the cell {run.model.cell!r}, whose states are not weighted sums of what it read. Give a "
             "run trained with --cell ran."
         )
-    try:
+    with fitting("the text"):
         ids = run.vocabulary.encode(text)
-    except UserError as error:
-        raise UserError(f"the text does not fit the model: {error}") from None
     if not len(ids):
         raise UserError("the text is empty; give --text or --file at least one word.")
     found = jax.jit(partial(_found, run.model, reduce=reduce, top=min(top, len(ids) - 1)))

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from functools import lru_cache, partial
 from typing import TYPE_CHECKING, Any
 
-from ranjax.errors import UserError, check_size, check_utf8, exit_with_message, is_size
+from ranjax.errors import UserError, check_size, check_utf8, exit_with_message, fitting, is_size
 
 if TYPE_CHECKING:
     import numpy as np
@@ -116,10 +116,8 @@ def prompt_ids(vocabulary: "Vocabulary", prompt: str) -> Any:
     """The ids of a prompt; an empty one is the beginning of a line, or the first token where there are no lines."""
     import numpy as np
 
-    try:
+    with fitting("the prompt"):
         ids = vocabulary.encode(prompt)
-    except UserError as error:
-        raise UserError(f"the prompt does not fit the model: {error}") from None
     if len(ids):
         return ids
     try:

@@ -18,7 +18,7 @@ from passes import variants, windows
 import ranjax
 from ranjax.cell import output
 from ranjax.errors import UserError, exit_with_message, write_whole
-from ranjax.evaluate import load_run, load_text
+from ranjax.evaluate import Run, load_run, load_text
 from ranjax.report import blank_figure, device, versions
 
 HERE = Path(__file__).parent
@@ -82,22 +82,27 @@ def draw(rows: list[dict], path: Path) -> None:
     figure.savefig(path, dpi=110)
 
 
+def opened(directory: str, options: Options) -> tuple[Run, jax.Array]:
+    """A run and the tokens it reads, `(1, time)`, once they are seen to be what is measured here."""
+    run = load_run(directory)
+    if (run.model.cell, run.model.gates) != ("ran", "recurrent"):
+        got = f"{run.model.cell} with {run.model.gates} gates"
+        raise UserError(f"--checkpoint {directory} must be a RAN with recurrent gates; got {got}.")
+    valid = load_text(run, directory, "valid", options.data_dir)
+    if len(valid) < (asked := max(1024, *options.lengths)):  # 512, and as many again, are always read
+        raise UserError(f"{directory} must have {asked:,} tokens for validation; got {len(valid):,}.")
+    return run, jnp.asarray(valid[None, :asked])
+
+
 def main(options: Options) -> None:
     if not options.checkpoint:
         raise UserError("--checkpoint must be followed by at least one directory of a run.")
+    runs = [(directory, *opened(directory, options)) for directory in options.checkpoint]
     options.out.mkdir(parents=True, exist_ok=True)
     rows, process = [], {"date": date.today().isoformat(), "device": device(), "versions": versions()}
-    for directory in options.checkpoint:
-        run = load_run(directory)
-        if (run.model.cell, run.model.gates) != ("ran", "recurrent"):
-            got = f"{run.model.cell} with {run.model.gates} gates"
-            raise UserError(f"--checkpoint {directory} must be a RAN with recurrent gates; got {got}.")
-        valid = load_text(run, directory, "valid", options.data_dir)
-        if len(valid) < (asked := max(1024, *options.lengths)):  # 512, and as many again, are always read
-            raise UserError(f"{directory} must have {asked:,} tokens for validation; got {len(valid):,}.")
+    for directory, run, tokens in runs:
         lines = (json.loads(line) for line in (Path(directory) / "metrics.jsonl").read_text().splitlines())
         epochs = 1 + int(np.argmin([line["valid_perplexity"] for line in lines if "valid_perplexity" in line]))
-        tokens = jnp.asarray(valid[None, :asked])
         fresh = run.model.init(jax.random.key(run.config.seed), tokens[:, :2], deterministic=True)["params"]
         for trained, params in ((epochs, run.params), (0, fresh)):
             params = jax.tree.map(lambda p: p.astype(jnp.float64), params)
