@@ -67,7 +67,7 @@ def draw_pairs(explanation: "Explanation", number: int, path: Path) -> None:
     """A heat map: columns are the words as they are read, rows the words remembered, dark what is strong."""
     from matplotlib.colors import PowerNorm
 
-    layer, words = explanation.layers[number - 1], list(map(visible, explanation.words))
+    layer, words = explanation.layers[number - 1], explanation.words
     few = len(words) <= LABELLED
     side = max(0.2 * len(words), 3) + 1.5 if few else 8
     figure = blank_figure(side, side)

@@ -113,6 +113,7 @@ def test_one_word_and_other_tokenizers(tmp_path, run, capsys):
     out = trained(tmp_path, tokenizer="character", gates="input", activation="identity", layers=1)
     explain.main(["--checkpoint", out, "--text", "the cat\n", "--top", "50", "--out", str(tmp_path / "it.html")])
     assert shown(tmp_path / "it.html")["words"] == list("the cat⏎")
+    explain.main(["--checkpoint", out, "--text", "the cat", "--out", str(tmp_path / "it.png")])  # whose font has no ␠
     assert "␠" in [prediction["word"] for prediction in shown(tmp_path / "it.html")["predictions"]]
     assert "error: the text does not fit the model: the vocabulary has no <unk> and not the characters 'Q'" in said(
         ["--checkpoint", out, "--text", "Quick cat"], capsys
