@@ -33,7 +33,8 @@ class Checkpoints:
         Raises:
           OSError: where the system refuses it, as on a disk that is full; what was saved before is intact.
         """
-        with _refused_as_oserror(), self._open(kind) as checkpointer:
+        # What a save that was killed has left goes, too: this one is by a training, of which a run has one at a time.
+        with _refused_as_oserror(), self._open(kind, cleanup_tmp_directories=True) as checkpointer:
             if number not in [saved.step for saved in checkpointer.checkpoints]:
                 checkpointer.save_checkpointables(number, {"tree": tree}, force=True)
 
@@ -74,11 +75,11 @@ class Checkpoints:
                     raise
                 raise UserError(f"{folder} is damaged: its arrays cannot be read. Restore it, or train anew.") from None
 
-    def _open(self, kind: str):
+    def _open(self, kind: str, **options: Any):
         from orbax.checkpoint import v1 as ocp
 
         keep: Any = ocp.training.preservation_policies.LatestN(1)
-        return ocp.training.Checkpointer(str(self.directory / kind), preservation_policy=keep)
+        return ocp.training.Checkpointer(str(self.directory / kind), preservation_policy=keep, **options)
 
 
 @contextmanager

@@ -112,9 +112,9 @@ def check(config: Config) -> None:
         ("init_scale", lambda v: v is None or v > 0, "above 0"),
         ("weight_decay", lambda v: v >= 0, "at least 0"),
         ("learning_rate clip decay init_scale weight_decay", lambda v: v is None or math.isfinite(v), "finite"),
-        ("warmup decay_after", lambda v: v == 0 or is_size(v), "a whole number, at least 0"),
+        ("warmup decay_after", lambda v: is_size(v, 0), "a whole number, at least 0"),
         ("dropout", lambda v: 0 <= v < 1, "in [0, 1)"),
-        ("seed", lambda v: (v == 0 or is_size(v)) and v < 2**31, "in [0, 2**31)"),
+        ("seed", lambda v: is_size(v, 0) and _fits(v), "a whole number in [0, 2**31)"),
     ):
         for name in names.split():
             if not _holds(holds, getattr(config, name)):

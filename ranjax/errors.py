@@ -20,7 +20,7 @@ class UserError(ValueError):
 
 
 class DivergedError(UserError):
-    """A training whose loss, gradient or validation is no longer finite; the checkpoints before it are intact."""
+    """A training whose loss, gradient or validation is no longer finite."""
 
 
 def check_choice(name: str, value: Any, choices: Iterable[Any], why: str = "") -> None:
@@ -46,9 +46,9 @@ def flag(name: str) -> str:
     return "--" + name.replace("_", "-")
 
 
-def is_size(value: Any) -> bool:
-    """Whether it is a whole number, at least 1."""
-    return isinstance(value, Integral) and not isinstance(value, bool) and int(value) >= 1
+def is_size(value: Any, least: int = 1) -> bool:
+    """Whether it is a whole number, at least so large."""
+    return isinstance(value, Integral) and not isinstance(value, bool) and int(value) >= least
 
 
 def check_utf8(flag: str, text: str) -> None:

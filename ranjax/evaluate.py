@@ -181,10 +181,11 @@ def checked_text(name: str, ids: "ArrayLike", vocabulary: int) -> "np.ndarray":
 
 def _checked_marks(counted: "np.ndarray", tokens: int) -> "np.ndarray":
     """The marks of a text of so many tokens, once one that has a prediction is seen to be marked."""
-    if counted.shape != (tokens,) or counted.dtype != bool or not counted[1:].any():
+    fits = counted.shape == (tokens,) and counted.dtype == bool
+    if not (fits and counted[1:].any()):
+        got = "no such mark" if fits else f"{counted.dtype} of the shape {counted.shape}"
         raise ValueError(
-            f"`counted` must be bool, of the shape {(tokens,)} of `ids`, and mark a token after the first; got "
-            f"{counted.dtype} of the shape {counted.shape}, {int(counted[1:].sum())} marked."
+            f"`counted` must be bool, of the shape {(tokens,)} of `ids`, and mark a token after the first; got {got}."
         )
     return counted
 
@@ -219,13 +220,8 @@ class Options:
     """Which part of the corpus."""
 
 
-def evaluate_split(options: Options) -> tuple[Evaluation, Run]:
-    """What the program computes."""
-    return _evaluated(options)[:2]
-
-
-def _evaluated(options: Options) -> tuple[Evaluation, Run, "np.ndarray"]:
-    """The same, and the ids of the split."""
+def evaluate_split(options: Options) -> tuple[Evaluation, Run, "np.ndarray"]:
+    """What the program computes, of which run, and the ids of the split."""
     from ranjax.data import load_split
 
     run = load_run(options.checkpoint)
@@ -251,7 +247,7 @@ def main(argv: list[str] | None = None) -> None:
 
     with exit_with_message():
         options = tyro.cli(Options, args=argv, prog="python -m ranjax.evaluate")
-        evaluation, run, ids = _evaluated(options)
+        evaluation, run, ids = evaluate_split(options)
         line = report(evaluation, run.vocabulary.unit, unknown(run.vocabulary, ids[1:]))
         print(f"{options.dataset or run.config.dataset} {options.split}: {line}")
 

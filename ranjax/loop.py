@@ -52,8 +52,9 @@ class Training:
     def check(self, state: "TrainState") -> None:
         """Raises a UserError for a run that has diverged."""
         if int(state.bad_in_row) >= BAD_STEPS:
+            last = int(state.step) - int(state.bad_in_row) + BAD_STEPS  # the others of the burst were not looked at
             raise DivergedError(
-                f"the loss or its gradient was not finite {BAD_STEPS} steps in a row, up to step {int(state.step)}; "
+                f"the loss or its gradient was not finite {BAD_STEPS} steps in a row, up to step {last}; "
                 f"the last good checkpoint in {self.checkpoints.run} is intact. Lower --learning-rate or --clip and "
                 "start again, with another --out."
             )
@@ -64,9 +65,12 @@ class Training:
         Told first: what is told of a state that was not saved is told again when the run goes on.
         """
         if not math.isfinite(evaluation.nats):
+            kept = "no epoch before it was validated"
+            if math.isfinite(float(state.best)):
+                kept = f"the best state before it is kept in {self.checkpoints.run}"
             raise DivergedError(
-                f"the validation loss is {evaluation.nats}; the checkpoints before it, in {self.checkpoints.run}, are "
-                "intact. Lower --learning-rate or --clip and start again, with another --out."
+                f"the validation loss is {evaluation.nats}; {kept}. Lower --learning-rate or --clip and start again, "
+                "with another --out."
             )
         if evaluation.nats < float(state.best):
             self._write("best", int(state.step), state.params)

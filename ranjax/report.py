@@ -135,7 +135,8 @@ class Report:
         result |= self._process(valid)
         with refusals(self.directory):
             write_whole(self.directory / "result.json", json.dumps(result, indent=2) + "\n")
-            draw_loss(self._rows, self.windows, self.directory / "loss.png")
+            if epochs:
+                draw_loss(self._rows, self.windows, self.directory / "loss.png")
         print(f"test: {report(test, corpus.vocabulary.unit)}; saved in {self.directory}")
         return result
 
@@ -145,15 +146,21 @@ class Report:
         return lowest if math.isclose(lowest, tested, rel_tol=1e-4) else tested
 
     def _process(self, valid_perplexities: list[float]) -> dict[str, Any]:
-        """What ended a training with these validations: this process or, if it has only read it again, one before."""
+        """What ended a training with these validations: this process or, if it has only read it again, one before.
+
+        Where their rows have all been deleted, the one before is all that tells of them.
+        """
         now = {"device": device(), "date": date.today().isoformat(), "versions": versions()}
+        curves = "valid_perplexities", "train_perplexities"
         if self.steps:
             return now
         try:
-            saved = read_json(self.directory / "result.json", "valid_perplexities", *now)
+            saved = read_json(self.directory / "result.json", *curves, *now)
         except UserError:  # missing or damaged: it is written anew
             return now
-        return {name: saved[name] for name in now} if saved["valid_perplexities"] == valid_perplexities else now
+        if valid_perplexities not in ([], saved["valid_perplexities"]):
+            return now
+        return {name: saved[name] for name in (*curves, *now)}
 
     def _row(self, state: "TrainState", **values: float) -> None:
         row = {"step": int(state.step), "epoch": int(state.step) / self.windows, **values}

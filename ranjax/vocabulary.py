@@ -40,7 +40,7 @@ class Vocabulary(Protocol):
         ...
 
     def content(self) -> object:
-        """What `from_content` needs to make the same vocabulary again, as JSON."""
+        """What `load_vocabulary` needs to make the same vocabulary again, as JSON."""
         ...
 
 

@@ -397,13 +397,43 @@ def test_what_a_study_of_a_run_cannot_use_is_refused_before_anything_is_written(
     kept.parent.mkdir()
     kept.write_text("kept")
     convergence, weights = (runpy.run_path(str(EXPERIMENTS / name / "run.py")) for name in ("convergence", "weights"))
-    for checkpoint, message in (((), "at least one directory"), ((config.out,), "must be a RAN with recurrent gates")):
+    for checkpoint, options, message in (
+        ((), {}, "at least one directory"),
+        ((config.out,), {}, "must be a RAN with recurrent gates"),
+        ((config.out,), {"lengths": ()}, "--lengths must be whole numbers, each at least 1; got nothing"),
+        ((config.out,), {"lengths": (35, -5)}, "--lengths must be .*; got 35, -5"),
+        ((config.out,), {"most": 0}, "--most must be .*; got 0"),
+    ):
         with pytest.raises(UserError, match=message):
-            convergence["main"](convergence["Options"](checkpoint, out=kept.parent))
-    for options, message in (({}, "must be a run on words; got .* character"), ({"most": 0}, "--most must be a whole")):
+            convergence["main"](convergence["Options"](checkpoint, out=kept.parent, **options))
+    words, others = (
+        dataclasses.replace(pets, tokenizer="word", cell=cell, out=str(tmp_path / cell)) for cell in ("ran", "lstm")
+    )
+    for run in (words, others):
+        train(run)
+    for out, options, message in (
+        (config.out, {}, "must be a RAN on words; got one of --cell ran with --tokenizer character"),
+        (others.out, {}, "must be a RAN on words; got one of --cell lstm"),
+        (config.out, {"most": 0}, "--most must be a whole"),
+        (words.out, {"passage": 0}, r"--contexts \+ --length must be below \d+, the tokens for validation; got 250"),
+    ):
         with pytest.raises(UserError, match=message):
-            weights["main"](weights["Options"](config.out, out=str(kept.parent), **options))
+            weights["main"](weights["Options"](out, out=str(kept.parent), **options))
     assert [path.read_text() for path in kept.parent.iterdir()] == ["kept"]
+
+
+def test_passes_of_an_untrained_network_are_of_the_ablated_one(pets, tmp_path, monkeypatch, x64):
+    monkeypatch.syspath_prepend(EXPERIMENTS / "convergence")
+    (tmp_path / "pets.txt").write_text("the cat sat on the mat\nthe dog sat on the log\n" * 500)
+    config = dataclasses.replace(pets, ablation="complement", out=str(tmp_path / "run"))
+    train(config)
+    convergence, cells = runpy.run_path(str(EXPERIMENTS / "convergence" / "run.py")), []
+    convergence["main"].__globals__.update(study=lambda cell, *_: cells.append(cell) or [], draw=lambda *_: None)
+    convergence["main"](convergence["Options"]((config.out,), lengths=(35,), out=tmp_path / "out"))
+    for cell in cells:
+        kernel = cell["gates"]["recurrent_kernel"]
+        np.testing.assert_array_equal(kernel[:, 0], -kernel[:, 1])
+    assert len(cells) == 2
 
 
 def test_spans_of_ranks_that_a_vocabulary_does_not_have_are_left_out(monkeypatch):

@@ -376,7 +376,8 @@ def test_a_run_that_diverges_stops_with_its_last_good_checkpoint(text, tmp_path,
     train.train(config)
     before = final_state(config, text)
     monkeypatch.setattr("ranjax.lm.cross_entropy", lambda logits, targets: logits[..., 0] * jnp.nan)
-    with pytest.raises(UserError, match=r"not finite 5 steps in a row.*Lower --learning-rate"):
+    last = int(before.step) + 5  # though the burst goes on beyond it
+    with pytest.raises(UserError, match=rf"not finite 5 steps in a row, up to step {last};.*Lower --learning-rate"):
         train.train(dataclasses.replace(config, epochs=2, resume=True))
     assert_same(final_state(config, text), before)
 
@@ -445,7 +446,7 @@ def test_evaluation_counts_every_prediction_whatever_the_window(run, monkeypatch
     result = make_evaluator(loaded.model)(loaded.params, ids, counted)
     assert result.tokens == counted[1:].sum()
     assert result.nats == pytest.approx(-float(picked[counted[1:]].mean()), rel=1e-5)
-    for wrong in (np.arange(len(ids)) == 0, counted[:-1], counted[:2], counted.astype(int)):
+    for wrong in (np.arange(len(ids)) == 0, counted[:-1], counted[:2], counted.astype(int), True, "all"):
         with pytest.raises(ValueError, match=r"`counted` must be bool, of the shape .* and mark a token"):
             make_evaluator(loaded.model)(loaded.params, ids, wrong)
 
@@ -482,7 +483,7 @@ def test_a_run_of_several_streams_is_evaluated_so(text, tmp_path, monkeypatch):
     monkeypatch.setattr(evaluate, "WINDOW", 16)
     out = tmp_path / "run"
     result = train.train(settings(text, out, epochs=1, streams=3))
-    again, loaded = evaluate.evaluate_split(evaluate.Options(str(out)))
+    again, loaded, _ = evaluate.evaluate_split(evaluate.Options(str(out)))
     assert result["test_nats"] == again.nats
     assert again.nats != make_evaluator(loaded.model)(loaded.params, load_corpus(text).test).nats
 
@@ -786,7 +787,8 @@ def test_bad_input(module, flags, message, run, text, tmp_path, capsys, monkeypa
         ({"tie": 1}, "--tie must be one of True, False; got 1"),
         ({"dataset": None}, "--dataset must be a name or a path; got None"),
         ({"data_dir": 5}, "--data-dir must be a path; got 5"),
-        ({"seed": -5}, "--seed must be in [0, 2**31); got -5"),
+        ({"seed": -5}, "--seed must be a whole number in [0, 2**31); got -5"),
+        ({"seed": 0.0}, "--seed must be a whole number in [0, 2**31); got 0.0"),
         ({"out": ""}, "--out must be a path; got ''"),
         ({"dataset": ""}, "--dataset must be a name or a path; got ''"),
         ({"features": np.array([8, 8])}, "--features must be one or more whole numbers, each at least 1; got array"),
@@ -926,6 +928,17 @@ def test_what_is_reported_is_of_the_best_state_also_where_its_row_is_gone(text, 
     result = train.train(dataclasses.replace(config, epochs=2, resume=True))
     assert result["valid_perplexities"] > [1.1 * best]
     assert result["valid_perplexity"] == pytest.approx(best, rel=1e-5)
+
+
+def test_a_finished_run_whose_rows_are_gone_keeps_its_result(text, tmp_path):
+    config = settings(text, tmp_path / "run", epochs=1)
+    result = train.train(config)
+    (tmp_path / "run" / "metrics.jsonl").unlink()
+    picture = (tmp_path / "run" / "loss.png").read_bytes()
+    again = train.train(dataclasses.replace(config, resume=True))
+    curves = "valid_perplexities", "train_perplexities"
+    assert [again[name] for name in curves] == [result[name] for name in curves]
+    assert (tmp_path / "run" / "loss.png").read_bytes() == picture
 
 
 def test_a_text_that_does_not_match(run, tmp_path):
@@ -1265,7 +1278,7 @@ def test_a_run_finds_its_data_set_from_any_directory(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     result = train.train(settings("text8", "run", data_dir="data", epochs=1))
     monkeypatch.chdir("/")
-    found, _ = evaluate.evaluate_split(evaluate.Options(str(tmp_path / "run")))
+    found, *_ = evaluate.evaluate_split(evaluate.Options(str(tmp_path / "run")))
     assert found.nats == result["test_nats"]
     with pytest.raises(UserError, match="ptb is read from local files only"):  # not from the folder of another
         evaluate.evaluate_split(evaluate.Options(str(tmp_path / "run"), dataset="ptb"))
@@ -1279,14 +1292,18 @@ def test_paths_may_begin_with_a_tilde(run, tmp_path, monkeypatch):
     assert config.directory == tmp_path / "r"
     assert dataclasses.replace(config, out=None).directory.name == "a.pets-ran"
     (tmp_path / "run").symlink_to(run[0])
-    found, _ = evaluate.evaluate_split(evaluate.Options("~/run"))
+    found, *_ = evaluate.evaluate_split(evaluate.Options("~/run"))
     assert found.perplexity == run[1]["test_perplexity"]
 
 
 def test_one_checkpoint_of_a_kind_is_kept(tmp_path):
+    """And nothing of one whose saving was killed."""
+    folder = tmp_path / "checkpoints" / "latest"
     for n in range(3):
         Checkpoints(tmp_path).save("latest", n, {"a": np.full(3, n)})
-    assert len([path for path in (tmp_path / "checkpoints" / "latest").iterdir() if path.is_dir()]) == 1
+        (folder / f"{7 + n}.orbax-checkpoint-tmp" / "tree").mkdir(parents=True)
+    Checkpoints(tmp_path).save("latest", 3, {"a": np.full(3, 3)})
+    assert [path.name for path in folder.iterdir() if path.is_dir()] == ["3"]
 
 
 def test_a_checkpoint_that_is_replaced_while_it_is_read_is_read_anew(tmp_path, monkeypatch):
@@ -1318,7 +1335,7 @@ def test_a_damaged_line_before_the_last_is_named(line, tmp_path):
 
 def test_a_validation_that_is_not_finite_ends_the_run(pets, tmp_path, monkeypatch):
     monkeypatch.setattr("ranjax.evaluate.make_evaluator", lambda *_: lambda *_: Evaluation(math.nan, 10))
-    with pytest.raises(UserError, match="the validation loss is nan"):
+    with pytest.raises(UserError, match="the validation loss is nan; no epoch before it was validated"):
         train.train(dataclasses.replace(pets, out=str(tmp_path / "run")))
 
 

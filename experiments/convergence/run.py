@@ -16,8 +16,9 @@ import numpy as np
 from passes import variants, windows
 
 import ranjax
+from ranjax.ablation import constraint
 from ranjax.cell import output
-from ranjax.errors import UserError, exit_with_message, write_whole
+from ranjax.errors import UserError, exit_with_message, flag, is_size, write_whole
 from ranjax.evaluate import Run, load_run, load_text
 from ranjax.report import blank_figure, device, versions
 
@@ -97,6 +98,10 @@ def opened(directory: str, options: Options) -> tuple[Run, jax.Array]:
 def main(options: Options) -> None:
     if not options.checkpoint:
         raise UserError("--checkpoint must be followed by at least one directory of a run.")
+    for name, sizes in (("lengths", options.lengths), ("most", (options.most,))):
+        if not (sizes and all(map(is_size, sizes))):
+            got = ", ".join(map(str, sizes)) or "nothing"
+            raise UserError(f"{flag(name)} must be whole numbers, each at least 1; got {got}.")
     runs = [(directory, *opened(directory, options)) for directory in options.checkpoint]
     options.out.mkdir(parents=True, exist_ok=True)
     rows, process = [], {"date": date.today().isoformat(), "device": device(), "versions": versions()}
@@ -104,7 +109,7 @@ def main(options: Options) -> None:
         lines = (json.loads(line) for line in (Path(directory) / "metrics.jsonl").read_text().splitlines())
         epochs = 1 + int(np.argmin([line["valid_perplexity"] for line in lines if "valid_perplexity" in line]))
         fresh = run.model.init(jax.random.key(run.config.seed), tokens[:, :2], deterministic=True)["params"]
-        for trained, params in ((epochs, run.params), (0, fresh)):
+        for trained, params in ((epochs, run.params), (0, constraint(run.config.ablation)(fresh))):
             params = jax.tree.map(lambda p: p.astype(jnp.float64), params)
             x = params["embed"]["embedding"][tokens]
             for layer, size in enumerate(run.model.sizes):

@@ -72,15 +72,20 @@ def main(options: Options) -> None:
         if not is_size(size := getattr(options, name)):
             raise UserError(f"{flag(name)} must be a whole number, at least 1; got {size}.")
     run, out = load_run(options.checkpoint), Path(options.out)
-    if run.vocabulary.tokenizer != "word":
-        raise UserError(f"--checkpoint must be a run on words; got one of --tokenizer {run.vocabulary.tokenizer}.")
+    if (run.model.cell, run.vocabulary.tokenizer) != ("ran", "word"):
+        got = f"--cell {run.model.cell} with --tokenizer {run.vocabulary.tokenizer}"
+        raise UserError(f"--checkpoint must be a RAN on words; got one of {got}.")
     train, valid = (load_text(run, options.checkpoint, split, options.data_dir) for split in ("train", "valid"))
     passage = passage_from(options.passage, valid, run.vocabulary)
+    if len(valid) <= (asked := options.contexts + options.length):
+        most = f"{len(valid):,}, the tokens for validation"
+        raise UserError(f"--contexts + --length must be below {most}; got {asked:,}.")
     out.mkdir(parents=True, exist_ok=True)
     layers = memory(run.model, run.params, valid, most=options.most)
     draw(layers, out / "half-lives.png")
+    explanation = explain(run, passage)
     for number in range(1, len(layers) + 1):
-        views.draw_pairs(explain(run, passage), number, out / f"layer-{number}.png")
+        views.draw_pairs(explanation, number, out / f"layer-{number}.png")
     shares_of_components = (0, 0.25, 0.5, 0.75, 0.9, 1)
     results = {
         "run": {"dataset": run.config.dataset, "features": run.model.sizes, "gates": run.model.gates},
