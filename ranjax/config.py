@@ -31,7 +31,7 @@ class Config:
     data_dir: str | None = None
     """Folder that holds the data set's folder, or that folder itself; without it WikiText and text8 are downloaded."""
     tokenizer: Literal["word", "character", "byte", "bpe"] | None = None
-    """How text becomes tokens; the data set's usual way if not given."""
+    """How text becomes tokens. If not given, the data set's usual way; characters for a file, words for a folder."""
     out: str | None = None
     """Directory of the run, which must not exist yet; runs/DATASET-CELL if not given."""
     resume: bool = False

@@ -20,7 +20,7 @@ class Options:
     checkpoint: str
     """The --out directory of a run."""
     text: str | None = None
-    """The text to read; words as the run's data set writes them, that is with spaces around punctuation."""
+    """The text to read; for a model of words as its data set writes them, that is with spaces around punctuation."""
     file: str | None = None
     """A file with the text, in its place."""
     layer: int = 1

@@ -42,7 +42,9 @@ class RAN(nn.Module):
         `"sequential"` or `"newton"`; for `"recurrent"` `"auto"` (which is `"sequential"`), `"sequential"` or
         `"fixed_point"`. `"newton"` and `"fixed_point"` solve windows of 1024 time steps at once, by the same iteration;
         a `ranjax.FixedPoint` in their place has settings of one's own. What that solver did is sown as `record` in the
-        collection `"solver"`.
+        collection `"solver"`. On several GPUs XLA does not split the kernel that `"auto"` takes for input and diagonal
+        gates: put the layer inside `jax.shard_map` over the batch, with `check_vma=False`, or take `"associative"`
+        (`"sequential"` for diagonal gates).
       time_major: axes are `(time, *batch, in)` instead of `(*batch, time, in)`.
       return_carry: return `(carry, outputs)` instead of the outputs alone.
       reverse: process from the last step to the first; the outputs come in the order of processing.

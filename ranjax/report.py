@@ -209,7 +209,7 @@ def device() -> str:
 
     kind = jax.devices()[0].device_kind
     if kind != "cpu":
-        return f"{jax.device_count()} x {kind}"
+        return f"1 x {kind}"  # a training is on one, however many there are
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()  # those it may use
     return "1 CPU core" if cores == 1 else f"{cores} CPU cores"
 
