@@ -60,9 +60,10 @@ def test_with_the_identity_a_share_is_what_the_logit_loses_without_the_word(x64)
     one, two = attribution.decompositions(model, params, TOKENS, state)
     found = attribution.shares(model, params, TOKENS, 4, 9, state)
 
-    def logit(u):
-        h = oracle.recurrence(one.f, one.i * u, one.c0)
-        h = oracle.recurrence(two.f, two.i * (h @ params["stack_1"]["cell"]["content"]["kernel"]), two.c0)
+    def logit(u, *c0):
+        c0 = c0 or (one.c0, two.c0)
+        h = oracle.recurrence(one.f, one.i * u, c0[0])
+        h = oracle.recurrence(two.f, two.i * (h @ params["stack_1"]["cell"]["content"]["kernel"]), c0[1])
         return h[9] @ params["decode"]["kernel"][:, 4]
 
     u = np.asarray(one.u)
@@ -70,6 +71,8 @@ def test_with_the_identity_a_share_is_what_the_logit_loses_without_the_word(x64)
         without = u.copy()
         without[j] = 0
         np.testing.assert_allclose(found.words[j], logit(u) - logit(without), rtol=1e-10, atol=1e-12)
+    lost = [logit(u) - logit(u, 0 * one.c0, two.c0), logit(u) - logit(u, one.c0, 0 * two.c0)]
+    np.testing.assert_allclose(found.carry, lost, rtol=1e-10, atol=1e-12)
 
 
 def test_for_one_tanh_layer_the_shares_are_integrated_gradients(x64):
@@ -195,6 +198,27 @@ def test_narrow_products_of_a_model():
     logits, _ = model.apply({"params": params}, TOKENS[None], deterministic=True)
     found = attribution.shares(model, params, TOKENS, 4, 9)
     assert abs(float(found.total - logits[0, 9, 4])) < 0.01 * float(jnp.max(jnp.abs(logits)))
+    _, state = model.apply({"params": params}, TOKENS[None], deterministic=True)
+    made, wide = (attribution.decompositions(m, params, TOKENS) for m in (model, model.clone(dtype=None)))
+    for layer, other, carry in zip(made, wide, state):
+        near, far = (float(jnp.max(jnp.abs(of.c[-1] - carry[0]))) for of in (layer, other))
+        assert near < 0.1 * far
+
+
+def test_steps_are_mapped_over_and_texts_come_in_batches(x64):
+    model, params, state = trained()
+    for rule in (attribution.shares, partial(attribution.integrated_gradients, nodes=2)):
+
+        def words(step, rule=rule):
+            return rule(model, params, TOKENS, 4, step, state).words
+
+        found = jax.vmap(words)(jnp.array([0, 7]))
+        np.testing.assert_allclose(found, [words(0), words(7)], rtol=1e-10, atol=1e-13)
+    texts, states = (TOKENS, TOKENS[::-1]), (state, tuple(-c for c in state))
+    together = attribution.decompositions(model, params, jnp.stack(texts), tuple(map(jnp.stack, zip(*states))))
+    for n, (text, first) in enumerate(zip(texts, states)):
+        for many, one in zip(together, attribution.decompositions(model, params, text, first)):
+            np.testing.assert_allclose(many.c[n], one.c, rtol=0, atol=1e-12)
 
 
 def test_a_traced_id_that_is_none_is_nan():

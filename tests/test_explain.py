@@ -3,11 +3,8 @@
 import base64
 import dataclasses
 import json
-import os
 import re
 import shutil
-import subprocess
-import sys
 import time
 import types
 
@@ -96,7 +93,6 @@ def test_shares_are_of_the_models_own_logits(run):
         assert prediction.probability == pytest.approx(float(probabilities[token]), abs=1e-6)
     layer = found.layers[0]
     assert layer.pairs.shape == (len(ids), len(ids))
-    np.testing.assert_allclose(layer.own, np.diag(layer.pairs), rtol=1e-5)
     assert not np.any(layer.sources == np.arange(len(ids))[:, None])
     np.testing.assert_allclose(layer.weights[-1], np.sort(layer.pairs[-1, :-1])[::-1][:3], rtol=1e-5)
 
@@ -255,16 +251,6 @@ def test_what_adds_to_a_logit_is_green_and_what_is_strong_is_bold(monkeypatch, c
     assert f"\x1b[1m{'w' * 10}\x1b" in said
     for code, what in (("1;32", "the 1"), ("36", "w" * 10 + " 0.5"), ("2", "the 0.1")):  # bold green, cyan, dim
         assert f"\x1b[{code}m  {what}" in said
-
-
-def test_help_is_there_at_once():
-    began = time.monotonic()
-    command = [sys.executable, "-m", "ranjax.explain", "--help"]
-    out = subprocess.run(command, capture_output=True, text=True, check=True, env=os.environ | {"COLUMNS": "200"})
-    assert time.monotonic() - began < 5
-    assert all(
-        flag in out.stdout for flag in ("--checkpoint", "--text", "--file", "--layer", "--reduce", "--top", "--out")
-    )
 
 
 def test_five_hundred_tokens_of_a_medium_model_in_ten_seconds(tmp_path):

@@ -32,7 +32,8 @@ WAYS += [
     for solver in ("sequential", "pallas")
 ]
 WAYS += [(options, "fixed_point") for options in VARIANTS if options["gates"] == "recurrent"][1:2]
-WAYS += [(options, FixedPoint(window=5)) for options in VARIANTS if options["gates"] == "recurrent"][2:3]
+WAYS += [(options, FixedPoint(window=4)) for options in VARIANTS if options["gates"] == "recurrent"][2:3]
+WAYS += [(options, FixedPoint(window=4)) for options in VARIANTS if options["gates"] == "diagonal"][:1]
 ways = pytest.mark.parametrize(
     ("options", "solver"), WAYS, ids=lambda v: "-".join(map(str, v.values())) if isinstance(v, dict) else str(v)
 )
@@ -139,6 +140,26 @@ def test_nan_in_the_padding_reaches_no_gradient(options, solver):
     assert all(bool(jnp.all(jnp.isfinite(leaf))) for leaf in jax.tree.leaves(clean))
 
 
+@pytest.mark.parametrize("gates", ELEMENTWISE)
+@pytest.mark.parametrize("solver", ["auto", "pallas"])
+@pytest.mark.parametrize(("at", "other"), [(5, slice(20, 40)), (25, slice(0, 20))])
+def test_what_is_not_finite_stays_in_its_segment(gates, solver, at, other):
+    """In the states and in the gradients."""
+    layer, variables = layer_and_variables({"gates": gates}, solver=solver)
+    x, starts = inputs(1, 40, 3), np.arange(40)[None] == 20
+
+    @jax.jit
+    def both(x):
+        h, back = jax.vjp(lambda x: layer.apply(variables, x, segment_starts=starts)[1], x)
+        return h, back(jnp.ones_like(h))[0]
+
+    broken = x.copy()
+    broken[0, at] = np.nan
+    for found, expected in zip(both(broken), both(x)):
+        assert np.isnan(found).any()
+        np.testing.assert_allclose(found[:, other], expected[:, other], rtol=1e-5, atol=1e-6)
+
+
 @pytest.mark.parametrize(("gates", "solver"), [("input", "auto"), ("input", "pallas"), ("recurrent", "fixed_point")])
 def test_a_segment_keeps_out_what_was_not_finite_before_it(gates, solver):
     layer, variables = layer_and_variables({"gates": gates}, solver=solver)
@@ -234,6 +255,20 @@ def test_any_batch_and_no_steps(gates, batch):
     np.testing.assert_array_equal(carry, c0)
     gradient = jax.grad(lambda x: jnp.sum(layer.apply(variables, x)[0]))(jnp.zeros((*batch, 0, 3)))
     assert gradient.shape == (*batch, 0, 3)
+
+
+@pytest.mark.parametrize(
+    ("gates", "solver"),
+    [("recurrent", "auto"), ("recurrent", "fixed_point"), *((g, s) for g in ELEMENTWISE for s in ("auto", "pallas"))],
+)
+@pytest.mark.parametrize("flags", [{}, {"reverse": True, "keep_order": True}], ids=str)
+def test_several_axes_of_batch_are_as_one(gates, solver, flags):
+    layer, variables = layer_and_variables({"gates": gates}, solver=solver)
+    x, lengths = inputs(2, 3, 5, 3), np.array([[5, 2, 0], [1, 5, 4]])
+    carry, h = layer.apply(variables, x, seq_lengths=lengths, **flags)
+    expected_carry, expected = layer.apply(variables, x.reshape(6, 5, 3), seq_lengths=lengths.ravel(), **flags)
+    np.testing.assert_allclose(carry.reshape(6, 4), expected_carry, rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(h.reshape(6, 5, 4), expected, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 import contextlib
 import os
 import re
+import socket
 import subprocess
 import sys
 from functools import partial
@@ -401,14 +402,20 @@ def test_across_two_processes(tmp_path):
         "print('same', len(a.addressable_shards))\n"
     )
     flags = {"XLA_FLAGS": "--xla_force_host_platform_device_count=4", "JAX_PLATFORMS": "cpu"}
+    with socket.create_server(("localhost", 0)) as free:
+        address = f"localhost:{free.getsockname()[1]}"
     processes = [
         subprocess.Popen(
-            [sys.executable, str(program), f"localhost:{20000 + os.getpid() % 20000}", str(rank)],
+            [sys.executable, str(program), address, str(rank)],
             env=os.environ | flags, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
         )
         for rank in range(2)
     ]  # fmt: skip
-    said = [process.communicate(timeout=180) for process in processes]
+    try:
+        said = [process.communicate(timeout=180) for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
     assert [out.strip().splitlines()[-1:] for out, _ in said] == [["same 4"]] * 2, said
 
 

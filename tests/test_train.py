@@ -33,6 +33,7 @@ from ranjax.data import load_corpus
 from ranjax.embedded import markov_entropy
 from ranjax.errors import UserError, exit_with_message
 from ranjax.evaluate import Evaluation, load_run, make_evaluator
+from ranjax.hugepages import TUNABLES
 from ranjax.lm import LanguageModel
 from ranjax.report import Report
 from ranjax.sources import SPLITS
@@ -66,6 +67,17 @@ def final_state(config, text):
     like = step.initial_state(model, step.make_optimizer(config, 1), config)
     state = Checkpoints(config.directory).load("latest", like)
     return state._replace(seconds=0, timed=0)  # the clock is not part of the result
+
+
+def position(config, text):
+    """Steps and epochs that a run would go on from."""
+    state = final_state(config, text)
+    return int(state.step), int(state.epoch)
+
+
+def windows_an_epoch(text):
+    """With the batches and steps of `settings`."""
+    return (len(load_corpus(text).train) // 4 - 1) // 7
 
 
 def assert_same(a, b):
@@ -155,6 +167,7 @@ def test_an_interrupted_run_goes_on_bitwise(text, tmp_path, options, monkeypatch
     broken = dataclasses.replace(straight, out=str(tmp_path / "broken"))
     train.train(straight)
     train_until(lambda state: int(state.step) == 40, monkeypatch, broken)  # in the middle of the first epoch
+    assert int(final_state(broken, text).step) == 40
     train.train(dataclasses.replace(broken, resume=True))
     assert_same(final_state(broken, text), final_state(straight, text))
     rows = [json.loads(line) for line in (straight.directory / "metrics.jsonl").read_text().splitlines()]
@@ -202,7 +215,7 @@ def test_runs_side_by_side_are_those_alone(text, tmp_path, monkeypatch, capsys):
 def test_an_interrupt_on_the_last_step_of_an_epoch_loses_nothing(text, tmp_path, monkeypatch):
     straight, broken = (settings(text, tmp_path / name) for name in ("straight", "broken"))
     train.train(straight)
-    windows = (len(load_corpus(text).train) // 4 - 1) // 7
+    windows = windows_an_epoch(text)
 
     def interrupt(self, state, *_):
         if int(state.step) == windows:
@@ -212,6 +225,7 @@ def test_an_interrupt_on_the_last_step_of_an_epoch_loses_nothing(text, tmp_path,
         patch.setattr("ranjax.report.Report.progress", interrupt)
         with pytest.raises(SystemExit, match="143"):
             train.train(broken)
+    assert position(broken, text) == (windows, 0)
     train.train(dataclasses.replace(broken, resume=True))
     assert_same(final_state(broken, text), final_state(straight, text))
 
@@ -228,6 +242,7 @@ def test_a_signal_during_validation_ends_at_once_and_loses_nothing(text, tmp_pat
         patch.setattr("ranjax.evaluate.make_evaluator", lambda *_: interrupt)
         with pytest.raises(SystemExit, match="143"):
             train.train(broken)
+    assert position(broken, text) == (windows_an_epoch(text), 0)
     train.train(dataclasses.replace(broken, resume=True))
     assert_same(final_state(broken, text), final_state(straight, text))
 
@@ -349,7 +364,8 @@ def test_sigterm_saves_and_says_how_to_go_on(text, tmp_path):
     output, _ = process.communicate(timeout=60)
     assert process.returncode == 128 + signal.SIGTERM
     assert f"Go on with: python -m ranjax.train --out {tmp_path / 'run'} --resume" in output
-    assert (tmp_path / "run" / "checkpoints" / "latest").is_dir()
+    stopped = int(re.search(r"Stopped after step (\d+), saved", output)[1])
+    assert position(load_config(tmp_path / "run"), text)[0] == stopped > 0
 
 
 def test_steps_that_are_not_finite_are_skipped_and_counted(text):
@@ -382,24 +398,16 @@ def test_a_run_that_diverges_stops_with_its_last_good_checkpoint(text, tmp_path,
     assert_same(final_state(config, text), before)
 
 
-def test_the_loss_is_the_sum_over_time(text):
-    """The paper's convention, seen from outside: plain SGD's first update is -lr times that gradient."""
-    config = settings(text, "unused", optimizer="sgd", schedule="constant", clip=1e9, learning_rate=0.5, dropout=0.0)
-    corpus = load_corpus(text)
-    model = step.build_model(config, len(corpus.vocabulary))
-    optimizer = step.make_optimizer(config, 100)
-    state = step.initial_state(model, optimizer, config)
-    params = jax.tree.map(jnp.copy, state.params)
-    window = corpus.train[:32].reshape(4, 8)
+def test_a_run_that_diverges_ends_those_beside_it(text, tmp_path, monkeypatch):
+    both = [settings(text, tmp_path / str(seed), seed=seed, epochs=1) for seed in (0, 1)]
 
-    def loss(params):
-        logits, _ = model.apply({"params": params}, window[:, :-1], deterministic=True)
-        picked = jnp.take_along_axis(jax.nn.log_softmax(logits), window[:, 1:, None], axis=-1)
-        return -picked.sum() / 4
+    def broken(model, optimizer, config, make=step.initial_state):
+        state = make(model, optimizer, config)
+        return state._replace(params=jax.tree.map(lambda p: p * jnp.nan, state.params)) if config.seed else state
 
-    after = step.make_step(model, optimizer, config, 1)(state, jnp.asarray(window)).params
-    expected = jax.tree.map(lambda p, g: p - 0.5 * g, params, jax.grad(loss)(params))
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), after, expected)
+    monkeypatch.setattr(step, "initial_state", broken)
+    with pytest.raises(UserError, match=rf"up to step 5; .*{re.escape(str(both[1].directory))} is intact"):
+        train.train_together(both)
 
 
 def test_the_papers_schedule():
@@ -941,16 +949,6 @@ def test_a_finished_run_whose_rows_are_gone_keeps_its_result(text, tmp_path):
     assert (tmp_path / "run" / "loss.png").read_bytes() == picture
 
 
-def test_a_text_that_does_not_match(run, tmp_path):
-    shutil.copytree(run[0], tmp_path / "copy")
-    other = tmp_path / "other.txt"
-    other.write_text(TEXT * 59)
-    config = dataclasses.replace(load_config(tmp_path / "copy"), dataset=str(other), out=str(tmp_path / "copy"))
-    save_config(config, tmp_path / "copy")
-    with pytest.raises(UserError, match="the text of the data set is not the one"):
-        train.train(dataclasses.replace(config, resume=True))
-
-
 def test_paths_hold_from_any_directory(text, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     shutil.copy(text, "pets.txt")
@@ -970,13 +968,32 @@ def test_a_checkpoint_of_another_configuration(run, tmp_path):
         load_run(tmp_path / "copy")
 
 
-def test_help_is_quick():
-    def seconds():
-        began = time.monotonic()
-        subprocess.run([sys.executable, "-m", "ranjax.train", "--help"], check=True, stdout=subprocess.DEVNULL)
-        return time.monotonic() - began
+@pytest.mark.parametrize("module", ["train", "evaluate", "generate", "explain"])
+def test_help_waits_for_no_large_import(module):
+    code = (
+        f"import sys, ranjax.{module} as program\ntry: program.main(['--help'])\nexcept SystemExit: print(*sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    loaded = done.stdout.splitlines()[-1].split()
+    assert "tyro" in loaded
+    assert not {"jax", "flax", "datasets", "matplotlib", "tokenizers"} & set(loaded)
 
-    assert min(seconds() for _ in range(3)) < 1.5
+
+@pytest.mark.skipif(sys.platform != "linux", reason="glibc is Linux's")
+@pytest.mark.parametrize(("given", "times"), [(None, 2), ("", 1)])
+def test_a_program_begins_anew_once_with_huge_pages(given, times):
+    code = (
+        "import os, sys; print(os.getpid(), flush=True)\n"
+        "from ranjax.hugepages import restart_with_huge_pages; restart_with_huge_pages()\n"
+        "print(repr(os.environ['GLIBC_TUNABLES']), sys.argv[1:])"
+    )
+    environment = {name: value for name, value in os.environ.items() if name != "GLIBC_TUNABLES"}
+    environment |= {} if given is None else {"GLIBC_TUNABLES": given}
+    command = [sys.executable, "-c", code, "a b"]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+    *numbers, last = done.stdout.splitlines()
+    assert (len(numbers), len(set(numbers))) == (times, 1)
+    assert last == f"{(TUNABLES if given is None else given)!r} ['a b']"
 
 
 def test_importing_the_library_loads_no_programs():
@@ -1007,7 +1024,7 @@ def test_the_state_that_validates_best_is_kept_and_tested(tmp_path, monkeypatch)
         jax.tree.map(np.testing.assert_array_equal, params, ended[0])
 
 
-def test_a_text_of_the_same_length_and_alphabet_does_not_match_either(run, tmp_path):
+def test_a_text_of_the_same_length_and_alphabet_does_not_match(run, tmp_path):
     shutil.copytree(run[0], tmp_path / "copy")
     other = tmp_path / "other.txt"
     other.write_text((TEXT * 60)[::-1])
@@ -1090,12 +1107,15 @@ def test_draws_differ_from_token_to_token_and_from_seed_to_seed(run):
 
 
 def test_a_second_text_is_not_compiled_for_again(run, caplog):
-    loaded, sampling = load_run(run[0]), generate.Sampling(0.7)
-    texts = [list(generate.generate(loaded, [0, 1], 5, sampling, seed=0))]
-    with jax.log_compiles():
-        texts.append(list(generate.generate(load_run(run[0]), [0, 1], 5, generate.Sampling(0.7), seed=0)))
+    jax.clear_caches()
+    texts, compiled = [], []
+    for _ in range(2):
+        caplog.clear()
+        with jax.log_compiles():
+            texts.append(list(generate.generate(load_run(run[0]), [0, 1], 5, generate.Sampling(0.7), seed=0)))
+        compiled.append(any("Compiling jit(advance)" in record.getMessage() for record in caplog.records))
     assert texts[0] == texts[1]
-    assert not [record for record in caplog.records if "Compiling jit(advance)" in record.getMessage()]
+    assert compiled == [True, False]
 
 
 def test_the_flags_of_generate_reach_it(run, monkeypatch):

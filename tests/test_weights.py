@@ -274,6 +274,17 @@ def test_weights_are_differentiated_through_the_gates(x64, reduce):
     check_grads(number, (params, x), order=1, modes=["rev"], atol=1e-6)
 
 
+@pytest.mark.parametrize("reduce", weights.REDUCTIONS)
+def test_the_strongest_have_derivatives_in_forward_mode(x64, patch, reduce):
+    patch(strongest, "BLOCK", 4)
+    made = weights.decompose(*drawn("recurrent", time=10))
+
+    def values(i, f, u):
+        return weights.top(made._replace(i=i, f=f, u=u), 2, reduce)[0]
+
+    check_grads(values, (made.i, made.f, made.u), order=1, modes=["fwd"])
+
+
 def test_a_hundred_thousand_steps_in_bounded_memory():
     """64 components; the blocks' own arrays are a constant number of the sequence's size."""
     time = 100_000
@@ -306,11 +317,14 @@ def test_outside_jit_nothing_is_compiled_twice(gates, caplog):
             ranjax.solve(params, x, gates=gates, solver=solver)
         weights.full(made), weights.reduced(made), weights.top(made, 2)
 
-    use()
-    caplog.clear()
-    with jax.log_compiles():
-        use()
-    assert not [record for record in caplog.records if "Compiling" in record.getMessage()]
+    jax.clear_caches()
+    compiled = []
+    for _ in range(2):
+        caplog.clear()
+        with jax.log_compiles():
+            use()
+        compiled.append(any("Compiling" in record.getMessage() for record in caplog.records))
+    assert compiled == [True, False]
 
 
 @pytest.mark.parametrize(
