@@ -172,7 +172,7 @@ def main(argv: list[str] | None = None) -> None:
         options = tyro.cli(Options, args=argv, prog="python -m ranjax.generate")
         check_utf8("--prompt", options.prompt)
         if not 0 <= options.seed < 2**31:
-            raise UserError(f"--seed must be in [0, 2**31); got {options.seed}.")
+            raise UserError(f"--seed must be a whole number in [0, 2**31); got {options.seed}.")
         sampling = Sampling(options.temperature, options.top_k, options.top_p)
         run = load_run(options.checkpoint)
         write = partial(print, end="", flush=True)
