@@ -60,10 +60,9 @@ def test_with_the_identity_a_share_is_what_the_logit_loses_without_the_word(x64)
     one, two = attribution.decompositions(model, params, TOKENS, state)
     found = attribution.shares(model, params, TOKENS, 4, 9, state)
 
-    def logit(u, *c0):
-        c0 = c0 or (one.c0, two.c0)
-        h = oracle.recurrence(one.f, one.i * u, c0[0])
-        h = oracle.recurrence(two.f, two.i * (h @ params["stack_1"]["cell"]["content"]["kernel"]), c0[1])
+    def logit(u, one_c0=one.c0, two_c0=two.c0):
+        h = oracle.recurrence(one.f, one.i * u, one_c0)
+        h = oracle.recurrence(two.f, two.i * (h @ params["stack_1"]["cell"]["content"]["kernel"]), two_c0)
         return h[9] @ params["decode"]["kernel"][:, 4]
 
     u = np.asarray(one.u)
@@ -71,7 +70,7 @@ def test_with_the_identity_a_share_is_what_the_logit_loses_without_the_word(x64)
         without = u.copy()
         without[j] = 0
         np.testing.assert_allclose(found.words[j], logit(u) - logit(without), rtol=1e-10, atol=1e-12)
-    lost = [logit(u) - logit(u, 0 * one.c0, two.c0), logit(u) - logit(u, one.c0, 0 * two.c0)]
+    lost = [logit(u) - logit(u, one_c0=0 * one.c0), logit(u) - logit(u, two_c0=0 * two.c0)]
     np.testing.assert_allclose(found.carry, lost, rtol=1e-10, atol=1e-12)
 
 
