@@ -88,8 +88,8 @@ def load_corpus(name: str | Path, data_dir: str | Path | None = None, tokenizer:
       seen at least twice in train and read the rest as `<unk>`, in train as well.
 
     Raises:
-      UserError (a ValueError): an unknown name, a missing, empty or undecodable file, totals that are not the
-        published ones, a split of less than two tokens, a hub that cannot be reached.
+      UserError (a ValueError): an unknown name, a missing, packed, empty or undecodable file, totals that are not
+        the published ones, a split of less than two tokens, a hub that cannot be reached.
 
     Example:
       >>> from ranjax.data import load_corpus

@@ -13,6 +13,7 @@ from ranjax.errors import UserError
 
 SPLITS = ("train", "valid", "test")
 SUFFIXES = (".txt", ".tokens", ".raw", ".parquet")
+PACKED = (".7z", ".bz2", ".tar", ".tgz", ".xz", ".zip", ".zst")  # not read: as bytes they would pass for a text
 SHARES = (0.90, 0.05)  # of a single text: train, valid; the rest is test
 
 
@@ -39,6 +40,8 @@ def _suffix(path: Path) -> str:
 
 
 def _read_file(path: Path) -> bytes:
+    if _suffix(path) in PACKED:
+        raise UserError(f"{path} is an archive; expected a text, plain or as .gz. Unpack it first.")
     try:
         data = gzip.decompress(path.read_bytes()) if path.suffix.lower() == ".gz" else path.read_bytes()
     except (OSError, EOFError, zlib.error) as error:

@@ -278,6 +278,8 @@ def test_a_byte_order_mark_is_no_character(tmp_path):
         ({"a.txt": b""}, "a.txt", {}, "the train split of .*a.txt is empty"),
         ({"a.txt": b"\x80\x81\x82" * 100}, "a.txt", {}, "the train split of .*a.txt is not UTF-8: byte 0x80"),
         ({"a.txt": b"caf\xe9 au lait" * 20}, "a.txt", {}, "not UTF-8: byte 0xe9 at position 3.*--tokenizer byte"),
+        ({"d/enwik8.zip": b"PK" * 100}, "enwik8", {"data_dir": "d"}, "d/enwik8.zip is an archive; .* Unpack it first"),
+        ({"a.tar.gz": gzip.compress(b"a" * 200)}, "a.tar.gz", {"tokenizer": "byte"}, "a.tar.gz is an archive"),
         ({"a.txt.gz": b"not packed"}, "a.txt.gz", {}, "a.txt.gz could not be read"),
         ({"a.txt": b"abc"}, "a.txt", {}, "the valid split of .*a.txt is empty"),
         (
