@@ -215,7 +215,7 @@ SOLVERS: dict[str, Solver] = {
 
 
 # What `"auto"` takes on a platform, and why: milliseconds of a gradient, from benchmarks/results/. Other shapes are
-# there for the CPU: chunked wins at one of them, 4 x 16,384 x 64. A kernel that has not run on its device is not a
+# there for the CPU: chunked wins by a tenth at 4 x 16,384 x 64. A kernel that has not run on its device is not a
 # default: the GPU's was timed as of e6eaacf, and has passed its tests there since it was rearranged. How it fills a
 # chip by shape is in kernels/gpu.py, chosen on the same H100 on the same day. Gates that read all of h_{t-1} are walked
 # through everywhere: 213 against 748 ms on that CPU, 2 x 8192 x 200; on a GPU that has not been measured.
