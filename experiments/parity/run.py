@@ -1,4 +1,4 @@
-"""RAN beside LSTM, GRU and a plain RNN, one code and one budget: `python experiments/parity/run.py --study ptb-small`.
+"""RAN beside LSTM, GRU and a plain RNN, one code, as many epochs: `python experiments/parity/run.py --study ptb-small`.
 
 Each run goes on where it was cut off and adds its row to results.jsonl; perplexity.png is drawn anew. A tuned study
 first tries each model's settings (`GRID`) with one seed: those of the lowest validation perplexity remain.
@@ -32,6 +32,7 @@ STUDIES = {
     "ptb-small-tuned": replace(SMALL, steps=35, dropout=0.25),
     "ptb-small-20-tuned": replace(SMALL, dropout=0.1),
     "ptb-small-tied-tuned": replace(SMALL, steps=35, dropout=0.25, tie=True),
+    "ptb-small-tied-20-tuned": replace(SMALL, dropout=0.25, tie=True),
     "ptb-small-35-columns": replace(SMALL, batch_size=35, dropout=0.25),
     "ptb-small-reach": replace(SMALL, batch_size=35, dropout=0.25, learning_rate=1.75, clip=5 / 1.75),
     "ptb-medium": PRESETS["ptb-medium"],
@@ -79,8 +80,7 @@ def draw(rows: list[dict], path: Path) -> None:
     """The test figure of every seed by study and model, beside the published ones; the worst at the edge."""
     studies = [study for study in STUDIES if any(row["study"] == study for row in rows)]
     columns, shared = min(len(studies), 3), {}
-    height = -(-len(studies) // columns)
-    figure = blank_figure(4.2 * columns, 3 * height + 0.4)
+    figure = blank_figure(4.2 * columns, 3 * (height := -(-len(studies) // columns)) + 0.4)
     figure.get_layout_engine().set(wspace=0.06)  # for the marks beyond the axes
     for number, study in enumerate(studies, 1):
         kind = STUDIES[study].dataset, study.startswith("ptb-small")  # its studies share an axis
