@@ -296,8 +296,12 @@ def test_the_parity_study_draws_what_there_is(tmp_path):
     for study_ in ("text8", "enwik8-small"):
         tested = {"test_bits": 2.0, "valid_perplexity": 4.0}
         rows.append({"study": study_, "model": "RAN", "config": vars(parity["STUDIES"][study_])} | tested)
-    parity["draw"](rows, tmp_path / "some.svg")
-    drawn = (tmp_path / "some.svg").read_text("utf-8")  # its texts are in comments, as they are in its paths
+    rows.append(rows[-1] | {"model": "RAN, identity", "test_bits": None, "valid_perplexity": None})
+    for some in ([row for row in rows if row["study"] == "enwik8-small"], rows):
+        parity["draw"](some, tmp_path / "some.svg")
+        drawn = (tmp_path / "some.svg").read_text("utf-8")  # its texts are in comments, as they are in its paths
+        marks = [float(x) for x in re.findall(r'<use [^>]*x="([\d.]+)"', drawn)]
+        assert max(marks) + 4 < float(re.search(r'viewBox="0 0 ([\d.]+)', drawn)[1])  # a mark is 6 points wide
     for axis in ("test perplexity", "test bits per character", "test bits per byte"):
         assert drawn.count(f"<!-- {axis} -->") == 1
 

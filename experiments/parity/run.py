@@ -81,7 +81,7 @@ def draw(rows: list[dict], path: Path) -> None:
     studies = [study for study in STUDIES if any(row["study"] == study for row in rows)]
     columns, shared = min(len(studies), 3), {}
     figure = blank_figure(4.2 * columns, 3 * (height := -(-len(studies) // columns)) + 0.4)
-    figure.get_layout_engine().set(wspace=0.06)  # for the marks beyond the axes
+    figure.get_layout_engine().set(wspace=0.06, rect=(0, 0, 1 - 0.04 / columns, 1))  # for the marks beyond the axes
     for number, study in enumerate(studies, 1):
         kind = STUDIES[study].dataset, study.startswith("ptb-small")  # its studies share an axis
         axes = shared[kind] = figure.add_subplot(height, columns, number, sharex=shared.get(kind))
@@ -103,7 +103,7 @@ def draw(rows: list[dict], path: Path) -> None:
         axes.set(title=study, xlabel=f"test {unit}")
         axes.invert_yaxis()
         axes.grid(alpha=0.3)
-    figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=5, frameon=False)
+    figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=2 * columns, frameon=False)
     figure.savefig(path, dpi=110)
 
 
