@@ -247,10 +247,8 @@ def test_sizes_and_scale_of_the_embedding():
     assert LanguageModel(11, features=(4, 7), projection=3, tie=True).embedding_size == 3
     variables = LanguageModel(50, features=40).init(jax.random.key(0), TOKENS, deterministic=True)
     assert 0.09 < float(jnp.max(jnp.abs(variables["params"]["embed"]["embedding"]))) <= 0.1
-    kernel = variables["params"]["decode"][
-        "kernel"
-    ]  # LeCun's: a deviation of 1 / sqrt(40), not one that is bounded by 0.1
-    assert float(jnp.std(kernel)) * 40**0.5 == pytest.approx(1, abs=0.1)
+    kernel = variables["params"]["decode"]["kernel"]
+    assert float(jnp.std(kernel)) * 40**0.5 == pytest.approx(1, abs=0.1)  # LeCun's, not bounded by 0.1
 
 
 def test_dropout_is_on_the_embedding_and_on_every_layer():
