@@ -18,10 +18,10 @@ from ranjax import FixedPoint, RANCell, solve
 from ranjax.cell import content, gates_of_input, output
 from ranjax.data import load_corpus
 from ranjax.evaluate import load_run
-from ranjax.fixed_point import averaged
-from ranjax.hugepages import restart_with_huge_pages
-from ranjax.masks import Steps
-from ranjax.recurrent import make_pass
+from ranjax.solvers.fixed_point import averaged
+from ranjax.cli import restart_with_huge_pages
+from ranjax.solvers.masks import Steps
+from ranjax.solvers.recurrent import make_pass
 
 RESULTS = Path(__file__).parent / "results"
 LOOSE = {"rtol": 1e-4, "adjoint_rtol": 1e-4}

@@ -23,8 +23,8 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import ranjax
-from ranjax.hugepages import restart_with_huge_pages
-from ranjax.report import blank_figure
+from ranjax.cli import restart_with_huge_pages
+from ranjax.training.report import blank_figure
 
 TIME = P(None, "time")
 COLLECTIVE = re.compile(r"= (.*?) (all-gather|all-reduce|collective-permute|all-to-all|reduce-scatter)(?:-start)?\(")

@@ -19,8 +19,8 @@ import timing
 from jax import Array, lax
 
 from ranjax import linear_recurrence
-from ranjax.hugepages import restart_with_huge_pages
-from ranjax.report import blank_figure
+from ranjax.cli import restart_with_huge_pages
+from ranjax.training.report import blank_figure
 
 RESULTS = Path(__file__).parent / "results"
 MAIN = (8, 1024, 512)  # batch, time, features

@@ -13,7 +13,7 @@ from unittest import mock
 
 import timing
 
-from ranjax.hugepages import restart_with_huge_pages
+from ranjax.cli import restart_with_huge_pages
 
 RESULTS = Path(__file__).parent / "results"
 SIZES = {  # features of both layers, batch, steps
@@ -49,8 +49,8 @@ def ranjax_steps(features: int, batch: int, steps: int, **options):
     import jax.numpy as jnp
     import numpy as np
 
-    from ranjax.config import Config
-    from ranjax.step import build_model, initial_state, make_optimizer, make_step
+    from ranjax.training.config import Config
+    from ranjax.training.step import build_model, initial_state, make_optimizer, make_step
 
     config = Config(
         features=(features,), batch_size=batch, steps=steps, dropout=0.0, tie=False, optimizer="sgd",

@@ -17,11 +17,11 @@ import numpy as np
 import timing
 
 from ranjax import LanguageModel, views, weights
-from ranjax.config import Config
+from ranjax.training.config import Config
 from ranjax.evaluate import Run
-from ranjax.explanation import explain
-from ranjax.hugepages import restart_with_huge_pages
-from ranjax.vocabulary import Words
+from ranjax.interpret.explanation import explain
+from ranjax.cli import restart_with_huge_pages
+from ranjax.data.vocabulary import Words
 
 
 @dataclasses.dataclass(frozen=True)

@@ -21,39 +21,44 @@ They are imported when first used, so that programs can answer `--help` at once.
 """
 
 from importlib import import_module
-from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from ranjax import attribution as attribution
-    from ranjax import config as config
     from ranjax import data as data
     from ranjax import evaluate as evaluate
+    from ranjax import explain as explain
     from ranjax import generate as generate
-    from ranjax import memory as memory
     from ranjax import train as train
-    from ranjax import weights as weights
     from ranjax.cell import RANCell as RANCell
-    from ranjax.fixed_point import FixedPoint as FixedPoint
-    from ranjax.gated import solve as solve
+    from ranjax.solvers.fixed_point import FixedPoint as FixedPoint
+    from ranjax.solvers import solve as solve
+    from ranjax.interpret import attribution as attribution
+    from ranjax.interpret import memory as memory
+    from ranjax.interpret import weights as weights
     from ranjax.layer import RAN as RAN
     from ranjax.lm import LanguageModel as LanguageModel
     from ranjax.scan import linear_recurrence as linear_recurrence
 
+    from ranjax.training import config as config
+
     __version__: str
 
-_HOMES = {
-    "FixedPoint": "fixed_point",
+_NAMES = {
+    "FixedPoint": "solvers.fixed_point",
     "LanguageModel": "lm",
     "RAN": "layer",
     "RANCell": "cell",
     "linear_recurrence": "scan",
-    "solve": "gated",
+    "solve": "solvers",
 }
-_MODULES = (
-    "attribution", "cell", "config", "data", "evaluate", "generate", "kernels", "layer", "lm", "memory", "scan",
-    "train", "weights",
-)  # fmt: skip
+_MODULES = {
+    name: name for name in ("cell", "data", "evaluate", "explain", "generate", "kernels", "layer", "lm", "scan", "train")
+} | {
+    "attribution": "interpret.attribution",
+    "config": "training.config",
+    "memory": "interpret.memory",
+    "weights": "interpret.weights",
+}
 
 __all__ = [
     "RAN",
@@ -64,6 +69,7 @@ __all__ = [
     "config",
     "data",
     "evaluate",
+    "explain",
     "generate",
     "linear_recurrence",
     "memory",
@@ -74,11 +80,13 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    if name in _HOMES:
-        return getattr(import_module(f"ranjax.{_HOMES[name]}"), name)
+    if name in _NAMES:
+        return getattr(import_module(f"ranjax.{_NAMES[name]}"), name)
     if name in _MODULES:
-        return import_module(f"ranjax.{name}")
+        return import_module(f"ranjax.{_MODULES[name]}")
     if name == "__version__":
+        from importlib.metadata import version  # slow, and seldom asked for
+
         return version("ranjax")
     raise AttributeError(f"module 'ranjax' has no attribute {name!r}")
 

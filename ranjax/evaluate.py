@@ -10,15 +10,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from ranjax.errors import UserError, check_size, exit_with_message, read_json
-from ranjax.hugepages import restart_with_huge_pages
+from ranjax.cli import restart_with_huge_pages
 
 if TYPE_CHECKING:
     import numpy as np
     from jax.typing import ArrayLike
 
-    from ranjax.config import Config
+    from ranjax.training.config import Config
     from ranjax.lm import LanguageModel
-    from ranjax.vocabulary import Vocabulary
+    from ranjax.data.vocabulary import Vocabulary
 
 MOST = 1e100  # perplexity: JSON and pictures have no infinity
 # Tokens a call. The state goes on from one to the next, so the result does not depend on it; of several streams,
@@ -77,10 +77,10 @@ def load_run(directory: str | Path) -> Run:
     import jax
     import jax.numpy as jnp
 
-    from ranjax.checkpoint import Checkpoints
-    from ranjax.config import load_config
-    from ranjax.step import build_model
-    from ranjax.vocabulary import load_vocabulary
+    from ranjax.training.checkpoint import Checkpoints
+    from ranjax.training.config import load_config
+    from ranjax.training.step import build_model
+    from ranjax.data.vocabulary import load_vocabulary
 
     directory = Path(os.path.expanduser(directory)).resolve()
     config = load_config(directory)
@@ -243,7 +243,7 @@ def main(argv: list[str] | None = None) -> None:
     """The program."""
     import tyro
 
-    from ranjax.vocabulary import unknown
+    from ranjax.data.vocabulary import unknown
 
     with exit_with_message():
         options = tyro.cli(Options, args=argv, prog="python -m ranjax.evaluate")

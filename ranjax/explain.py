@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from ranjax.errors import UserError, check_utf8, exit_with_message
-from ranjax.hugepages import restart_with_huge_pages
+from ranjax.cli import restart_with_huge_pages
 
 if TYPE_CHECKING:
-    from ranjax.explanation import Explanation
+    from ranjax.interpret.explanation import Explanation
 
 
 @dataclass(frozen=True)
@@ -71,7 +71,7 @@ def main(argv: list[str] | None = None) -> None:
 
     from ranjax import views
     from ranjax.evaluate import load_run
-    from ranjax.explanation import DRAWN, explain
+    from ranjax.interpret.explanation import DRAWN, explain
 
     with exit_with_message():
         options = tyro.cli(Options, args=argv, prog="python -m ranjax.explain")

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
     from ranjax.evaluate import Run
     from ranjax.lm import LanguageModel
-    from ranjax.vocabulary import Vocabulary
+    from ranjax.data.vocabulary import Vocabulary
 
 
 @dataclass(frozen=True)

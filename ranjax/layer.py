@@ -11,10 +11,10 @@ from jax import Array, lax
 from jax.typing import ArrayLike
 
 from ranjax.cell import RANCell, checked_carry, output
-from ranjax.fixed_point import FixedPoint
-from ranjax.gated import check_solver, states, steps_of
-from ranjax.masks import checked, checked_lengths, padding_after
-from ranjax.mesh import last_state, steps_before
+from ranjax.solvers.fixed_point import FixedPoint
+from ranjax.solvers import check_solver, states, steps_of
+from ranjax.solvers.masks import checked, checked_lengths, padding_after
+from ranjax.sharding import last_state, steps_before
 from ranjax.scan import state_dtype
 
 

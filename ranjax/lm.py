@@ -15,10 +15,10 @@ from jaxtyping import Float, Int
 
 from ranjax.cell import ACTIVATIONS, GATES, RANCell, checked_carry, uniform
 from ranjax.errors import check_choice, check_size
-from ranjax.fixed_point import FixedPoint
-from ranjax.gated import check_solver
+from ranjax.solvers.fixed_point import FixedPoint
+from ranjax.solvers import check_solver
 from ranjax.layer import RAN
-from ranjax.stepwise import Stepwise
+from ranjax.baselines import Stepwise
 
 State = tuple  # one carry per layer
 

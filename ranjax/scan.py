@@ -16,9 +16,9 @@ from jax.typing import ArrayLike
 from jaxtyping import Float
 
 from ranjax.errors import check_choice
-from ranjax.kernels import Rows, Solver, Step, Walk
-from ranjax.kernels.plain import associative, chunked, sequential
-from ranjax.mesh import at_the_edge, automatic, before, carry_in, check_spread, varying_as, varying_axes
+from ranjax.kernels.base import Rows, Solver, Step, Walk, mapped
+from ranjax.kernels.reference import associative, chunked, sequential
+from ranjax.sharding import at_the_edge, automatic, before, check_spread, varying_as, varying_axes
 
 Sequence = Float[Array, "*batch time features"]
 State = Float[Array, "*batch features"]
@@ -145,9 +145,27 @@ def _solved(
     if axis_name is not None:
         to_the_end = walk._replace(step=_unwritten(step), carry=(jnp.zeros_like(carry),), outs=(), in_place=False)
         (last,), _ = SOLVERS[solver](to_the_end)
-        walk = walk._replace(carry=(carry_in(jnp.prod(arrays[0], axis=1), last, carry, reverse, axis_name),))
+        walk = walk._replace(carry=(_carry_in(jnp.prod(arrays[0], axis=1), last, carry, reverse, axis_name),))
     _, (states,) = SOLVERS[solver](walk)
     return states.reshape(inputs.shape)
+
+
+def _carry_in(product: Array, last: Array, initial: Array, reverse: bool, axis_name: str) -> Array:
+    """The carry that a device's part of an affine walk starts from.
+
+    Args:
+      product: of the walk's slopes over this device's steps.
+      last: the carry that this device's part ends with when it starts from 0.
+      initial: the carry that the whole starts from.
+    """
+    products, lasts = lax.all_gather((product, last), axis_name)
+
+    def fold(carry, part):
+        slope, offset = part
+        return jnp.where(carry == 0, offset, mapped(offset, slope, carry)), carry  # infinity times nothing
+
+    _, starts = lax.scan(fold, varying_as(initial, (lasts,)), (products, lasts), reverse=reverse)
+    return lax.dynamic_index_in_dim(starts, lax.axis_index(axis_name), keepdims=False)
 
 
 def _step(carry: Rows, _: Rows, rows: Rows) -> tuple[Rows, Rows]:

@@ -10,16 +10,16 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ranjax.config import ITERATING, Config, check, check_same, load_config, normalised, parse, save_config
+from ranjax.training.config import ITERATING, Config, check, check_same, load_config, normalised, parse, save_config
 from ranjax.data import identity
 from ranjax.errors import UserError, exit_with_message, read_json, refusals
-from ranjax.hugepages import restart_with_huge_pages
-from ranjax.vocabulary import load_vocabulary, save_vocabulary
+from ranjax.cli import restart_with_huge_pages
+from ranjax.data.vocabulary import load_vocabulary, save_vocabulary
 
 if TYPE_CHECKING:
     from ranjax.data import Corpus
-    from ranjax.loop import Training
-    from ranjax.step import TrainState
+    from ranjax.training.loop import Training
+    from ranjax.training.step import TrainState
 
 
 def train(config: Config) -> dict[str, Any]:
@@ -61,12 +61,12 @@ def train_together(configs: Sequence[Config]) -> list[dict[str, Any]]:
     _check_together(configs)
     import jax
 
-    from ranjax.checkpoint import Checkpoints
+    from ranjax.training.checkpoint import Checkpoints
     from ranjax.data import columns, load_corpus, windows_per_epoch
     from ranjax.evaluate import make_evaluator
-    from ranjax.loop import Loop, Training, interrupts, together
-    from ranjax.report import Report
-    from ranjax.step import build_model, initial_state, make_optimizer, make_step
+    from ranjax.training.loop import Loop, Training, interrupts, together
+    from ranjax.training.report import Report
+    from ranjax.training.step import build_model, initial_state, make_optimizer, make_step
 
     first = configs[0]
     if len(configs) > 1 and first.solver in ITERATING:
@@ -121,7 +121,7 @@ def _begin(config: Config, corpus: "Corpus", state: "TrainState", windows: int, 
 
     The run is then this program's alone until `held` is closed.
     """
-    from ranjax.checkpoint import Checkpoints
+    from ranjax.training.checkpoint import Checkpoints
 
     directory = config.directory
     if config.resume:

@@ -23,7 +23,7 @@ if "JAX_COMPILATION_CACHE_DIR" not in os.environ:  # a program that several test
 from jaxtyping import install_import_hook
 
 install_import_hook(
-    [f"ranjax.{name}" for name in ("cell", "gated", "layer", "lm", "masks", "mesh", "scan", "stepwise")],
+    [f"ranjax.{name}" for name in ("baselines", "cell", "layer", "lm", "scan", "sharding", "solvers")],
     "beartype.beartype",
 )
 
@@ -49,9 +49,9 @@ hypothesis.settings.load_profile("ranjax")
 def a_smaller_machine():
     """Chunks that a short sequence has several of, and fewer loads and lanes of a GPU: its kernel's interpretation
     compiles for a time that grows with them."""
-    from ranjax.kernels import gpu, plain
+    from ranjax.kernels import gpu, reference
 
-    plain.CHUNK = 3
+    reference.CHUNK = 3
     if jax.default_backend() == "cpu":
         gpu.LOADS, gpu.LANES = 4, 4
 
@@ -78,7 +78,7 @@ def patch(monkeypatch):
 @pytest.fixture
 def pets(tmp_path):
     """The settings of a run of seconds, on a text of its own."""
-    from ranjax.config import Config
+    from ranjax.training.config import Config
 
     (tmp_path / "pets.txt").write_text("the cat sat on the mat\nthe dog sat on the log\n" * 80)
     return Config(dataset=str(tmp_path / "pets.txt"), features=(8,), layers=1, batch_size=4, steps=7, epochs=1)

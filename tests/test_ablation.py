@@ -9,7 +9,7 @@ import pytest
 
 from ranjax import ablation, step, train
 from ranjax.cell import gates_of_input, gates_of_state
-from ranjax.config import Config
+from ranjax.training.config import Config
 from ranjax.lm import zero_state
 
 VOCABULARY, FEATURES = 11, 6

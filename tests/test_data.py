@@ -21,10 +21,10 @@ import pytest
 
 from ranjax import data, embedded, sources
 from ranjax.data import columns, load_corpus, load_split, windows_per_epoch
-from ranjax.embedded import MARKOV_NOISE, markov_entropy, markov_ids, task_answers
+from ranjax.data.builtin import MARKOV_NOISE, markov_entropy, markov_ids, task_answers
 from ranjax.errors import UserError
-from ranjax.sources import SPLITS, path_texts, split_text
-from ranjax.vocabulary import BytePairs, Bytes, Characters, Words, load_vocabulary, save_vocabulary
+from ranjax.data.files import SPLITS, path_texts, split_text
+from ranjax.data.vocabulary import BytePairs, Bytes, Characters, Words, load_vocabulary, save_vocabulary
 
 TEXT = "the cat sat on the mat\n\nthe dog sat on the log é\n" * 40
 

@@ -14,12 +14,12 @@ import pytest
 from rich.console import Console
 
 from ranjax import explain, explanation, train, views, weights
-from ranjax.attribution import decompositions
-from ranjax.config import Config
+from ranjax.interpret.attribution import decompositions
+from ranjax.training.config import Config
 from ranjax.errors import UserError
 from ranjax.evaluate import Run, load_run
 from ranjax.lm import LanguageModel
-from ranjax.vocabulary import Characters, Words
+from ranjax.data.vocabulary import Characters, Words
 
 PETS = "the cat sat on the mat\nthe dog sat on the log\nthe cat saw the <script>alert(1)</script> dog\n"
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")

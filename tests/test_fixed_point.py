@@ -12,10 +12,12 @@ import pytest
 from jax.test_util import check_grads
 
 import ranjax
-from ranjax import RAN, FixedPoint, LanguageModel, RANCell, jacobian, recurrent
+from ranjax import RAN, FixedPoint, LanguageModel, RANCell
+from ranjax.solvers import adjoint as jacobian
+from ranjax.solvers import recurrent
 from ranjax.cell import content, gates_of_input, gates_of_state
-from ranjax.fixed_point import averaged, iterate, relative
-from ranjax.masks import Steps
+from ranjax.solvers.fixed_point import averaged, iterate, relative
+from ranjax.solvers.masks import Steps
 
 FEATURES = 8
 IDENTITY = {"activation": "identity"}

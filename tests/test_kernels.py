@@ -8,7 +8,9 @@ import numpy as np
 import pytest
 from jax.experimental.pallas import tpu as pltpu
 
-from ranjax.kernels import Walk, gpu, plain, tpu
+from ranjax.kernels import gpu, tpu
+from ranjax.kernels import reference as plain
+from ranjax.kernels.base import Walk
 
 
 def gpu_split(walk):

@@ -17,11 +17,12 @@ from hypothesis import strategies as st
 from jax.test_util import check_grads
 from test_cell import VARIANTS, inputs, randomised, variants
 
-from ranjax import RAN, FixedPoint, RANCell, gated, weights
+from ranjax import RAN, FixedPoint, RANCell, weights
+from ranjax import solvers as gated
 from ranjax.cell import GATES
-from ranjax.gated import FUSED
+from ranjax.solvers import FUSED
 from ranjax.scan import SOLVERS
-from ranjax.stepwise import Stepwise
+from ranjax.baselines import Stepwise
 
 ELEMENTWISE = ("diagonal", "input")  # gates that a walk of their own serves
 WAYS = [(options, "auto") for options in VARIANTS]

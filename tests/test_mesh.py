@@ -17,12 +17,13 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import ranjax
-from ranjax import FixedPoint, jacobian, linear_recurrence
+from ranjax import FixedPoint, linear_recurrence
+from ranjax.solvers import adjoint as jacobian
 from ranjax.cell import content, gates_of_input, gates_of_state
-from ranjax.fixed_point import averaged, iterate
+from ranjax.solvers.fixed_point import averaged, iterate
 from ranjax.lm import cross_entropy
-from ranjax.masks import Steps
-from ranjax.mesh import before, largest
+from ranjax.solvers.masks import Steps
+from ranjax.sharding import before, largest
 
 pytestmark = pytest.mark.skipif(
     jax.device_count() < 8, reason="needs 8 devices: XLA_FLAGS=--xla_force_host_platform_device_count=8"

@@ -45,7 +45,7 @@ def test_every_flag_named_exists():
     from dataclasses import fields
 
     from ranjax import evaluate, explain, generate
-    from ranjax.config import Config
+    from ranjax.training.config import Config
 
     known = {
         field.name

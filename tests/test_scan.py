@@ -14,7 +14,7 @@ from jax.test_util import check_grads
 
 import ranjax
 import ranjax.scan
-from ranjax.kernels import plain
+from ranjax.kernels import reference as plain
 from ranjax.scan import SOLVERS
 
 linear_recurrence = jax.jit(ranjax.linear_recurrence, static_argnames=("reverse", "solver"))  # one compilation a call

@@ -11,8 +11,8 @@ import optax
 import pytest
 
 from ranjax import step, train
-from ranjax.checkpoint import Checkpoints
-from ranjax.config import Config
+from ranjax.training.checkpoint import Checkpoints
+from ranjax.training.config import Config
 from ranjax.data import load_corpus, windows_per_epoch
 
 

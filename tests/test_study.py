@@ -19,16 +19,16 @@ import numpy as np
 import pytest
 
 from ranjax import FixedPoint, RANCell, report, solve, study
-from ranjax.config import Config
+from ranjax.training.config import Config
 from ranjax.data import load_corpus
-from ranjax.embedded import markov_entropy
+from ranjax.data.builtin import markov_entropy
 from ranjax.errors import UserError
 from ranjax.evaluate import Evaluation, Run
-from ranjax.memory import Memory
-from ranjax.step import build_model
-from ranjax.table import Table, chosen
+from ranjax.interpret.memory import Memory
+from ranjax.training.step import build_model
+from harness.table import Table, chosen
 from ranjax.train import train
-from ranjax.vocabulary import Words
+from ranjax.data.vocabulary import Words
 
 EXPERIMENTS = Path(__file__).resolve().parents[1] / "experiments"
 
@@ -52,7 +52,7 @@ def test_time_runs_out(pets, tmp_path):
     """Cut off by its budget, saved as by Ctrl-C, without a row; table and runs are where the flags say."""
     program = (
         "import pathlib, signal, sys, threading, time; from orbax.checkpoint import v1\n"
-        "from ranjax import study; from ranjax.config import Config\n"
+        "from ranjax import study; from ranjax.training.config import Config\n"
         f"config = Config(dataset={pets.dataset!r}, features=(8,), layers=1, batch_size=4, steps=7, epochs=4000)\n"
         "def hurry():\n"  # the minutes are over once it has begun to train, however slow the machine is
         "    while not any(path.stat().st_size for path in pathlib.Path('kept').glob('*/metrics.jsonl')):\n"

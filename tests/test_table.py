@@ -10,10 +10,10 @@ import pytest
 
 from ranjax import evaluate
 from ranjax import table as tables
-from ranjax.config import Config
+from ranjax.training.config import Config
 from ranjax.data import load_corpus
 from ranjax.errors import DivergedError, UserError
-from ranjax.table import Table, chosen, value
+from harness.table import Table, chosen, value
 
 
 def test_a_row_is_trained_for_once(pets, tmp_path, capsys):

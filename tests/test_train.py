@@ -27,17 +27,17 @@ import numpy as np
 import pytest
 
 from ranjax import checkpoint, evaluate, explain, generate, lm, loop, report, step, train
-from ranjax.checkpoint import Checkpoints
-from ranjax.config import PRESETS, Config, check_same, load_config, normalised, parse, save_config
+from ranjax.training.checkpoint import Checkpoints
+from ranjax.training.config import PRESETS, Config, check_same, load_config, normalised, parse, save_config
 from ranjax.data import load_corpus
-from ranjax.embedded import markov_entropy
+from ranjax.data.builtin import markov_entropy
 from ranjax.errors import UserError, exit_with_message, flag
 from ranjax.evaluate import Evaluation, load_run, make_evaluator
-from ranjax.hugepages import TUNABLES
+from ranjax.cli import TUNABLES
 from ranjax.lm import LanguageModel
-from ranjax.report import Report
-from ranjax.sources import SPLITS
-from ranjax.vocabulary import Bytes, Characters, Words
+from ranjax.training.report import Report
+from ranjax.data.files import SPLITS
+from ranjax.data.vocabulary import Bytes, Characters, Words
 
 TEXT = "the cat sat on the mat\nthe dog sat on the log\nthe cat saw the dog\n"
 
@@ -153,7 +153,7 @@ def train_until(when, monkeypatch, *configs):
             signal.raise_signal(signal.SIGINT)
 
     with monkeypatch.context() as patch:
-        patch.setattr("ranjax.report.Report.progress", interrupt)
+        patch.setattr("ranjax.training.report.Report.progress", interrupt)
         patch.setattr(loop, "round", lambda _: 1, raising=False)  # bursts stay at a single step
         with pytest.raises(SystemExit, match="130"):
             train.train_together(configs)
@@ -222,7 +222,7 @@ def test_an_interrupt_on_the_last_step_of_an_epoch_loses_nothing(text, tmp_path,
             signal.raise_signal(signal.SIGTERM)
 
     with monkeypatch.context() as patch:
-        patch.setattr("ranjax.report.Report.progress", interrupt)
+        patch.setattr("ranjax.training.report.Report.progress", interrupt)
         with pytest.raises(SystemExit, match="143"):
             train.train(broken)
     assert position(broken, text) == (windows, 0)
@@ -304,7 +304,7 @@ def test_every_epoch_of_a_killed_run_is_told_of_once(saved, text, tmp_path, monk
 def test_a_run_killed_before_its_first_step_can_be_resumed(text, tmp_path, monkeypatch):
     config = settings(text, tmp_path / "run", epochs=1)
     with monkeypatch.context() as patch:
-        patch.setattr("ranjax.step.make_step", lambda *_: 1 / 0)
+        patch.setattr("ranjax.training.step.make_step", lambda *_: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             train.train(config)
     assert train.train(dataclasses.replace(config, resume=True))["test_tokens"] > 0
@@ -551,7 +551,7 @@ def test_sampling_takes_only_what_it_may():
 
 
 def test_words_and_half_characters_are_written_whole():
-    from ranjax.vocabulary import Bytes, Words
+    from ranjax.data.vocabulary import Bytes, Words
 
     written = []
     generate.stream(Words(("<eos>", "a", "b")), iter([1, 2, 0, 1]), written.append, "a")
@@ -1007,7 +1007,7 @@ def test_a_program_begins_anew_once_with_huge_pages(given):
     anew = given is None and sys.platform == "linux"
     code = (
         "import os, sys; print(os.getpid(), flush=True)\n"
-        "from ranjax.hugepages import restart_with_huge_pages; restart_with_huge_pages()\n"
+        "from ranjax.cli import restart_with_huge_pages; restart_with_huge_pages()\n"
         "print(repr(os.environ.get('GLIBC_TUNABLES')), sys.argv[1:])"
     )
     environment = {name: value for name, value in os.environ.items() if name != "GLIBC_TUNABLES"}

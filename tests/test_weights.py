@@ -13,8 +13,9 @@ from hypothesis import strategies as st
 from jax.test_util import check_grads
 
 import ranjax
-from ranjax import memory, strongest, weights
-from ranjax.attribution import decompositions
+from ranjax import memory, weights
+from ranjax.interpret import strongest
+from ranjax.interpret.attribution import decompositions
 from ranjax.errors import UserError
 
 KINDS = [(gates, activation) for gates in ranjax.cell.GATES for activation in ("tanh", "identity")]

@@ -11,10 +11,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
-from ranjax.config import Config
-from ranjax.report import blank_figure
-from ranjax.study import Options, rounds, run
-from ranjax.table import Table, value
+from ranjax.training.config import Config
+from ranjax.training.report import blank_figure
+from harness.study import Options, rounds, run
+from harness.table import Table, value
 
 BASE = "RAN"
 CONFIG = Config(dataset="python-docs")  # all else is at the training program's defaults

@@ -11,10 +11,10 @@ import numpy as np
 
 import ranjax
 from ranjax.cell import ACTIVATIONS, Params, content, gates_of_input, gates_of_state, update
-from ranjax.fixed_point import FixedPoint, Splitting, averaged, relative
-from ranjax.jacobian import jacobian_product, jacobians_of
-from ranjax.masks import Steps
-from ranjax.recurrent import make_pass
+from ranjax.solvers.fixed_point import FixedPoint, Splitting, averaged, relative
+from ranjax.solvers.adjoint import jacobian_product, jacobians_of
+from ranjax.solvers.masks import Steps
+from ranjax.solvers.recurrent import make_pass
 
 LEVELS = (1e-3, 1e-4, 1e-6)
 MOVED = 5e-4  # of every weight: the last learning rate of the WikiText-2 runs, about the most that a step of Adam moves
@@ -58,7 +58,7 @@ def of_few_digits(params: Params, x: jax.Array, activation: str, most: int, expe
         return passes([single] * most, expected.astype(jnp.float32))
 
     def rough():
-        with mock.patch("ranjax.recurrent._recurrent", rounded):
+        with mock.patch("ranjax.solvers.recurrent._recurrent", rounded):
             return passes([make_solved(params, x, activation, "diagonal")] * most, expected)
 
     return {"float32": narrow, "bfloat16 products": rough}

@@ -16,11 +16,11 @@ import numpy as np
 from passes import variants, windows
 
 import ranjax
-from ranjax.ablation import constraint
+from harness.ablation import constraint
 from ranjax.cell import output
 from ranjax.errors import UserError, exit_with_message, flag, is_size, write_whole
 from ranjax.evaluate import Run, load_run, load_text
-from ranjax.report import blank_figure, device, versions
+from ranjax.training.report import blank_figure, device, versions
 
 HERE = Path(__file__).parent
 USUAL = ("diagonal", "frozen", "float32", "not averaged")  # at all lengths

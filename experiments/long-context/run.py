@@ -11,13 +11,13 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
-from ranjax.config import Config
+from ranjax.training.config import Config
 from ranjax.data import load_split
-from ranjax.embedded import markov_entropy, task_answers
+from ranjax.data.builtin import markov_entropy, task_answers
 from ranjax.evaluate import load_run, make_evaluator
-from ranjax.report import blank_figure
-from ranjax.study import Options, run
-from ranjax.table import Table
+from ranjax.training.report import blank_figure
+from harness.study import Options, run
+from harness.table import Table
 
 UPDATE = 2048  # tokens an update, whatever the truncation length
 LENGTHS = (35, 128, 512, 2048, 64, 256, 1024)

@@ -9,10 +9,10 @@ from math import inf
 from pathlib import Path
 from typing import Literal
 
-from ranjax.config import PRESETS, Config
-from ranjax.report import blank_figure
-from ranjax.study import Options, rounds, run
-from ranjax.table import Table, chosen, value
+from ranjax.training.config import PRESETS, Config
+from ranjax.training.report import blank_figure
+from harness.study import Options, rounds, run
+from harness.table import Table, chosen, value
 
 MODELS = {
     "RAN": {},

@@ -7,9 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 from scipy.stats import spearmanr
 
-from ranjax.attribution import decompositions, integrated_gradients, shares
-from ranjax.memory import Memory
-from ranjax.weights import reduced
+from ranjax.interpret.attribution import decompositions, integrated_gradients, shares
+from ranjax.interpret.memory import Memory
+from ranjax.interpret.weights import reduced
 
 BANDS = (0, 10, 100, 1000, 10_000, 33_278)  # ranks by frequency in the training text
 RARE = 20  # occurrences below which a word's mean says little

@@ -15,10 +15,10 @@ from measures import against_changes, by_frequency, by_word
 from ranjax import views
 from ranjax.errors import UserError, exit_with_message, flag, is_size
 from ranjax.evaluate import load_run, load_text
-from ranjax.explanation import explain
-from ranjax.memory import Memory, memory
-from ranjax.report import blank_figure, device, versions
-from ranjax.vocabulary import Vocabulary
+from ranjax.interpret.explanation import explain
+from ranjax.interpret.memory import Memory, memory
+from ranjax.training.report import blank_figure, device, versions
+from ranjax.data.vocabulary import Vocabulary
 
 HERE = Path(__file__).parent
 QUANTILES = (0.5, 0.9, 0.99)

@@ -16,8 +16,8 @@ from jax import Array, lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
-from ranjax.kernels import Rows, Step, Walk, affine_map, apply_map, mapped, planes
-from ranjax.kernels.plain import chunked
+from ranjax.kernels.base import Rows, Step, Walk, affine_map, apply_map, mapped, planes
+from ranjax.kernels.reference import chunked
 
 LOADS = 16  # of a thread on their way while as many are worked on; the time of compilation grows with their cube
 THREADS = 2**16  # that keep the chip busy

@@ -12,8 +12,8 @@ from jax import Array, lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from ranjax.kernels import Rows, Walk, planes
-from ranjax.kernels.plain import chunked
+from ranjax.kernels.base import Rows, Walk, planes
+from ranjax.kernels.reference import chunked
 
 TILE = 8  # rows
 LANES = 128

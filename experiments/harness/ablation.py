@@ -35,7 +35,7 @@ def constraint(ablation: str | None) -> Callable[[Any], Any]:
 
     Example:
       >>> import jax, jax.numpy as jnp
-      >>> from ranjax.ablation import constraint
+      >>> from harness.ablation import constraint
       >>> params = {"gates": {"kernel": jnp.ones((3, 2, 4)), "bias": jnp.ones((2, 4))}}
       >>> gates = constraint("input-gate")(params)["gates"]
       >>> gates["kernel"][:, 0].sum().item(), gates["bias"][0].sum().item()

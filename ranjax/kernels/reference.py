@@ -3,8 +3,8 @@
 import jax.numpy as jnp
 from jax import Array, lax
 
-from ranjax.kernels import Rows, Walk, affine_map, apply_map, planes
-from ranjax.mesh import before, varying_as
+from ranjax.kernels.base import Rows, Walk, affine_map, apply_map, planes
+from ranjax.sharding import before, varying_as
 
 CHUNK = 64  # steps
 

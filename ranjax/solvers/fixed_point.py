@@ -18,7 +18,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from ranjax.errors import check_choice, check_size
-from ranjax.mesh import chained, largest, largest_anywhere, steps_walked, summed, varying_as
+from ranjax.sharding import chained, largest, largest_anywhere, steps_walked, summed, varying_as
 from ranjax.scan import SOLVERS
 
 Splitting = Literal["diagonal", "frozen"]

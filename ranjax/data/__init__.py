@@ -12,10 +12,10 @@ from typing import Any
 
 import numpy as np
 
-from ranjax.embedded import TASKS, python_docs, task_of, task_texts
+from ranjax.data.builtin import TASKS, python_docs, task_of, task_texts
 from ranjax.errors import UserError, check_choice, fitting
-from ranjax.sources import SPLITS, hub_texts, path_texts
-from ranjax.vocabulary import TOKENIZERS, BytePairs, Bytes, Characters, Vocabulary, Words
+from ranjax.data.files import SPLITS, hub_texts, path_texts
+from ranjax.data.vocabulary import TOKENIZERS, BytePairs, Bytes, Characters, Vocabulary, Words
 
 
 @dataclass(frozen=True)
@@ -131,7 +131,7 @@ def _texts(name: str, data_dir: str | Path | None) -> tuple[str, list[bytes]]:
         return python_docs()
     task = task_of(name)
     if task is not None:
-        return "ranjax.embedded", task_texts(*task)
+        return "ranjax.data.builtin", task_texts(*task)
     if name in KNOWN:
         return _known_texts(name, KNOWN[name], data_dir)
     path = Path(os.path.expanduser(name))

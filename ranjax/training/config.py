@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from ranjax.data import EMBEDDED, KNOWN
-from ranjax.embedded import task_of
+from ranjax.data.builtin import task_of
 from ranjax.errors import UserError, flag, is_choice, is_size, read_json, write_whole
 
 ITERATING = "fixed_point", "newton"  # solvers that pass over all steps until they agree

@@ -6,12 +6,11 @@ gate. Where the gates read all of h_{t-1}, see `recurrent`.
 """
 
 from functools import partial
-from typing import cast
 
 import jax
 import jax.numpy as jnp
 from flax.typing import Dtype
-from jax import Array, lax
+from jax import Array
 from jax.sharding import PartitionSpec
 from jax.typing import ArrayLike
 
@@ -28,11 +27,11 @@ from ranjax.cell import (
     promoted,
 )
 from ranjax.errors import check_choice
-from ranjax.fixed_point import FixedPoint, Record, exact
-from ranjax.kernels import Rows, Walk
-from ranjax.masks import Gates, States, Steps, masked, seen
-from ranjax.mesh import automatic, before, check_spread, varying_as
-from ranjax.recurrent import Way, recurrent_states, walk_through
+from ranjax.solvers.fixed_point import FixedPoint, Record, exact
+from ranjax.solvers.elementwise import fused
+from ranjax.solvers.masks import Gates, States, Steps, masked, seen
+from ranjax.sharding import automatic, before, check_spread
+from ranjax.solvers.recurrent import Way, recurrent_states, walk_through
 from ranjax.scan import SOLVERS, State, linear_recurrence, state_dtype
 
 FUSED = ("auto", "pallas")  # solvers that go from the pre-activations straight to the states
@@ -152,7 +151,7 @@ def _states(
     gates = gates_of(params)
     if solver in FUSED and gates != "recurrent" and axis_name is None:
         weights = params["gates"].get("recurrent_kernel")
-        return _fused(steps, c0, weights, activation, str(solver)), exact(c0.dtype)
+        return fused(steps, c0, weights, activation, str(solver)), exact(c0.dtype)
     steps = Steps(*(a.astype(c0.dtype) for a in steps))
     if gates == "input":
         return _linear_states(steps, c0, str(solver), axis_name), exact(c0.dtype)
@@ -198,68 +197,3 @@ def _linear_states(steps: Steps, c0: State, solver: str, axis_name: str | None) 
     i, f = jnp.moveaxis(jax.nn.sigmoid(steps.z), -2, 0)
     decay, inputs = jnp.moveaxis(f, 0, -2), jnp.moveaxis(i * steps.u, 0, -2)
     return jnp.moveaxis(linear_recurrence(decay, inputs, c0, solver=solver, axis_name=axis_name), -2, 0)
-
-
-def _fused(steps: Steps, c0: State, weights: Array | None, activation: str, solver: str) -> States:
-    """The states of elementwise gates; batch before time, as the walks want it."""
-    (time, *batch, features), dtype = steps.u.shape, c0.dtype
-    z = jnp.moveaxis(steps.z.reshape(time, -1, 2, features), 0, 1)
-    u = jnp.moveaxis(steps.u.reshape(time, -1, features), 0, 1)
-    z, u, c0 = varying_as(z, (u,)), varying_as(u, (z,)), varying_as(c0, (z, u))
-    constants = () if weights is None else tuple(varying_as(w, (z, u)) for w in weights.astype(dtype))
-    c = cast(Array, _elementwise(c0.reshape(-1, features), constants, (z, u), activation, solver))
-    return jnp.moveaxis(c, 1, 0).reshape(time, *batch, features)
-
-
-@partial(jax.custom_vjp, nondiff_argnums=(3, 4))
-def _elementwise(c0: Array, weights: Rows, arrays: Rows, activation: str, solver: str) -> Array:
-    """The states c_1 ... c_T, `(batch, time, features)`, of gates that see their own feature only.
-
-    Its own rule for the reverse mode recomputes the gates from `arrays` and the states.
-    """
-
-    def step(carry, weights, rows):
-        c = _step(carry[0], weights, rows, activation)
-        return (c,), (c,)
-
-    walk = Walk(step, (c0,), arrays, ((1, c0.dtype),), weights, affine=not weights, in_place=True)
-    _, (c,) = SOLVERS[solver](walk)
-    return c
-
-
-def _elementwise_forward(c0, weights, arrays, activation, solver):
-    c = _elementwise(c0, weights, arrays, activation, solver)
-    return c, (c0, weights, arrays, c)
-
-
-@partial(jax.jit, static_argnums=(0, 1), inline=True)
-def _elementwise_backward(activation, solver, residuals, g):
-    """Back in time: dc_{t-1} and what step t gives to its rows, by the chain rule of one step."""
-    c0, weights, arrays, c = residuals
-
-    def step(carry, weights, rows):
-        (d_before, *d_weights), (*rows, g, before) = carry, rows
-        weights = tuple(jnp.broadcast_to(w, before.shape) for w in weights)  # their gradients are summed at the end
-        _, chain = jax.vjp(partial(_step, activation=activation), before, weights, tuple(rows))
-        d_before, d_step, d_rows = chain(d_before + g)
-        return (d_before, *(a + b for a, b in zip(d_weights, d_step, strict=True))), d_rows
-
-    zeros = (jnp.zeros_like(c0),) * (1 + len(weights))
-    outs = tuple((n, a.dtype) for n, a in enumerate(arrays))
-    walk = Walk(step, zeros, (*arrays, g), outs, weights, ahead=(c, c0), backwards=True, affine=not weights)
-    (d_c0, *d_weights), d_arrays = SOLVERS[solver](walk)
-    return d_c0, tuple(d.sum(0) for d in d_weights), d_arrays
-
-
-_elementwise.defvjp(_elementwise_forward, _elementwise_backward)
-
-
-def _step(c: Array, weights: Rows, rows: Rows, activation: str) -> Array:
-    """c_t of elementwise gates; `weights` are those of the input and the forget gate on h_{t-1}, if they see it."""
-    z_i, z_f, u = rows
-    c = seen(z_f, c)
-    if weights:
-        h = ACTIVATIONS[activation](c)
-        w_i, w_f = (lax.broadcast_to_rank(w, h.ndim) for w in weights)
-        z_i, z_f = z_i + w_i * h, z_f + w_f * h
-    return jax.nn.sigmoid(z_i) * u + jax.nn.sigmoid(z_f) * c

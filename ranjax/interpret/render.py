@@ -11,11 +11,11 @@ from rich.cells import cell_len, set_cell_size
 from rich.console import Console
 from rich.text import Text
 
-from ranjax.explanation import visible
-from ranjax.report import blank_figure
+from ranjax.interpret.explanation import visible
+from ranjax.training.report import blank_figure
 
 if TYPE_CHECKING:
-    from ranjax.explanation import Explanation, Layer, Prediction
+    from ranjax.interpret.explanation import Explanation, Layer, Prediction
 
 LABELLED = 60  # words that fit along a figure's axis
 STYLES = "dim", "cyan", "bold green"  # of sources, from the weak to the strong

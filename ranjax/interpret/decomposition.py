@@ -14,9 +14,9 @@ from jax.typing import ArrayLike
 
 from ranjax.cell import ACTIVATIONS, Params, checked_inputs, gates_of
 from ranjax.errors import check_choice
-from ranjax.fixed_point import FixedPoint
-from ranjax.gated import check_solver, prepared, states_and_gates
-from ranjax.masks import Steps, checked, checked_lengths, padding_after
+from ranjax.solvers.fixed_point import FixedPoint
+from ranjax.solvers import check_solver, prepared, states_and_gates
+from ranjax.solvers.masks import Steps, checked, checked_lengths, padding_after
 from ranjax.scan import Sequence, State
 
 

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
     from ranjax.evaluate import Run
     from ranjax.lm import LanguageModel
-    from ranjax.vocabulary import Vocabulary
+    from ranjax.data.vocabulary import Vocabulary
 
 DRAWN = 1000  # tokens of a text whose pairs are all kept, to be drawn
 PREDICTIONS = 5  # likeliest next words
@@ -126,9 +126,9 @@ def _found(model: "LanguageModel", params: Any, ids: Any, *, reduce: str, top: i
     import jax.numpy as jnp
 
     from ranjax import weights
-    from ranjax.attribution import decompositions, shares_of
+    from ranjax.interpret.attribution import decompositions, shares_of
     from ranjax.cell import output
-    from ranjax.decomposition import measure_of, scale_of
+    from ranjax.interpret.decomposition import measure_of, scale_of
 
     made, layers, time = decompositions(model, params, ids), [], len(ids)
     horizon = _horizon(time)

@@ -26,9 +26,9 @@ from jax.core import Tracer
 from jax.typing import ArrayLike
 
 from ranjax.cell import Params, content, gates_of, output
-from ranjax.decomposition import Decomposition, checked_index, decompose
+from ranjax.interpret.decomposition import Decomposition, checked_index, decompose
 from ranjax.errors import check_size
-from ranjax.gated import solve
+from ranjax.solvers import solve
 from ranjax.lm import LanguageModel, State, checked_ids
 from ranjax.scan import linear_recurrence, state_dtype
 
@@ -69,7 +69,7 @@ def decompositions(
 
     Example:
       >>> import jax, jax.numpy as jnp, ranjax
-      >>> from ranjax.attribution import decompositions
+      >>> from ranjax.interpret.attribution import decompositions
       >>> model, tokens = ranjax.LanguageModel(vocabulary=9, features=4, layers=1), jnp.arange(5)
       >>> params = model.init(jax.random.key(0), tokens[None], deterministic=True)["params"]
       >>> [made.c.shape for made in decompositions(model, params, tokens)]
@@ -109,7 +109,7 @@ def shares(
 
     Example:
       >>> import jax, jax.numpy as jnp, ranjax
-      >>> from ranjax.attribution import shares
+      >>> from ranjax.interpret.attribution import shares
       >>> model, tokens = ranjax.LanguageModel(vocabulary=50, features=16), jnp.arange(10)
       >>> params = model.init(jax.random.key(0), tokens[None], deterministic=True)["params"]
       >>> logits, _ = model.apply({"params": params}, tokens[None], deterministic=True)
@@ -175,7 +175,7 @@ def integrated_gradients(
 
     Example:
       >>> import jax, jax.numpy as jnp, ranjax
-      >>> from ranjax.attribution import integrated_gradients
+      >>> from ranjax.interpret.attribution import integrated_gradients
       >>> model, tokens = ranjax.LanguageModel(vocabulary=9, features=4, layers=1), jnp.arange(5)
       >>> params = model.init(jax.random.key(0), tokens[None], deterministic=True)["params"]
       >>> integrated_gradients(model, params, tokens, target=7, step=4).words.shape

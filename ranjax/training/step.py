@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from ranjax.config import Config
+from ranjax.training.config import Config
 from ranjax.errors import UserError, flag
 
 if TYPE_CHECKING:
@@ -52,7 +52,7 @@ def build_model(config: Config, vocabulary: int) -> "LanguageModel":
     import jax
     import jax.numpy as jnp
 
-    from ranjax.ablation import constraint
+    from harness.ablation import constraint
     from ranjax.lm import LanguageModel
 
     if config.ablation is not None and config.cell != "ran":
@@ -105,7 +105,7 @@ def initial_state(model: "LanguageModel", optimizer: "optax.GradientTransformati
     import jax
     import jax.numpy as jnp
 
-    from ranjax.ablation import constraint
+    from harness.ablation import constraint
     from ranjax.lm import zero_state
 
     tokens = jnp.zeros((config.batch_size, config.steps), jnp.int32)
@@ -137,7 +137,7 @@ def make_step(
     import jax.numpy as jnp
     import optax
 
-    from ranjax.ablation import constraint
+    from harness.ablation import constraint
 
     constrain = constraint(config.ablation)
     differentiate = jax.value_and_grad(make_loss(model, config), has_aux=True)
@@ -176,7 +176,7 @@ def make_loss(model: "LanguageModel", config: Config) -> Callable:
     """`loss(params, carry, window, key) -> (loss, (carry, passes))`: summed over time, averaged over the batch."""
     import jax.numpy as jnp
 
-    from ranjax.ablation import constraint
+    from harness.ablation import constraint
     from ranjax.lm import cross_entropy
 
     constrain = constraint(config.ablation)

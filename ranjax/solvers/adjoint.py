@@ -9,9 +9,9 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from ranjax.cell import ACTIVATIONS, Params, gates_of_state
-from ranjax.fixed_point import FixedPoint, iterate, or_walked, relative
-from ranjax.masks import Steps, seen
-from ranjax.mesh import before, varying_as
+from ranjax.solvers.fixed_point import FixedPoint, iterate, or_walked, relative
+from ranjax.solvers.masks import Steps, seen
+from ranjax.sharding import before, varying_as
 from ranjax.scan import linear_recurrence, unroll
 
 FADED = 1e-3  # share of a sequence's largest cotangent, below which cotangents are to be right to that share only

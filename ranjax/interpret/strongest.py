@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jaxtyping import Float, Int
 
-from ranjax.decomposition import Decomposition, measure_of, measure_pairs, rows, scale_of
+from ranjax.interpret.decomposition import Decomposition, measure_of, measure_pairs, rows, scale_of
 from ranjax.errors import check_size
 
 BLOCK = 256  # steps

@@ -18,7 +18,7 @@ from jax.nn import sigmoid
 from jax.typing import ArrayLike
 
 from ranjax.cell import Params, plus_bias, promoted
-from ranjax.mesh import varying_as
+from ranjax.sharding import varying_as
 from ranjax.scan import state_dtype, unroll
 
 

@@ -13,11 +13,11 @@ from datetime import date
 from pathlib import Path
 from typing import Any
 
-from ranjax.config import Config, normalised
+from ranjax.training.config import Config, normalised
 from ranjax.data import load_corpus
 from ranjax.errors import DivergedError, UserError, refusals
 from ranjax.evaluate import MOST
-from ranjax.report import device, versions
+from ranjax.training.report import device, versions
 from ranjax.train import train_together
 
 EVERY_EPOCH = ("valid_perplexities", "train_perplexities")
@@ -150,7 +150,7 @@ def chosen(rows: Iterable[dict[str, Any]], **labels: str | int) -> list[dict[str
     """The rows of these labels, of all seeds, with the settings that came out best with seed 0.
 
     Example:
-      >>> from ranjax.table import chosen
+      >>> from harness.table import chosen
       >>> tried = [(0, 0.1, 109.0), (0, 0.4, None), (1, 0.1, 112.0)]  # None: it diverged
       >>> rows = [{"config": {"features": [8], "seed": s, "dropout": d}, "valid_perplexity": p} for s, d, p in tried]
       >>> [row["valid_perplexity"] for row in chosen(rows)]

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TimeRemainingColumn
 
-from ranjax.config import ITERATING, Config
+from ranjax.training.config import ITERATING, Config
 from ranjax.errors import UserError, read_json, refusals, write_whole
 from ranjax.evaluate import perplexity, report, shown
 
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
     from ranjax.data import Corpus
     from ranjax.evaluate import Evaluation
-    from ranjax.step import TrainState
+    from ranjax.training.step import TrainState
 
 LOG_SECONDS = 15.0
 
@@ -110,7 +110,7 @@ class Report:
 
     def result(self, corpus: "Corpus", state: "TrainState", test: "Evaluation") -> dict[str, Any]:
         """Ends the run: `result.json`, `loss.png` and the last line."""
-        from ranjax.ablation import learned
+        from harness.ablation import learned
 
         timed = int(state.timed) * self.config.batch_size * self.config.steps
         epochs = [row for row in self._rows if "valid_perplexity" in row]

@@ -12,8 +12,6 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jax.sharding import NamedSharding, PartitionSpec
 
-from ranjax.kernels import mapped
-
 
 def varying_as(array: Array, others: Iterable[Array]) -> Array:
     """`array`, of a type that tells `shard_map` it may differ between devices wherever one of the others does."""
@@ -91,24 +89,6 @@ def steps_walked(time: int, reverse: bool, axis_name: str | None) -> Array:
 def at_the_edge(value: Array, reverse: bool, axis_name: str | None) -> Array:
     """`value` on the device where the sequence begins (in reverse, ends), 0 on the others."""
     return value if axis_name is None else jnp.where(_first(reverse, axis_name), value, 0)
-
-
-def carry_in(product: Array, last: Array, initial: Array, reverse: bool, axis_name: str) -> Array:
-    """The carry that a device's part of an affine walk starts from.
-
-    Args:
-      product: of the walk's slopes over this device's steps.
-      last: the carry that this device's part ends with when it starts from 0.
-      initial: the carry that the whole starts from.
-    """
-    products, lasts = lax.all_gather((product, last), axis_name)
-
-    def fold(carry, part):
-        slope, offset = part
-        return jnp.where(carry == 0, offset, mapped(offset, slope, carry)), carry  # infinity times nothing
-
-    _, starts = lax.scan(fold, varying_as(initial, (lasts,)), (products, lasts), reverse=reverse)
-    return lax.dynamic_index_in_dim(starts, lax.axis_index(axis_name), keepdims=False)
 
 
 def chained(walk: Callable[[Array], tuple[Array, Any]], initial: Array, reverse: bool, axis_name: str | None) -> Any:

@@ -10,13 +10,13 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from ranjax.errors import DivergedError, refusals
-from ranjax.step import BAD_STEPS
+from ranjax.training.step import BAD_STEPS
 
 if TYPE_CHECKING:
-    from ranjax.checkpoint import Checkpoints
+    from ranjax.training.checkpoint import Checkpoints
     from ranjax.evaluate import Evaluation
-    from ranjax.report import Report
-    from ranjax.step import TrainState
+    from ranjax.training.report import Report
+    from ranjax.training.step import TrainState
 
 SAVE_SECONDS = 60.0
 

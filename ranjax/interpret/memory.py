@@ -7,8 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Int
 
-from ranjax import weights
-from ranjax.attribution import decompositions
+from ranjax.interpret import weights
+from ranjax.interpret.attribution import decompositions
 from ranjax.cell import Params
 from ranjax.errors import UserError, check_size
 from ranjax.evaluate import checked_text
@@ -69,7 +69,7 @@ def memory(
 
     Example:
       >>> import jax, numpy as np, ranjax
-      >>> from ranjax.memory import memory
+      >>> from ranjax.interpret.memory import memory
       >>> model, ids = ranjax.LanguageModel(vocabulary=9, features=4, layers=1), np.arange(60) % 9
       >>> params = model.init(jax.random.key(0), ids[None], deterministic=True)["params"]
       >>> (layer,) = memory(model, params, ids, most=16, window=20)

@@ -30,10 +30,10 @@ from jax import Array, lax
 from jax.typing import ArrayLike
 from jaxtyping import Float, Int
 
-from ranjax.decomposition import MEASURES, Decomposition, checked_index, decompose, measure_of, rows, scale_of
+from ranjax.interpret.decomposition import MEASURES, Decomposition, checked_index, decompose, measure_of, rows, scale_of
 from ranjax.errors import check_size
 from ranjax.scan import Sequence
-from ranjax.strongest import top
+from ranjax.interpret.strongest import top
 
 __all__ = [
     "REDUCTIONS",

@@ -16,8 +16,8 @@ from jax import Array, lax
 from jax.ad_checkpoint import checkpoint_name
 
 from ranjax.cell import Params, gates_of_state, update
-from ranjax.fixed_point import FixedPoint, Record, exact, iterate, or_walked, relative
-from ranjax.jacobian import (
+from ranjax.solvers.fixed_point import FixedPoint, Record, exact, iterate, or_walked, relative
+from ranjax.solvers.adjoint import (
     Way,
     answer,
     clipped,
@@ -28,8 +28,8 @@ from ranjax.jacobian import (
     linear_solve,
     overshoots,
 )
-from ranjax.masks import Steps, filled, seen
-from ranjax.mesh import at_the_edge, before, varying_as
+from ranjax.solvers.masks import Steps, filled, seen
+from ranjax.sharding import at_the_edge, before, varying_as
 from ranjax.scan import linear_recurrence, unroll
 
 KEPT = "ranjax.states"  # of a window of time, for the backward pass

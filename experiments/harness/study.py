@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from ranjax.errors import UserError, exit_with_message, flag
-from ranjax.hugepages import restart_with_huge_pages
-from ranjax.table import Table
+from ranjax.cli import restart_with_huge_pages
+from harness.table import Table
 
 LONGEST = 1_000_000  # minutes, about two years
 

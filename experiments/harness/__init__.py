@@ -1,0 +1,1 @@
+"""Tools that the experiments share: a table of trainings, studies that go on, ablations."""

@@ -1,0 +1,1 @@
+"""What a trained model remembers: weights of its sums, attributions of its predictions, half-lives."""
