@@ -1,19 +1,227 @@
-"""Huge pages of memory for programs that run on a CPU."""
+"""What the programs share: how they start and end, signals, messages, files written whole."""
 
+import io
+import json
 import os
+import signal
 import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+from ranjax.errors import UserError
 
 TUNABLES = "glibc.malloc.hugetlb=1"
+EXTRA = "pip install 'ranjax[train]'"
 
 
-def restart_with_huge_pages() -> None:
-    """Starts the program anew, once, with an allocator that asks for huge pages.
+def start(main: Callable[[], None], huge_pages: bool = False) -> None:
+    """Runs a program as a process of its own: what stands below `if __name__ == "__main__"`.
 
-    XLA on a CPU takes the memory for a step's large arrays anew at each step, and mapping it in pages of 4 KiB costs
-    a fifth to a third of a training step (`benchmarks/README.md`). glibc reads the setting where a program begins, so
-    that only a new beginning can have it; the process keeps its number. Nothing happens on other systems, or where
-    GLIBC_TUNABLES is set already, be it to nothing.
+    Ctrl-C ends it at once and without a word, from the imports to the exit, as it ends any program that has nothing to
+    save; where there is something to save, `stopping` takes its place.
+
+    Args:
+      huge_pages: on Linux, begin once more with an allocator that asks for huge pages. XLA on a CPU allocates the large
+        arrays of a step at each step, and mapping them in pages of 4 KiB costs a fifth to a third of a training step
+        (`benchmarks/README.md`). glibc reads the setting where a process begins, so that only a new beginning has it;
+        the process keeps its number. Not where GLIBC_TUNABLES is set, be it to nothing, nor in a process that was
+        begun for something else, such as a notebook.
     """
-    if sys.platform == "linux" and "GLIBC_TUNABLES" not in os.environ:
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # in the background it may be ignored
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+    if huge_pages and sys.platform == "linux" and "GLIBC_TUNABLES" not in os.environ and _is_the_process():
         os.environ["GLIBC_TUNABLES"] = TUNABLES
         os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
+    main()
+
+
+def _is_the_process() -> bool:
+    """Whether this process was begun by `python -m MODULE` or `python SCRIPT` for the program that runs in it."""
+    spec = getattr(sys.modules["__main__"], "__spec__", None)
+    file = getattr(sys.modules["__main__"], "__file__", None)
+    given = sys.orig_argv[-len(sys.argv) :]
+    before = sys.orig_argv[: -len(sys.argv)]
+    if given[1:] != sys.argv[1:] or file is None:
+        return False
+    if before[-1:] == ["-m"]:
+        return spec is not None and given[0] == spec.name
+    return spec is None and os.path.exists(given[0]) and os.path.samefile(given[0], file)
+
+
+def options(kind: type, argv: list[str] | None, program: str, default: Any = None, **how: Any) -> Any:
+    """Reads the flags of a program.
+
+    Args:
+      kind: a dataclass, whose fields are the flags.
+      argv: the flags; None for those of the process.
+      program: how it is called, for `--help`.
+      default: values of the flags that are not given; None for those of `kind`.
+    """
+    import tyro  # slow
+
+    defaults = {} if default is None else {"default": default}
+    return tyro.cli(kind, args=argv, prog=program, **defaults, **how)
+
+
+@contextmanager
+def exit_with_message() -> Iterator[None]:
+    """Turns an error that a user can mend into one message on standard error and exit code 1.
+
+    So for a `UserError`, a wrong flag, what the system refuses, a device whose memory does not suffice, a package that
+    is not installed. An output that is read no further, as by `| head`, ends the program without a word. What the
+    terminal has no character for is written as its code.
+    """
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")
+    try:
+        yield
+        print(end="", flush=True)  # which, unlike sys.stdout, may be closed from the beginning
+    except UserError as error:
+        _fail(str(error))
+    except ModuleNotFoundError as error:
+        if (error.name or "").split(".")[0] == "ranjax":
+            raise
+        _fail(f"{error.name} is not installed, which the programs need. Install it: {EXTRA}")
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # takes what Python writes at its end
+        raise SystemExit(1) from None
+    except OSError as error:  # a disk that is full, a name that is too long, a directory that may not be written
+        _fail(f"{error.filename or 'the system'}: {error.strerror or error}.")
+    except RuntimeError as error:  # of XLA, where the memory of a device does not suffice
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        first = str(error).splitlines()[0]
+        _fail(f"{first} Take less: in training by --features, --batch-size or --steps.")
+    except KeyboardInterrupt:
+        raise SystemExit(130) from None  # as shells have it: 128 and the signal's number
+    except SystemExit as error:  # tyro has said what is wrong with a flag
+        raise SystemExit(1 if error.code == 2 else error.code) from None
+
+
+def _fail(message: str) -> None:
+    print(f"error: {message}", file=sys.stderr)
+    raise SystemExit(1) from None
+
+
+class Stopped(SystemExit):
+    """Ends a program that was asked to stop, all that it had to save being saved."""
+
+
+class Stop:
+    """A wish to stop, which a loop reads between two of its steps.
+
+    Attributes:
+      signal: the signal that asked for it, or SIGTERM once the time is over; None as long as nothing has.
+    """
+
+    def __init__(self, minutes: float | None = None):
+        self._signal: int | None = None
+        self._end = None if minutes is None else time.monotonic() + 60 * minutes
+
+    @property
+    def signal(self) -> int | None:
+        over = self._end is not None and time.monotonic() > self._end
+        return signal.SIGTERM if over and self._signal is None else self._signal
+
+    def ask(self, number: int) -> None:
+        """Notes the signal."""
+        self._signal = number
+
+    def check(self) -> None:
+        """Ends the program if that is asked for.
+
+        Raises:
+          Stopped: with 128 and the signal's number as the exit code.
+        """
+        if self.signal is not None:
+            raise Stopped(128 + self.signal)
+
+
+@contextmanager
+def stopping(minutes: float | None = None) -> Iterator[Stop]:
+    """Within it the first SIGINT or SIGTERM sets a flag, the `Stop`; the second acts as before.
+
+    Args:
+      minutes: after so many the flag is set, too.
+    """
+    stop = Stop(minutes)
+    if threading.current_thread() is not threading.main_thread():  # others have no signals
+        yield stop
+        return
+
+    def ask(number: int, _: Any) -> None:
+        stop.ask(number)
+        signal.signal(number, previous[number])
+        if sys.stdout.isatty():
+            os.write(sys.stdout.fileno(), b"\x1b[?25h")  # the cursor, which a progress bar hides
+
+    previous = {}
+    for number in (signal.SIGINT, signal.SIGTERM):
+        if signal.getsignal(number) not in (signal.SIG_IGN, None):
+            previous[number] = signal.signal(number, ask)
+    try:
+        yield stop
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+
+
+def check_utf8(flag: str, text: str) -> None:
+    """Raises a UserError for a flag whose bytes are not UTF-8: Python keeps each of them as half a character."""
+    if any("\ud800" <= c <= "\udfff" for c in text):
+        raise UserError(f"{flag} is not UTF-8 text; got {text[:40]!a}. Give it in UTF-8.")
+
+
+def read_json(path: Path, *names: str) -> dict[str, Any]:
+    """The object that a file of a run holds, with these names in it.
+
+    Raises:
+      UserError: for a file that is missing or damaged.
+    """
+    try:
+        saved = json.loads(path.read_text("utf-8"))
+    except (OSError, ValueError) as error:  # neither JSON nor UTF-8 is a ValueError
+        raise UserError(f"{path} cannot be read: {error}. Restore it, or train again.") from None
+    if not isinstance(saved, dict) or not saved.keys() >= set(names):
+        expected = " and ".join(("an object", *map(repr, names)))
+        raise UserError(f"{path} must hold {expected}; got {saved!r:.40}. Restore it, or train again.")
+    return saved
+
+
+def write_whole(path: Path, content: str | bytes) -> None:
+    """Writes a file all or not at all: until the new one is complete the old one stays."""
+    new = path.with_name(f".{path.name}.new")
+    try:
+        new.write_bytes(content.encode() if isinstance(content, str) else content)
+        new.replace(path)
+    except OSError:
+        new.unlink(missing_ok=True)
+        raise
+
+
+@contextmanager
+def refusals(path: Path, mend: str = "--resume goes on with the run") -> Iterator[None]:
+    """Turns what the system refuses to write there into a UserError that says how to go on."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(
+            f"{path} cannot be written: {error.strerror or error}. What was saved before is intact: {mend} once that "
+            "is mended."
+        ) from None
+
+
+def lazy(module: str, homes: dict[str, str]) -> Callable[[str], Any]:
+    """A `__getattr__` for a module some of whose names live in others, which are imported when first asked for."""
+
+    def find(name: str) -> Any:
+        if name not in homes:
+            raise AttributeError(f"module {module!r} has no attribute {name!r}")
+        return getattr(import_module(homes[name]), name)
+
+    return find

@@ -6,12 +6,12 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import linen as nn
 from flax.linen.dtypes import promote_dtype
 from flax.typing import Dtype
 from jax import Array
 from jax.typing import ArrayLike
-from jaxtyping import Float, Int
 
 from ranjax.cell import ACTIVATIONS, GATES, RANCell, checked_carry, uniform
 from ranjax.errors import check_choice, check_size
@@ -235,6 +235,18 @@ def checked_ids(tokens: ArrayLike) -> Array:
     return tokens
 
 
+def checked_text(name: str, ids: ArrayLike, vocabulary: int) -> np.ndarray:
+    """The ids of one text, `(tokens,)`, as int32, after a check that they are the model's."""
+    text, expected = np.asarray(ids), f"whole numbers from 0 to {vocabulary - 1}, the model's"
+    if not np.issubdtype(text.dtype, np.number):
+        raise ValueError(f"`{name}` must be {expected}; got {ids!r:.40}.")
+    if text.ndim != 1:
+        raise ValueError(f"`{name}` must be the ids of one text, (tokens,); got the shape {text.shape}.")
+    if len(text) and (not np.issubdtype(text.dtype, np.integer) or text.min() < 0 or text.max() >= vocabulary):
+        raise ValueError(f"`{name}` must be {expected}; got {text.dtype} from {text.min()} to {text.max()}.")
+    return text.astype(np.int32)
+
+
 def zero_state(model: LanguageModel, params: Any, batch_size: int) -> State:
     """The state before the first token.
 
@@ -249,17 +261,3 @@ def zero_state(model: LanguageModel, params: Any, batch_size: int) -> State:
     tokens = jax.ShapeDtypeStruct((batch_size, 1), jnp.int32)
     _, state = jax.eval_shape(partial(model.apply, deterministic=True), {"params": params}, tokens)
     return jax.tree.map(lambda c: jnp.zeros(c.shape, c.dtype), state)
-
-
-def cross_entropy(logits: Float[Array, "*n vocabulary"], targets: Int[Array, "*n"]) -> Float[Array, "*n"]:
-    """-log p(target), in nats, of each prediction.
-
-    Example:
-      >>> import jax.numpy as jnp
-      >>> from ranjax.lm import cross_entropy
-      >>> round(cross_entropy(jnp.zeros(8), jnp.array(5)).item(), 3)  # ln 8
-      2.079
-    """
-    import optax
-
-    return optax.softmax_cross_entropy_with_integer_labels(logits, targets)

@@ -10,7 +10,8 @@ from typing import ClassVar, Protocol
 
 import numpy as np
 
-from ranjax.errors import UserError, read_json
+from ranjax.cli import read_json
+from ranjax.errors import UserError
 
 EOS, UNK = "<eos>", "<unk>"
 TOKENIZERS = ("word", "character", "byte", "bpe")

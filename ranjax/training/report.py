@@ -1,4 +1,4 @@
-"""What a run tells: a progress bar or plain lines, `metrics.jsonl`, `result.json`, `loss.png`."""
+"""What a run reports: a progress bar or plain lines, `metrics.jsonl`, `result.json`, `loss.png`."""
 
 import json
 import math
@@ -10,21 +10,19 @@ from dataclasses import asdict
 from datetime import date
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+import jax
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TimeRemainingColumn
 
+from ranjax.cli import read_json, refusals, write_whole
+from ranjax.data import Corpus
+from ranjax.errors import UserError
+from ranjax.figure import blank_figure
 from ranjax.training.config import ITERATING, Config
-from ranjax.errors import UserError, read_json, refusals, write_whole
-from ranjax.evaluate import perplexity, report, shown
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
-
-    from ranjax.data import Corpus
-    from ranjax.evaluate import Evaluation
-    from ranjax.training.step import TrainState
+from ranjax.training.metrics import Evaluation, perplexity, shown
+from ranjax.training.step import TrainState
 
 LOG_SECONDS = 15.0
 
@@ -38,23 +36,15 @@ class Report:
       windows: steps an epoch.
       first_step: where this process begins; what an earlier one logged beyond it is dropped.
       validated: epochs whose validation has been saved by then; what an earlier one logged of others is dropped.
-      side_by_side: how many runs this process trains in one program; their seconds are those of all.
-      quiet: whether another of them tells of the progress.
+
+    Attributes:
+      steps: how many this process has reported.
+      at: the last of them.
     """
 
-    def __init__(
-        self,
-        directory: Path,
-        config: Config,
-        windows: int,
-        first_step: int,
-        validated: int,
-        side_by_side: int = 1,
-        quiet: bool = False,
-    ):
+    def __init__(self, directory: Path, config: Config, windows: int, first_step: int, validated: int):
         self.directory, self.config, self.windows = directory, config, windows
-        self.side_by_side, self.quiet = side_by_side, quiet
-        self.steps = 0  # of this process
+        self.steps, self.at = 0, first_step
         self._rows = [
             row
             for row in _read_rows(directory / "metrics.jsonl")
@@ -62,7 +52,7 @@ class Report:
         ]
         with refusals(directory / "metrics.jsonl"):
             write_whole(directory / "metrics.jsonl", "".join(json.dumps(row) + "\n" for row in self._rows))
-        self._console = Console(quiet=quiet)
+        self._console = Console()
         columns = "{task.description}", BarColumn(None), "{task.fields[status]}", TimeRemainingColumn()
         self._bar = Progress(*columns, console=self._console, disable=not self._console.is_terminal)
         total = config.epochs * windows
@@ -76,9 +66,9 @@ class Report:
     def __exit__(self, *_: object) -> None:
         self._bar.stop()
 
-    def progress(self, state: "TrainState", steps: int, seconds: float) -> None:
+    def progress(self, state: TrainState, steps: int, seconds: float) -> None:
         """After a burst of steps: the bar, and now and then a row and a line."""
-        self.steps += steps
+        self.steps, self.at = self.steps + steps, int(state.step)
         speed = steps * self.config.batch_size * self.config.steps / seconds
         so_far = _so_far(state)
         status = f"{speed:,.0f} tokens/s, perplexity {shown(so_far)}"
@@ -88,10 +78,10 @@ class Report:
             self._logged = time.monotonic()
             done = int(state.step) / self.windows - int(state.epoch)
             self._row(state, train_perplexity=so_far, tokens_per_second=speed)
-            if not (self._console.is_terminal or self.quiet):
+            if not self._console.is_terminal:
                 print(f"{heading} {done:4.0%}: {status}", flush=True)
 
-    def epoch(self, state: "TrainState", evaluation: "Evaluation") -> None:
+    def epoch(self, state: TrainState, evaluation: Evaluation) -> None:
         """After a validation."""
         train = _so_far(state)
         self._row(state, train_perplexity=train, valid_perplexity=evaluation.perplexity)
@@ -102,16 +92,14 @@ class Report:
             highlight=False,
         )
 
-    def interrupted(self, step: int) -> None:
-        """After an interrupt, the state being saved."""
+    def interrupted(self) -> None:
+        """After a wish to stop, the state being saved."""
         self._bar.stop()
         out = shlex.quote(str(self.directory))
-        print(f"Stopped after step {step}, saved. Go on with: python -m ranjax.train --out {out} --resume")
+        print(f"Stopped after step {self.at}, saved. Go on with: python -m ranjax.train --out {out} --resume")
 
-    def result(self, corpus: "Corpus", state: "TrainState", test: "Evaluation") -> dict[str, Any]:
+    def result(self, corpus: Corpus, state: TrainState, test: Evaluation) -> dict[str, Any]:
         """Ends the run: `result.json`, `loss.png` and the last line."""
-        from harness.ablation import learned
-
         timed = int(state.timed) * self.config.batch_size * self.config.steps
         epochs = [row for row in self._rows if "valid_perplexity" in row]
         valid = [row["valid_perplexity"] for row in epochs]
@@ -127,9 +115,8 @@ class Report:
             "test_bits": test.bits,
             "tokens_per_second": timed / float(state.seconds) if int(state.timed) else None,
             "training_seconds": float(state.seconds),
-            "side_by_side": max((row.get("side_by_side", 1) for row in self._rows), default=1),
             "skipped_steps": int(state.bad),
-            "parameters": learned(state.params, self.config.ablation),
+            "parameters": sum(p.size for p in jax.tree.leaves(state.params)),
             "config": asdict(self.config) | {"resume": False},
         }
         result |= self._process(valid)
@@ -137,7 +124,7 @@ class Report:
             write_whole(self.directory / "result.json", json.dumps(result, indent=2) + "\n")
             if epochs:
                 draw_loss(self._rows, self.windows, self.directory / "loss.png")
-        print(f"test: {report(test, corpus.vocabulary.unit)}; saved in {self.directory}")
+        print(f"test: {test.line(corpus.vocabulary.unit)}; saved in {self.directory}")
         return result
 
     def _best(self, valid: list[float], tested: float) -> float:
@@ -146,9 +133,10 @@ class Report:
         return lowest if math.isclose(lowest, tested, rel_tol=1e-4) else tested
 
     def _process(self, valid_perplexities: list[float]) -> dict[str, Any]:
-        """What ended a training with these validations: this process or, if it has only read it again, one before.
+        """Device, date and versions of the process that ended a training with these validations.
 
-        Where their rows have all been deleted, the one before is all that tells of them.
+        That is this one or, if it has only read a finished training again, one before; where the rows have all been
+        deleted, its `result.json` is the only record of the curves.
         """
         now = {"device": device(), "date": date.today().isoformat(), "versions": versions()}
         curves = "valid_perplexities", "train_perplexities"
@@ -156,26 +144,24 @@ class Report:
             return now
         try:
             saved = read_json(self.directory / "result.json", *curves, *now)
-        except UserError:  # missing or damaged: it is written anew
+        except UserError:  # missing or damaged: it is written again
             return now
         if valid_perplexities not in ([], saved["valid_perplexities"]):
             return now
         return {name: saved[name] for name in (*curves, *now)}
 
-    def _row(self, state: "TrainState", **values: float) -> None:
+    def _row(self, state: TrainState, **values: float) -> None:
         row = {"step": int(state.step), "epoch": int(state.step) / self.windows, **values}
         if self.config.solver in ITERATING:
-            row["mean_passes"] = float(state.passes) / ((int(state.step) - 1) % self.windows + 1)
+            row["mean_iterations"] = float(state.iterations) / ((int(state.step) - 1) % self.windows + 1)
         row |= {"skipped_steps": int(state.bad), "training_seconds": float(state.seconds)}
-        if self.side_by_side > 1:
-            row["side_by_side"] = self.side_by_side
         self._rows.append(row)
         path = self.directory / "metrics.jsonl"
         with refusals(path), path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(row) + "\n")
 
 
-def _so_far(state: "TrainState") -> float:
+def _so_far(state: TrainState) -> float:
     """The perplexity of the epoch so far, in training."""
     return perplexity(float(state.loss) / max(int(state.tokens), 1))
 
@@ -196,17 +182,8 @@ def draw_loss(rows: list[dict[str, float]], windows: int, path: Path) -> None:
     figure.savefig(path, dpi=150)
 
 
-def blank_figure(width: float, height: float) -> "Figure":
-    """A figure of so many inches, to be saved as a picture; no window shows it."""
-    from matplotlib.figure import Figure
-
-    return Figure(figsize=(width, height), layout="constrained")
-
-
 def device() -> str:
     """What computes, for whoever compares times."""
-    import jax
-
     kind = jax.devices()[0].device_kind
     if kind != "cpu":
         return f"1 x {kind}"  # a training is on one, however many there are

@@ -3,18 +3,21 @@
 import re
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
-from ranjax.training.config import Config
+import jax
+import jax.numpy as jnp
+import optax
+from jax import Array
+
 from ranjax.errors import UserError, flag
-
-if TYPE_CHECKING:
-    import optax
-    from jax import Array
-
-    from ranjax.lm import LanguageModel
+from ranjax.lm import LanguageModel, zero_state
+from ranjax.training.config import Config
+from ranjax.training.metrics import cross_entropy
 
 BAD_STEPS = 5  # in a row, after which a run stops
+
+Constraint = Callable[[Any], Any]  # a function of the parameters: what the model computes with in their place
 
 
 class TrainState(NamedTuple):
@@ -29,44 +32,39 @@ class TrainState(NamedTuple):
       bad, bad_in_row: steps skipped for a loss or gradient that was not finite.
       best: lowest validation loss so far, nats per token.
       seconds, timed: spent training, compilation left out, and on how many steps.
-      passes: of the fixed point solver, the mean over the layers, summed over the epoch so far.
+      iterations: of the fixed point solver, the mean over the layers, summed over the epoch so far.
     """
 
     params: Any
     optimizer: Any
     carry: Any
-    step: "Array"
-    epoch: "Array"
-    loss: "Array"
-    tokens: "Array"
-    bad: "Array"
-    bad_in_row: "Array"
-    best: "Array"
-    seconds: "Array"
-    timed: "Array"
-    passes: "Array"
+    step: Array
+    epoch: Array
+    loss: Array
+    tokens: Array
+    bad: Array
+    bad_in_row: Array
+    best: Array
+    seconds: Array
+    timed: Array
+    iterations: Array
 
 
-def build_model(config: Config, vocabulary: int) -> "LanguageModel":
+def build_model(config: Config, vocabulary: int) -> LanguageModel:
     """The model that a configuration describes."""
-    import jax
-    import jax.numpy as jnp
-
-    from harness.ablation import constraint
-    from ranjax.lm import LanguageModel
-
-    if config.ablation is not None and config.cell != "ran":
-        raise UserError(f"--ablation is an option of --cell ran; got --cell {config.cell}.")
-    names = "cell features layers embedding projection gates activation solver dropout tie init_scale"
+    names = "cell features layers embedding projection gates activation solver dropout tie init_scale".split()
     try:
-        model = LanguageModel(vocabulary, **{name: getattr(config, name) for name in names.split()})
-        init = partial(model.init, deterministic=True)
-        jax.eval_shape(
-            constraint(config.ablation), jax.eval_shape(init, jax.random.key(0), jnp.zeros((1, 1), jnp.int32))
-        )
+        model = LanguageModel(vocabulary, **{name: getattr(config, name) for name in names})
+        abstract_params(model)
     except ValueError as error:
-        raise UserError(_with_flags(str(error), [*names.split(), "ablation"])) from None
+        raise UserError(_with_flags(str(error), names)) from None
     return model
+
+
+def abstract_params(model: LanguageModel) -> Any:
+    """The shapes and dtypes of a model's parameters."""
+    init = partial(model.init, deterministic=True)
+    return jax.eval_shape(init, jax.random.key(0), jnp.zeros((1, 1), jnp.int32))["params"]
 
 
 def _with_flags(message: str, names: Sequence[str]) -> str:
@@ -76,78 +74,76 @@ def _with_flags(message: str, names: Sequence[str]) -> str:
     return message
 
 
-def learning_rate(config: Config, per_epoch: int) -> Callable[[Any], Any]:
+def learning_rate(config: Config, per_epoch: int) -> optax.Schedule:
     """The learning rate at a step, for an epoch of so many steps."""
-    import jax.numpy as jnp
-    import optax
-
-    peak = config.learning_rate
+    peak, total = config.learning_rate, config.epochs * per_epoch
     if config.schedule == "constant":
         return optax.constant_schedule(peak)
     if config.schedule == "cosine":
-        total = config.epochs * per_epoch
         warmup = min(config.warmup, total // 2)
         return optax.warmup_cosine_decay_schedule(0.0 if warmup else peak, peak, warmup, total, peak / 100)
-    return lambda step: peak * config.decay ** jnp.maximum(step // per_epoch + 1 - config.decay_after, 0)
+    first = peak if config.decay_after else peak * config.decay
+    begin = max(config.decay_after - 1, 0) * per_epoch
+    return optax.exponential_decay(first, per_epoch, config.decay, begin, staircase=True)
 
 
-def make_optimizer(config: Config, per_epoch: int) -> "optax.GradientTransformation":
+def make_optimizer(config: Config, per_epoch: int) -> optax.GradientTransformation:
     """Global-norm clipping, then the update rule at the scheduled rate."""
-    import optax
-
     rate = learning_rate(config, per_epoch)
     rule = optax.sgd(rate) if config.optimizer == "sgd" else optax.adamw(rate, weight_decay=config.weight_decay)
     return optax.chain(optax.clip_by_global_norm(config.clip), rule)
 
 
-def initial_state(model: "LanguageModel", optimizer: "optax.GradientTransformation", config: Config) -> TrainState:
+def unconstrained(params: Any) -> Any:
+    """The constraint of a usual training: none."""
+    return params
+
+
+def initial_state(
+    model: LanguageModel,
+    optimizer: optax.GradientTransformation,
+    config: Config,
+    constrain: Constraint = unconstrained,
+) -> TrainState:
     """The state before the first step."""
-    import jax
-    import jax.numpy as jnp
-
-    from harness.ablation import constraint
-    from ranjax.lm import zero_state
-
     tokens = jnp.zeros((config.batch_size, config.steps), jnp.int32)
-    params = model.init(jax.random.key(config.seed), tokens, deterministic=True)["params"]
-    params = constraint(config.ablation)(params)
+    params = constrain(model.init(jax.random.key(config.seed), tokens, deterministic=True)["params"])
     carry = zero_state(model, params, config.batch_size)
     zero, count = jnp.zeros(()), jnp.zeros((), jnp.int32)
     state = TrainState(
         params=params, optimizer=optimizer.init(params), carry=carry, step=count, epoch=count, loss=zero,
-        tokens=count, bad=count, bad_in_row=count, best=jnp.array(jnp.inf), seconds=zero, timed=count, passes=zero,
+        tokens=count, bad=count, bad_in_row=count, best=jnp.array(jnp.inf), seconds=zero, timed=count, iterations=zero,
     )  # fmt: skip
     return jax.tree.map(jnp.copy, state)  # donated buffers must be distinct
 
 
 def make_step(
-    model: "LanguageModel",
-    optimizer: "optax.GradientTransformation",
+    model: LanguageModel,
+    optimizer: optax.GradientTransformation,
     config: Config,
     windows: int,
-    seeds: Sequence[int] = (),
-) -> Callable[[TrainState, "Array"], TrainState]:
+    constrain: Constraint = unconstrained,
+) -> Callable[[TrainState, Array], TrainState]:
     """One update on the window that the state points at: `step(state, text) -> state`, jitted, state donated.
 
     `text` is `(batch, length)`. A loss or a gradient that is not finite leaves parameters, optimiser (and with it the
-    step by which the learning rate is scheduled) and carry as they were, and is counted. Of several `seeds` the
-    states are stacked, each with its own dropout.
+    step by which the learning rate is scheduled) and carry unchanged, and is counted.
+
+    Args:
+      windows: steps an epoch.
+      constrain: what the model computes with in place of its parameters, such as an ablation; the gradient goes
+        through it, and it is applied after each update.
     """
-    import jax
-    import jax.numpy as jnp
-    import optax
+    differentiate = jax.value_and_grad(make_loss(model, config, constrain), has_aux=True)
+    dropout = jax.random.key(config.seed + 1)
 
-    from harness.ablation import constraint
-
-    constrain = constraint(config.ablation)
-    differentiate = jax.value_and_grad(make_loss(model, config), has_aux=True)
-
-    def step(state, text, dropout):
+    @partial(jax.jit, donate_argnums=0)
+    def step(state: TrainState, text: Array) -> TrainState:
         position = state.step % windows
         window = jax.lax.dynamic_slice_in_dim(text, position * config.steps, config.steps + 1, axis=1)
         carry = jax.tree.map(lambda c: jnp.where(position == 0, 0, c), state.carry)
         key = jax.random.fold_in(dropout, state.step)
-        (loss, (new_carry, made)), gradient = differentiate(state.params, carry, window, key)
+        (loss, (new_carry, iterations)), gradient = differentiate(state.params, carry, window, key)
         updates, new_optimizer = optimizer.update(gradient, state.optimizer, state.params)
         new = constrain(optax.apply_updates(state.params, updates)), new_optimizer, new_carry
         running = state.bad_in_row < BAD_STEPS
@@ -163,23 +159,14 @@ def make_step(
             tokens=jnp.where(fresh, 0, state.tokens) + good * config.batch_size * config.steps,
             bad=state.bad + ~good,
             bad_in_row=jnp.where(good, 0, state.bad_in_row + 1),
-            passes=jnp.where(fresh, 0, state.passes) + made,
+            iterations=jnp.where(fresh, 0, state.iterations) + iterations,
         )
 
-    if len(seeds) < 2:
-        return jax.jit(partial(step, dropout=jax.random.key(config.seed + 1)), donate_argnums=0)
-    keys = jnp.stack([jax.random.key(seed + 1) for seed in seeds])
-    return jax.jit(lambda state, text: jax.vmap(step, (0, None, 0))(state, text, keys), donate_argnums=0)
+    return step
 
 
-def make_loss(model: "LanguageModel", config: Config) -> Callable:
-    """`loss(params, carry, window, key) -> (loss, (carry, passes))`: summed over time, averaged over the batch."""
-    import jax.numpy as jnp
-
-    from harness.ablation import constraint
-    from ranjax.lm import cross_entropy
-
-    constrain = constraint(config.ablation)
+def make_loss(model: LanguageModel, config: Config, constrain: Constraint = unconstrained) -> Callable:
+    """`loss(params, carry, window, key) -> (loss, (carry, iterations))`: summed over time, averaged over the batch."""
 
     def loss(params, carry, window, key):
         (logits, carry), sown = model.apply(
@@ -187,14 +174,12 @@ def make_loss(model: "LanguageModel", config: Config) -> Callable:
             rngs={"dropout": key}, mutable="solver",
         )  # fmt: skip
         nats = cross_entropy(logits, window[:, 1:])
-        return jnp.mean(jnp.sum(nats, axis=1)), (carry, passes(sown))
+        return jnp.mean(jnp.sum(nats, axis=1)), (carry, mean_iterations(sown))
 
     return loss
 
 
-def passes(sown: Any) -> "Array | float":
+def mean_iterations(sown: Any) -> Array | float:
     """Of the fixed point solver in a forward pass, the mean over the layers; 0 where nothing was iterated."""
-    import jax.numpy as jnp
-
-    records = [layer["record"] for layer in sown.get("solver", {}).values()]
-    return jnp.mean(jnp.stack([record.iterations for record in records])) if records else 0.0
+    results = [layer["record"] for layer in sown.get("solver", {}).values()]
+    return jnp.mean(jnp.stack([result.iterations for result in results])) if results else 0.0

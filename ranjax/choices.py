@@ -1,0 +1,14 @@
+"""The names that options take, each in one place.
+
+No import here is slow, so that programs that read flags by these types can answer `--help` at once.
+"""
+
+from typing import Literal
+
+Cell = Literal["ran", "lstm", "gru", "rnn"]
+Gates = Literal["recurrent", "diagonal", "input"]
+Activation = Literal["tanh", "identity"]
+Solver = Literal["auto", "sequential", "associative", "chunked", "pallas", "fixed_point", "newton"]
+Tokenizer = Literal["word", "character", "byte", "bpe"]
+Split = Literal["train", "valid", "test"]
+Reduction = Literal["max", "l1", "l2", "contribution"]

@@ -1,0 +1,208 @@
+"""A whole run: its beginning, its training, its end, and its trained model."""
+
+import json
+import os
+import secrets
+import shlex
+import shutil
+from contextlib import ExitStack, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from filelock import FileLock, Timeout
+
+from ranjax.cli import Stop, Stopped, read_json, refusals, stopping
+from ranjax.data import Corpus, columns, identity, load_corpus, load_split, windows_per_epoch
+from ranjax.data.vocabulary import Vocabulary, load_vocabulary, save_vocabulary
+from ranjax.errors import UserError
+from ranjax.lm import LanguageModel
+from ranjax.training.checkpoint import Checkpoints
+from ranjax.training.config import Config, check, check_same, load_config, normalised, save_config
+from ranjax.training.loop import Loop
+from ranjax.training.metrics import make_evaluator
+from ranjax.training.report import Report
+from ranjax.training.step import (
+    Constraint,
+    TrainState,
+    abstract_params,
+    build_model,
+    initial_state,
+    make_optimizer,
+    make_step,
+    unconstrained,
+)
+
+CHANGES = "(the embedded corpora change with the version of Python)"
+
+
+def train(config: Config, *, constrain: Constraint = unconstrained, stop: Stop | None = None) -> dict[str, Any]:
+    """Trains, validates after each epoch, tests the best state, and writes all of it to the run's directory.
+
+    Args:
+      config: the settings.
+      constrain: a function of the parameters, what the model computes with in their place; the identity by default.
+        What is saved is constrained. Resume with the same one: it is not saved.
+      stop: where a caller listens for signals itself, its wish to stop. By default SIGINT and SIGTERM are listened for.
+
+    Returns:
+      The content of `result.json`.
+
+    Raises:
+      UserError: for bad input, a directory that exists, a run that another program trains, five steps in a row that
+        were not finite.
+      SystemExit: after a signal, once the state is saved.
+    """
+    check(config)
+    config = normalised(config)
+    _check_directory(config)
+    corpus = load_corpus(config.dataset, config.data_dir, config.tokenizer)
+    text = columns(corpus.train, config.batch_size, config.steps)
+    windows = windows_per_epoch(text.shape[1], config.steps)
+    model = build_model(config, len(corpus.vocabulary))
+    optimizer = make_optimizer(config, windows)
+    with ExitStack() as held:
+        state = _begin(config, corpus, initial_state(model, optimizer, config, constrain), windows, held)
+        checkpoints = Checkpoints(config.directory)
+        report = held.enter_context(Report(config.directory, config, windows, int(state.step), int(state.epoch)))
+        stop = held.enter_context(stopping() if stop is None else nullcontext(stop))
+        step = make_step(model, optimizer, config, windows, constrain)
+        evaluate = make_evaluator(model, config.streams, stop.check)
+        loop = Loop(checkpoints, report, step, jax.device_put(text), windows, stop)
+        try:
+            state = loop.epochs(state, config.epochs, lambda params: evaluate(params, corpus.valid))
+            best = checkpoints.load("best", state.params)
+            return report.result(corpus, state, evaluate(best, corpus.test))
+        except Stopped:
+            report.interrupted()
+            raise
+
+
+def _check_directory(config: Config) -> None:
+    """Raises a UserError for a run that would go on with other settings, or overwrite something."""
+    directory = config.directory
+    if config.resume:
+        check_same(config, load_config(directory))
+    elif directory.exists():
+        resume = f"Go on with it: --out {shlex.quote(str(directory))} --resume; or give"
+        mend = resume if (directory / "config.json").exists() else "Give"
+        raise UserError(f"--out {directory} exists and is left unchanged. {mend} another --out.")
+
+
+def _begin(config: Config, corpus: Corpus, state: TrainState, windows: int, held: ExitStack) -> TrainState:
+    """Creates the run's directory with `state` in it, or returns the saved state of the run that goes on.
+
+    The run is then this program's alone until `held` is closed.
+    """
+    directory = config.directory
+    if config.resume:
+        _lock(directory, held)
+        _check_text(directory, corpus)
+        state = Checkpoints(directory).load("latest", state)
+        if int(state.step) > config.epochs * windows:
+            begun = -(-int(state.step) // windows)
+            raise UserError(f"--epochs must be at least {begun}, which the run has begun; got {config.epochs}.")
+        with refusals(directory / "config.json"):
+            save_config(config, directory)
+        return state
+    # A kill leaves no run that is half complete. In containers a process number is no name: many have the same.
+    unfinished = directory.with_name(f".{directory.name}.{secrets.token_hex(4)}")
+    try:
+        unfinished.mkdir(parents=True)
+        _save_text(unfinished, corpus)
+        Checkpoints(unfinished).save("latest", 0, state)
+        save_config(config, unfinished)
+        unfinished.rename(directory)
+    except BaseException as error:
+        shutil.rmtree(unfinished, ignore_errors=True)
+        if isinstance(error, OSError):
+            why = error.strerror or error
+            raise UserError(f"--out {directory} cannot be written: {why}. Give another --out.") from None
+        raise
+    _lock(directory, held)
+    return state
+
+
+def _lock(directory: Path, held: ExitStack) -> None:
+    """Keeps others from the run; the system opens the lock of a program that was killed."""
+    try:
+        held.enter_context(FileLock(directory / ".lock", blocking=False))
+    except Timeout:
+        raise UserError(
+            f"the run in {directory} is being trained by another program. Wait for its end, or stop it, and --resume."
+        ) from None
+
+
+def _save_text(directory: Path, corpus: Corpus) -> None:
+    """The vocabulary, and what identifies the text."""
+    save_vocabulary(corpus.vocabulary, directory / "vocabulary.json")
+    (directory / "text.json").write_text(json.dumps(_identity(corpus), indent=2) + "\n", "utf-8")
+
+
+def _check_text(directory: Path, corpus: Corpus) -> None:
+    """A run goes on with the text and the vocabulary it began with."""
+    if load_vocabulary(directory / "vocabulary.json") != corpus.vocabulary:
+        changed = "the vocabulary of the data set"
+    elif read_json(directory / "text.json") != _identity(corpus):
+        changed = "the text of the data set"
+    else:
+        return
+    raise UserError(
+        f"{changed} is not the one the run in {directory} was trained with. Resume with the text it began with "
+        f"{CHANGES}."
+    )
+
+
+def _identity(corpus: Corpus) -> dict[str, Any]:
+    return {"train": identity(corpus.train), "valid": identity(corpus.valid), "test": identity(corpus.test)}
+
+
+@dataclass(frozen=True)
+class Run:
+    """A trained model: the best parameters of a run, its settings and its vocabulary."""
+
+    config: Config
+    vocabulary: Vocabulary
+    model: LanguageModel
+    params: Any
+
+
+def load_run(directory: str | Path) -> Run:
+    """Loads the best state of the run that `--out` named.
+
+    Raises:
+      UserError: if the directory is not a run, has no checkpoint yet, or one that does not fit its settings.
+    """
+    directory = Path(os.path.expanduser(directory)).resolve()
+    config = load_config(directory)
+    vocabulary = load_vocabulary(directory / "vocabulary.json")
+    model = build_model(config, len(vocabulary))
+    return Run(config, vocabulary, model, Checkpoints(directory).load("best", abstract_params(model)))
+
+
+def load_text(run: Run, directory: str | Path, split: str, data_dir: str | None = None) -> np.ndarray:
+    """The ids of a split of the text that the run in this directory was trained with.
+
+    Args:
+      run: as `load_run` returns it.
+      directory: of the run.
+      split: `"train"`, `"valid"` or `"test"`.
+      data_dir: the folder of the text, where that is not the run's own.
+
+    Raises:
+      UserError: if it is missing, or is another text by now.
+      ValueError: for another `split`.
+    """
+    dataset, data_dir = run.config.dataset, data_dir or run.config.data_dir
+    ids = load_split(dataset, split, run.vocabulary, data_dir)
+    if read_json(Path(os.path.expanduser(directory)) / "text.json").get(split) != identity(ids):
+        there = f"--split {split} --dataset {shlex.quote(dataset)}"
+        there += f" --data-dir {shlex.quote(data_dir)}" if data_dir else ""
+        raise UserError(
+            f"the {split} split of {dataset} is not the one that the run in {directory} was trained with, and may "
+            f"hold what it was trained on {CHANGES}. Restore it; or, to read "
+            f"what is there: python -m ranjax.evaluate --checkpoint {shlex.quote(str(directory))} {there}"
+        )
+    return ids
