@@ -1,7 +1,7 @@
 r"""Recurrent additive networks in JAX and Flax.
 
-A recurrent additive network (Lee, Levy, Zettlemoyer 2017) is a gated recurrent network whose state is only
-ever added to:
+A recurrent additive network (Lee, Levy, Zettlemoyer 2017) is a gated recurrent network whose state is updated only by
+gated addition:
 
 .. math::
     u_t &= W_c x_t                                      &&\text{content} \\
@@ -10,14 +10,14 @@ ever added to:
     c_t &= i_t * u_t + f_t * c_{t-1}                    &&\text{state} \\
     h_t &= g(c_t)                                       &&\text{output, } g = \tanh \text{ or the identity}
 
-So a state is a weighted sum of the contents of its past, and once the gates are known the recurrence is linear in
-c. They are known beforehand where they see x only (`gates="input"`, without W_ih and W_fh); those of the paper read
-h_{t-1} (`gates="recurrent"`, the default).
+So a state is a weighted sum of the contents of its past, and once the gates are known the recurrence is linear in c.
+Gates that see x only are known beforehand (`gates="input"`, without W_ih and W_fh). Those of the paper read h_{t-1}
+(`gates="recurrent"`, the default).
 
-Public names: `RANCell`, `RAN`, `FixedPoint`, `solve`, `linear_recurrence`, `LanguageModel`; the modules `data`,
-`weights` (which inputs made a state), `attribution` (which words made a prediction) and `memory` (how long states
-last over a corpus); `config`, `train`, `evaluate` and `generate`, the programs from Python; `__version__`.
-They are imported when first used, so that programs can answer `--help` at once.
+Public names: `RANCell`, `RAN`, `FixedPoint`, `solve`, `linear_recurrence`, `LanguageModel`; the modules `weights` (the
+inputs that a state is the sum of), `attribution` (the words that a prediction is the sum of), `memory` (how long states
+last over a corpus) and `data`; `config`, `train`, `evaluate`, `generate` and `explain`, the programs from Python;
+`__version__`. They are imported when first used, so that programs answer `--help` at once.
 """
 
 from importlib import import_module

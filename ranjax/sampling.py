@@ -70,7 +70,7 @@ def generate(run: Trained, prompt: ArrayLike, length: int, sampling: Sampling, s
 
     Args:
       run: a trained model, as `ranjax.evaluate.load_run` gives it.
-      prompt: ids, at least one; `prompt_ids` makes them from text.
+      prompt: ids, at least one; `prompt_ids` returns those of a text.
       length: how many are to follow.
       sampling: how each is drawn.
       seed: of the draws.
@@ -81,7 +81,7 @@ def generate(run: Trained, prompt: ArrayLike, length: int, sampling: Sampling, s
     check_size("length", length)
     ids = checked_text("prompt", prompt, run.model.vocabulary)
     if not len(ids):
-        raise ValueError("`prompt` must have at least one id; got none. `prompt_ids` makes some of any text.")
+        raise ValueError("`prompt` must have at least one id; got none. `prompt_ids` returns some for any text.")
     return _tokens(run, ids, length, sampling, seed)
 
 
@@ -120,7 +120,7 @@ def prompt_ids(vocabulary: Any, prompt: str) -> Any:
 
 
 def stream(vocabulary: Any, ids: Iterator[int], write: Callable[[str], Any], begun: str) -> None:
-    """Writes tokens as text as soon as they make whole characters; `begun` is what stands before them."""
+    """Writes tokens as text as soon as they are whole characters; `begun` is what stands before them."""
     pending: list[int] = []
     end = begun[-1:] or "\n"
     for token in ids:
