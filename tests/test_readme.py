@@ -1,21 +1,21 @@
-"""The Python of the README and the docs runs as it stands."""
+"""The Python of the README and the docs runs, and the names and flags they use exist."""
 
 import re
-import subprocess
-import sys
-import tomllib
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
+import tomllib
 
 import ranjax
+from ranjax import evaluate, explain, generate
+from ranjax.training.config import Config
 
 ROOT = Path(__file__).parents[1]
 README = ROOT / "README.md"
 
 
-def test_the_examples_run(tmp_path, monkeypatch):
-    """One after the other, the later with the names of the earlier."""
+def test_the_examples_of_the_readme_run_in_sequence(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     Path("my").mkdir()
     Path("my/text.txt").write_text("Once upon a time\n" * 99)
@@ -30,27 +30,24 @@ def test_the_examples_of_the_docs_run(page):
         exec(compile(code, page, "exec"), {})
 
 
-def test_every_public_name_is_there_once_ranjax_is_imported():
-    table = README.read_text("utf-8").split("## What is where")[1]
-    names = re.findall(r"`(ranjax\.[\w.]+)`", table)
-    assert len(names) > 10
-    subprocess.run([sys.executable, "-c", "\n".join(["import ranjax", *names])], check=True)
+@pytest.mark.parametrize("name", ranjax.__all__)
+def test_every_public_name_is_an_attribute_after_import(name):
+    assert getattr(ranjax, name) is not None
 
 
-def test_the_version_is_the_one_of_the_package():
+def test_the_version_is_that_of_the_project_file():
     assert ranjax.__version__ == tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]["version"]
 
 
-def test_every_flag_named_exists():
-    from dataclasses import fields
-
-    from ranjax import evaluate, explain, generate
-    from ranjax.training.config import Config
-
+def test_every_flag_named_in_the_readme_exists():
     known = {
         field.name
         for options in (Config, evaluate.Options, generate.Options, explain.Options)
         for field in fields(options)
     }
     named = {flag.replace("-", "_") for flag in re.findall(r"--([a-z][a-z-]+)", README.read_text("utf-8"))}
-    assert named <= known | {"help"}
+    assert named <= known | {"help", "preset"}
+
+
+def test_the_readme_is_short():
+    assert len(README.read_text("utf-8").splitlines()) <= 150
