@@ -6,6 +6,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import linen as nn
 from flax.linen.dtypes import promote_dtype
 from flax.typing import Dtype
@@ -233,6 +234,18 @@ def checked_ids(tokens: ArrayLike) -> Array:
     if not jnp.issubdtype(tokens.dtype, jnp.integer):
         raise ValueError(f"`tokens` must be ids, which are integers; got {tokens.dtype}.")
     return tokens
+
+
+def checked_text(name: str, ids: ArrayLike, vocabulary: int) -> np.ndarray:
+    """The ids of one text as int32. Raises a ValueError for ids that are not from 0 to `vocabulary` - 1."""
+    text, expected = np.asarray(ids), f"whole numbers from 0 to {vocabulary - 1}, the model's"
+    if not np.issubdtype(text.dtype, np.number):
+        raise ValueError(f"`{name}` must be {expected}; got {ids!r:.40}.")
+    if text.ndim != 1:
+        raise ValueError(f"`{name}` must be the ids of one text, (tokens,); got the shape {text.shape}.")
+    if len(text) and (not np.issubdtype(text.dtype, np.integer) or text.min() < 0 or text.max() >= vocabulary):
+        raise ValueError(f"`{name}` must be {expected}; got {text.dtype} from {text.min()} to {text.max()}.")
+    return text.astype(np.int32)
 
 
 def zero_state(model: LanguageModel, params: Any, batch_size: int) -> State:
