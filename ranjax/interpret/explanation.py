@@ -3,7 +3,7 @@
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -29,8 +29,7 @@ class Tokens(Protocol):
       separator: the text between two tokens.
     """
 
-    @property
-    def separator(self) -> str: ...
+    separator: ClassVar[str]
 
     def encode(self, text: str) -> np.ndarray:
         """The int32 ids of a text, `(tokens,)`."""

@@ -13,7 +13,7 @@ from ranjax.errors import UserError
 from ranjax.interpret.attribution import decompositions
 
 
-def test_windows_with_a_carried_state_equal_one_pass_over_the_text(x64):
+def test_windows_with_a_carried_state_equal_the_whole_text_at_once(x64):
     """Half-lives and spans counted window by window are those of the whole text."""
     model = ranjax.LanguageModel(vocabulary=9, features=(5, 4))
     ids = np.random.default_rng(0).integers(0, 9, 90).astype(np.int32)
