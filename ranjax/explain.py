@@ -1,16 +1,25 @@
-"""Which words a model remembers: `python -m ranjax.explain --checkpoint DIR --text "..."`."""
+"""Which words a model remembers: `python -m ranjax.explain --checkpoint DIR --text "..."`.
+
+From Python: `ranjax.explain.explain(run, text)` returns a `ranjax.explain.Explanation`.
+"""
 
 import os
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from ranjax.errors import UserError, check_utf8, exit_with_message
-from ranjax.cli import restart_with_huge_pages
+from ranjax.cli import exit_with_message, lazy, options, start
+from ranjax.errors import UserError, check_utf8
 
 if TYPE_CHECKING:
-    from ranjax.interpret.explanation import Explanation
+    from ranjax.interpret.explanation import Explanation as Explanation
+    from ranjax.interpret.explanation import explain as explain
+
+EXPLANATION = "ranjax.interpret.explanation"
+__getattr__ = lazy(__name__, {"Explanation": EXPLANATION, "explain": EXPLANATION})
 
 
 @dataclass(frozen=True)
@@ -20,7 +29,7 @@ class Options:
     checkpoint: str
     """The --out directory of a run."""
     text: str | None = None
-    """The text to read; for a model of words as its data set writes them, that is with spaces around punctuation."""
+    """The text to read. For a model of words: as its data set writes them, with spaces around punctuation."""
     file: str | None = None
     """A file with the text, in its place."""
     layer: int = 1
@@ -33,75 +42,76 @@ class Options:
     """A page (.html) or a figure (.png) to write."""
 
 
-def read_text(options: Options) -> str:
-    """The text that was given."""
-    if (options.text is None) == (options.file is None):
+def read_text(given: Options) -> str:
+    """The text of --text or --file."""
+    if (given.text is None) == (given.file is None):
         raise UserError("give the text by either --text or --file.")
-    if options.text is not None:
-        check_utf8("--text", options.text)
-        return options.text
-    path = Path(os.path.expanduser(str(options.file)))
+    if given.text is not None:
+        check_utf8("--text", given.text)
+        return given.text
+    path = Path(os.path.expanduser(str(given.file)))
     try:
-        return path.read_bytes().decode("utf-8-sig")  # as training reads it: "\r" stays, a mark of the byte order not
+        return path.read_bytes().decode("utf-8-sig")  # as training does: "\r" stays, a byte order mark is dropped
     except OSError as error:
         raise UserError(f"--file {path} cannot be read: {error.strerror}.") from None
     except UnicodeDecodeError as error:
         raise UserError(f"--file {path} is not UTF-8 text ({error.reason} at byte {error.start}).") from None
 
 
-def check(options: Options, layers: int) -> None:
-    """Raises a UserError for an option out of its range."""
-    if not 1 <= options.layer <= layers:
-        raise UserError(f"--layer must be from 1 to {layers}, the layers of this run; got {options.layer}.")
-    if options.top < 1:
-        raise UserError(f"--top must be at least 1; got {options.top}.")
-    if options.out is not None and Path(options.out).suffix.lower() not in (".html", ".png"):
-        raise UserError(f"--out must end in .html (a page) or .png (a figure); got {options.out}.")
-    out = None if options.out is None else Path(os.path.expanduser(options.out))
-    if out is not None and not out.absolute().parent.is_dir():
+def checked_out(given: Options) -> Path | None:
+    """The path of --out. Raises a UserError if it is neither a page nor a figure, or would overwrite the text."""
+    if given.out is None:
+        return None
+    if Path(given.out).suffix.lower() not in (".html", ".png"):
+        raise UserError(f"--out must end in .html (a page) or .png (a figure); got {given.out}.")
+    out = Path(os.path.expanduser(given.out))
+    if not out.absolute().parent.is_dir():
         raise UserError(f"--out must be in a directory that exists; got {out}.")
-    file = None if options.file is None else Path(os.path.expanduser(options.file))
-    if out is not None and file is not None and out.exists() and out.samefile(file):
+    file = None if given.file is None else Path(os.path.expanduser(given.file))
+    if file is not None and out.exists() and out.samefile(file):
         raise UserError(f"--out {out} is the text of --file, and is left as it is. Give another --out.")
+    return out
 
 
-def main(argv: list[str] | None = None) -> None:
-    """The program."""
-    import tyro
-
-    from ranjax import views
-    from ranjax.evaluate import load_run
-    from ranjax.interpret.explanation import DRAWN, explain
-
-    with exit_with_message():
-        options = tyro.cli(Options, args=argv, prog="python -m ranjax.explain")
-        text, run = read_text(options), load_run(options.checkpoint)
-        check(options, len(run.model.sizes))
-        explanation = explain(run, text, reduce=options.reduce, top=options.top)
-        if options.out is not None and len(explanation.words) > DRAWN:
-            have = f"at most {DRAWN:,} tokens, and this text has {len(explanation.words):,}"
-            raise UserError(f"--out shows {have}. Leave --out away, or give a part of it.")
-        views.print_sources(explanation, options.layer)
-        if options.out is not None:
-            write(explanation, options.layer, Path(os.path.expanduser(options.out)))
-
-
-def write(explanation: "Explanation", layer: int, path: Path) -> None:
-    """Writes a page or a figure, as the name of the file says."""
-    from ranjax import views
-
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Turns what prevents a page or a figure from being written into a UserError."""
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("error", message="Glyph .* missing from font")
-            (views.write_page if path.suffix.lower() == ".html" else views.draw_pairs)(explanation, layer, path)
+            yield
     except UserWarning as error:
         lacking = str(error).removesuffix(".")
         raise UserError(f"--out {path}: {lacking}. Write a page (.html), whose fonts are the browser's.") from None
     except OSError as error:
         raise UserError(f"--out {path} cannot be written: {error.strerror}.") from None
-    print(f"written: {path}")
+
+
+def main(argv: list[str] | None = None) -> None:
+    """The program."""
+    with exit_with_message():
+        given = options(Options, argv, "python -m ranjax.explain")
+        text, out = read_text(given), checked_out(given)
+        if given.top < 1:
+            raise UserError(f"--top must be at least 1; got {given.top}.")
+
+        from ranjax.training.run import load_run
+        from ranjax.interpret.explanation import DRAWN, explain
+        from ranjax.interpret.render import draw_pairs, print_sources, write_page
+
+        run = load_run(given.checkpoint)
+        if not 1 <= given.layer <= (layers := len(run.model.sizes)):
+            raise UserError(f"--layer must be from 1 to {layers}, the layers of this run; got {given.layer}.")
+        explanation = explain(run, text, reduce=given.reduce, top=given.top)
+        if out is not None and len(explanation.words) > DRAWN:
+            have = f"at most {DRAWN:,} tokens, and this text has {len(explanation.words):,}"
+            raise UserError(f"--out shows {have}. Leave --out away, or give a part of it.")
+        print_sources(explanation, given.layer)
+        if out is not None:
+            with writing(out):
+                (write_page if out.suffix.lower() == ".html" else draw_pairs)(explanation, given.layer, out)
+            print(f"written: {out}")
 
 
 if __name__ == "__main__":
-    restart_with_huge_pages()
-    main()
+    start(main, huge_pages=True)

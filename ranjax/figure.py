@@ -1,13 +1,24 @@
-"""Pictures."""
+"""Figures as files. Matplotlib belongs to the extra `train` and is imported when a figure is drawn."""
 
+import io
+from pathlib import Path
 from typing import TYPE_CHECKING
+
+from ranjax.cli import write_whole
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 
 def blank_figure(width: float, height: float) -> "Figure":
-    """A figure of so many inches, to be saved as a picture; no window shows it."""
+    """An empty figure of this size in inches, without a window."""
     from matplotlib.figure import Figure
 
     return Figure(figsize=(width, height), layout="constrained")
+
+
+def write_figure(figure: "Figure", path: Path, dpi: int = 150) -> None:
+    """Writes a figure as PNG, completely or not at all."""
+    image = io.BytesIO()
+    figure.savefig(image, format="png", dpi=dpi)
+    write_whole(path, image.getvalue())

@@ -1,1 +1,1 @@
-"""What a trained model remembers: weights of its sums, attributions of its predictions, half-lives."""
+"""Interpretation of trained models: weights of states, attribution of predictions, half-lives, explanations."""

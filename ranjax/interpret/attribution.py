@@ -1,19 +1,24 @@
-r"""Which words made a prediction: the logits of a language model of RAN layers as sums over the words read.
+r"""Which words a prediction is due to: the logits of a language model of RAN layers as sums over the words read.
 
-Once its gates are known a RAN layer is linear in what it reads, but for the tanh of its outputs. Read each tanh as a
-factor, tanh(c) = r * c with r = tanh(c) / c as it was, and the whole network is linear in the embeddings of the words,
-in the states it began with and in its biases; so a logit is exactly the sum of a share for each of them:
+Given its gates, a RAN layer is linear in its inputs, except for the tanh of its outputs. Write each tanh as a product,
+tanh(c) = r * c with the ratio r = tanh(c) / c held constant. Then the network is linear in the embeddings of the words,
+in the initial states and in its biases, and a logit is exactly the sum of their shares:
 
 .. math::
     \text{logit} = \sum_j \text{share}(\text{word}_j) + \sum_l \text{share}(\text{carry}_l) + \text{share}(\text{bias})
 
-With the identity for its activation r is 1, and this is the decomposition of `ranjax.weights` carried on to the logit,
-for any number of layers. With tanh it is a rule: the rescale rule (Shrikumar, Greenside, Kundaje, "Learning Important
-Features Through Propagating Activation Differences", 2017) with a reference at which no word offers anything. For one
-layer the integrated gradients along the contents give the same numbers. What a word did by moving gates is in no
-word's share: the gates are taken as they were. `integrated_gradients` has that in them, too, at the price of a path
-that is summed up numerically. How either compares with changing a word and watching the logit: `experiments/weights`.
-Sums are in float32 or wider; where the model's products are narrower, its logits are rounded and the sums are not.
+With the identity as activation r is 1, and the shares continue the decomposition of `ranjax.weights` to the logit,
+through any number of layers. With tanh this is the rescale rule of DeepLIFT (Shrikumar et al. 2017) with contents of 0
+as the reference. For one layer it equals the integrated gradients along the contents.
+
+Shares hold the gates constant: the effect of a word on the gates is in no word's share. `integrated_gradients` includes
+it, at the price of a numerical integral. `experiments/weights` compares both with the change of the logit when a word
+is replaced.
+
+Sums are in float32 or wider. For a model with narrower products they differ from its logits by the rounding of those.
+
+References:
+  Shrikumar, Greenside, Kundaje, "Learning Important Features Through Propagating Activation Differences", ICML 2017.
 """
 
 from typing import NamedTuple
@@ -26,19 +31,19 @@ from jax.core import Tracer
 from jax.typing import ArrayLike
 
 from ranjax.cell import Params, content, gates_of, output
-from ranjax.interpret.decomposition import Decomposition, checked_index, decompose
 from ranjax.errors import check_size
-from ranjax.solvers import solve
+from ranjax.interpret.decomposition import Decomposition, checked_index, decompose
 from ranjax.lm import LanguageModel, State, checked_ids
 from ranjax.scan import linear_recurrence, state_dtype
+from ranjax.solvers import solve
 
 
 class Shares(NamedTuple):
-    """What a logit is the sum of.
+    """The terms of a logit.
 
     Attributes:
-      words: the share of each word read, `(time,)`; 0 for those after the step that predicts.
-      carry: the share of each layer's first state, `(layers,)`.
+      words: the share of each word read, `(time,)`; 0 for words after the step that predicts.
+      carry: the share of each layer's initial state, `(layers,)`.
       bias: the share of the biases of the output layer and of projections, `()`.
     """
 
@@ -48,31 +53,34 @@ class Shares(NamedTuple):
 
     @property
     def total(self) -> Array:
-        """The logit."""
+        """The logit, the sum of all shares."""
         return jnp.sum(self.words) + jnp.sum(self.carry) + self.bias
 
 
 def decompositions(
     model: LanguageModel, params: Params, tokens: ArrayLike, state: State | None = None
 ) -> list[Decomposition]:
-    """The decomposition of every layer's states, over a text.
+    """Decomposes the states of every layer over a text; see `ranjax.weights.decompose`.
 
     Args:
       model: a language model with `cell="ran"`.
       params: its parameters.
-      tokens: ids `(*batch, time)`.
-      state: one carry `(*batch, features)` per layer, as the model returns it; None for the beginning of a text.
+      tokens: ids, `(*batch, time)`.
+      state: one carry `(*batch, features)` per layer, as the model returns it; None for the start of a text.
+
+    Returns:
+      One `Decomposition` for each layer, from the first to the last.
 
     Raises:
-      ValueError: for a model of another cell, whose states are not weighted sums, parameters that are another model's,
-        ids that are none of the model's, or a state that does not fit.
+      ValueError: for a model of another cell, whose states are not weighted sums, parameters of another model, ids out
+        of the model's range, or a state that does not fit.
 
     Example:
       >>> import jax, jax.numpy as jnp, ranjax
       >>> from ranjax.interpret.attribution import decompositions
       >>> model, tokens = ranjax.LanguageModel(vocabulary=9, features=4, layers=1), jnp.arange(5)
       >>> params = model.init(jax.random.key(0), tokens[None], deterministic=True)["params"]
-      >>> [made.c.shape for made in decompositions(model, params, tokens)]
+      >>> [parts.c.shape for parts in decompositions(model, params, tokens)]
       [(5, 4)]
     """
     _check_model(model, params)
@@ -92,20 +100,23 @@ def shares(
     step: ArrayLike,
     state: State | None = None,
 ) -> Shares:
-    """What the words before it put into the logit of a word.
+    """The shares of a text's words in the logit of a next word.
 
-    Shares are linear in the logits: the difference of two words' shares is what makes one of them likelier.
+    Shares are linear in the logits: the difference of two words' shares explains the difference of their logits.
 
     Args:
       model: a language model with `cell="ran"`.
       params: its parameters.
       tokens: ids of the text, `(time,)`.
-      target: id of the word whose logit it is; may be traced, as `step` may: `jax.vmap` over either.
-      step: the step after which it is predicted, from 0.
-      state: one carry `(features,)` per layer; None for the beginning of a text.
+      target: id of the word whose logit is explained; may be traced, as may `step`, so `jax.vmap` works over both.
+      step: the step that predicts it, from 0 to time - 1.
+      state: one carry `(features,)` per layer; None for the start of a text.
+
+    Returns:
+      `Shares`, whose `total` is the logit.
 
     Raises:
-      ValueError: for a model of another cell, parameters, a text, a state, a target or a step that do not fit.
+      ValueError: for a model of another cell, or parameters, a text, a state, a target or a step that do not fit.
 
     Example:
       >>> import jax, jax.numpy as jnp, ranjax
@@ -124,17 +135,36 @@ def shares(
 def shares_of(
     model: LanguageModel, params: Params, layers: list[Decomposition], target: ArrayLike, step: ArrayLike
 ) -> Shares:
-    """`shares` of a text whose decompositions are there already."""
+    """`shares` from the decompositions of a text.
+
+    Args:
+      model, params, target, step: as for `shares`.
+      layers: what `decompositions` returns for one text.
+
+    Returns:
+      `Shares`, whose `total` is the logit.
+
+    Raises:
+      ValueError: for a model of another cell, or parameters, a target or a step that do not fit.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, ranjax
+      >>> from ranjax.interpret.attribution import decompositions, shares_of
+      >>> model, tokens = ranjax.LanguageModel(vocabulary=9, features=4, layers=1), jnp.arange(5)
+      >>> params = model.init(jax.random.key(0), tokens[None], deterministic=True)["params"]
+      >>> shares_of(model, params, decompositions(model, params, tokens), target=7, step=4).words.shape
+      (5,)
+    """
     _check_model(model, params)
     target, step = checked_index("target", target, model.vocabulary), checked_index("step", step, len(layers[0].u))
 
     def logit(scale: Shares) -> Array:
-        h = jnp.zeros(())  # of the layer below; the first has none
-        for n, made in enumerate(layers):
+        h = jnp.zeros(())  # output of the layer below; unused in the first
+        for n, parts in enumerate(layers):
             cell = params[f"stack_{n}"]["cell"]
-            u = content(cell, h) if n else made.u * scale.words[:, None]
-            c = linear_recurrence(made.f, made.i * u, made.c0 * scale.carry[n])
-            h = c if model.activation == "identity" else c * _ratio(made.c)
+            u = content(cell, h) if n else parts.u * scale.words[:, None]
+            c = linear_recurrence(parts.f, parts.i * u, parts.c0 * scale.carry[n])
+            h = c if model.activation == "identity" else c * _ratio(parts.c)
             if "projection" in cell:
                 h = jnp.dot(h, cell["projection"]["kernel"])
                 h = h + scale.bias * lax.broadcast_to_rank(cell["projection"]["bias"], h.ndim)
@@ -155,23 +185,25 @@ def integrated_gradients(
     *,
     nodes: int = 32,
 ) -> Shares:
-    r"""What the words put into the logit of a word, their work on the gates included.
+    r"""The shares of a text's words in the logit of a next word, including their effect on the gates.
 
     .. math::
         \text{share}(x_j) = x_j \cdot
             \int_0^1 \frac{\partial\, \text{logit}}{\partial x_j}(\alpha x, \alpha c_0)\, d\alpha
 
-    x are the embeddings of the words, c_0 the states to begin with. The path begins where all of them are 0: no word
-    offers anything, and the gates are at their biases. `bias` of the result is the logit there, and `total` is the
-    logit up to the error of the integral, a Gauss-Legendre sum.
+    x are the embeddings of the words and c_0 the initial states. The path starts where all of them are 0. The logit at
+    that point is the `bias` of the result.
 
     Args:
       model, params, tokens, target, step, state: as for `shares`.
-      nodes: points of the path at which the gradient is taken.
+      nodes: nodes of the Gauss-Legendre quadrature, at which the gradient is computed (default: 32).
+
+    Returns:
+      `Shares`, whose `total` is the logit up to the error of the quadrature.
 
     Raises:
-      ValueError: for a model of another cell, parameters, a text, a state, a target or a step that do not fit, `nodes`
-        that is no size.
+      ValueError: for a model of another cell, parameters, a text, a state, a target or a step that do not fit, or
+        `nodes` below 1.
 
     Example:
       >>> import jax, jax.numpy as jnp, ranjax
@@ -201,16 +233,16 @@ def integrated_gradients(
         weight, bias = _output_layer(model, params, target)
         return jnp.dot(h[step], weight) + bias
 
-    points, parts = (jnp.asarray(a / 2, x.dtype) for a in np.polynomial.legendre.leggauss(nodes))
-    # The gradient of logit(a x) in x is a times that of logit at a x, hence the division: no point of the path is 0.
+    points, quadrature = (jnp.asarray(a / 2, x.dtype) for a in np.polynomial.legendre.leggauss(nodes))
+    # By the chain rule the gradient of logit(a x) in x has a factor a, hence the division; no node is at a = 0.
     gradients = jax.vmap(jax.grad(logit, argnums=(1, 2)), in_axes=(0, None, None))(points + 0.5, x, state)
-    mean = jax.tree.map(lambda g: jnp.tensordot(parts / (points + 0.5), g, 1), gradients)
+    mean = jax.tree.map(lambda g: jnp.tensordot(quadrature / (points + 0.5), g, 1), gradients)
     words, carry = jax.tree.map(lambda g, a: jnp.sum(g * a, axis=-1), mean, (x, tuple(state)))
     return Shares(words, jnp.stack(carry), logit(jnp.zeros((), x.dtype), x, state))
 
 
 def _check_model(model: LanguageModel, params: Params) -> None:
-    """Raises a ValueError for a model whose states are not weighted sums, or parameters that are another model's."""
+    """Raises a ValueError for a model whose states are not weighted sums, or for parameters of another model."""
     if model.cell != "ran":
         raise ValueError(
             f"`model` must have cell='ran'; got cell={model.cell!r}, whose states are not weighted sums of its inputs."
@@ -232,13 +264,14 @@ def _check_model(model: LanguageModel, params: Params) -> None:
 
 
 def _check_text(tokens: ArrayLike) -> None:
+    """Raises a ValueError for ids that are not those of one text of at least one token."""
     shape = jnp.shape(tokens)
     if len(shape) != 1 or not shape[0]:
         raise ValueError(f"`tokens` must be the ids of one text, (time,), of at least one; got the shape {shape}.")
 
 
 def _embedded(model: LanguageModel, params: Params, tokens: ArrayLike) -> Array:
-    """The embeddings of the tokens, once they are seen to be ids of the model; traced ones are taken as they come."""
+    """The embeddings of the tokens. Raises a ValueError for ids out of the model's range, unless they are traced."""
     ids = checked_ids(tokens)
     if not isinstance(ids, Tracer) and ids.size and not 0 <= ids.min() <= ids.max() < model.vocabulary:
         expected = f"ids from 0 to {model.vocabulary - 1}, the model's"
@@ -247,7 +280,7 @@ def _embedded(model: LanguageModel, params: Params, tokens: ArrayLike) -> Array:
 
 
 def _ratio(c: Array) -> Array:
-    """tanh(c) / c, which is 1 at 0."""
+    """tanh(c) / c, and its limit 1 at 0."""
     return jnp.where(c == 0, 1, jnp.tanh(c) / jnp.where(c == 0, 1, c))
 
 

@@ -1,4 +1,4 @@
-"""What the states of a sequence are sums of: its gates and contents; see `ranjax.weights`."""
+"""A sequence of states as weighted sums: gates, contents and states of a RAN; see `ranjax.weights`."""
 
 from collections.abc import Callable
 from functools import partial
@@ -14,21 +14,25 @@ from jax.typing import ArrayLike
 
 from ranjax.cell import ACTIVATIONS, Params, checked_inputs, gates_of
 from ranjax.errors import check_choice
-from ranjax.solvers.fixed_point import FixedPoint
-from ranjax.solvers import check_solver, prepared, states_and_gates
-from ranjax.solvers.masks import Steps, checked, checked_lengths, padding_after
 from ranjax.scan import Sequence, State
+from ranjax.solvers import check_solver, prepared, states_and_gates
+from ranjax.solvers.fixed_point import FixedPoint
+from ranjax.solvers.masks import Steps, checked, checked_lengths, padding_after
 
 
 class Decomposition(NamedTuple):
-    """What the states of a sequence are sums of; every array but `c0` is `(*batch, time, features)`.
+    r"""Gates, contents and states of a sequence: all that the weighted sum of a state consists of.
+
+    .. math::
+        c_t = i_t * u_t + f_t * c_{t-1}
 
     Attributes:
-      i, f: the gates as they were. Where a segment starts f is 0; in padding i is 0 and f is 1 (its half-lives are
-        `most`, its spans 1: leave padding out by its lengths).
-      u: the contents.
-      c: the states.
-      c0: the state before the first step, `(*batch, features)`.
+      i: input gates, `(*batch, time, features)`; 0 in padding.
+      f: forget gates, `(*batch, time, features)`; 0 where a segment starts, 1 in padding. So in padding every half-life
+        is `most` and every span 1: leave padding out by its lengths.
+      u: contents, `(*batch, time, features)`.
+      c: states, `(*batch, time, features)`.
+      c0: state before the first step, `(*batch, features)`.
     """
 
     i: Sequence
@@ -49,30 +53,45 @@ def decompose(
     segment_starts: ArrayLike | None = None,
     dtype: Dtype | None = None,
 ) -> Decomposition:
-    """The states of a sequence, and the gates and contents that they are made of.
+    r"""Computes the states of a sequence and returns them with their gates and contents.
+
+    .. math::
+        u_t = W_c x_t, \qquad
+        i_t = \sigma(W_{ix} x_t + W_{ih} h_{t-1} + b_i), \qquad
+        f_t = \sigma(W_{fx} x_t + W_{fh} h_{t-1} + b_f), \qquad
+        c_t = i_t * u_t + f_t * c_{t-1}
 
     Args:
-      params: the parameters as a `RANCell` makes them; which gates they are is read off their shapes.
-      x: inputs `(*batch, time, in)`.
-      c0: state before the first step, `(*batch, features)`, float32 or wider; None is the same as zeros.
-      activation: `"tanh"` or `"identity"`, the g of h = g(c). It is not in the parameters: give that of the cell.
+      params: parameters of a `RANCell`. Their shapes determine which gates they belong to.
+      x: inputs, `(*batch, time, in)`.
+      c0: state before the first step, `(*batch, features)`, float32 or wider; None stands for zeros.
+      activation: `"tanh"` (default) or `"identity"`, the g of h = g(c). It is not in the parameters: give that of the
+        cell.
       solver: as for `RAN`.
-      seq_lengths: integers `(*batch)`; the steps beyond are padding, whatever they hold.
-      segment_starts: bool `(*batch, time)`, True where a new segment begins, which sees nothing of what came before.
+      seq_lengths: integers, `(*batch)`; later steps are padding, whatever they hold. None: no padding.
+      segment_starts: bool, `(*batch, time)`; True where a new segment starts, which ignores all earlier steps. None:
+        one segment.
       dtype: of the products, as that of the cell.
 
+    Returns:
+      A `Decomposition`. Its states and gates are those that the solver computed, in the dtype of the states.
+
     Raises:
-      ValueError, TypeError: for a name that is not known, a shape or a dtype that does not fit.
+      ValueError: for an unknown `activation` or `solver`, `params` that are not a cell's, a shape that does not fit.
+      TypeError: for a dtype that does not fit.
 
     Example:
       >>> import jax, jax.numpy as jnp, ranjax
       >>> from ranjax import weights
       >>> cell, x = ranjax.RANCell(features=4), jax.random.normal(jax.random.key(1), (2, 50, 3))
       >>> params = cell.init(jax.random.key(0), jnp.zeros((2, 4)), x[:, 0])["params"]
-      >>> made = weights.decompose(params, x)
-      >>> w = weights.at(made, 49)  # of the last state
-      >>> bool(jnp.allclose(jnp.sum(w * made.u, axis=-2), made.c[:, 49], atol=1e-6))
+      >>> parts = weights.decompose(params, x)
+      >>> w = weights.at(parts, 49)  # of the last state
+      >>> bool(jnp.allclose(jnp.sum(w * parts.u, axis=-2), parts.c[:, 49], atol=1e-6))
       True
+
+    References:
+      Lee, Levy, Zettlemoyer, "Recurrent Additive Networks", 2017.
     """
     check_choice("activation", activation, ACTIVATIONS)
     params, x = checked_inputs(params, x)
@@ -98,7 +117,8 @@ def _total(w: Array) -> Array:
 
 
 def _norm(w: Array) -> Array:
-    """The L2 norm; weights are at most 1, so that scaled up by a power of 2 no square of one above 2e-36 is lost."""
+    """The L2 norm. Weights are at most 1; a power of 2 scales them, so that squares of weights above 2e-36 do not
+    underflow."""
     scale = 2.0 ** (jnp.finfo(w.dtype).maxexp * 7 // 16)
     squares = _total(jnp.square(scale * w))
     return jnp.where(squares > 0, jnp.sqrt(jnp.where(squares > 0, squares, 1)), 0) / scale  # 0 has no gradient
@@ -108,13 +128,13 @@ MEASURES = {"max": _largest, "l1": _total, "l2": _norm, "contribution": _total}
 
 
 def measure_of(reduce: str) -> Callable[[Array], Array]:
-    """One number for the (scaled) weights of all components, over the last axis."""
+    """The function that reduces the (scaled) weights of all components, the last axis, to one number."""
     check_choice("reduce", reduce, MEASURES)
     return MEASURES[reduce]
 
 
 def measure_pairs(reduce: str, p: Array, w: Array) -> Array:
-    """The measure of the products of every row of `p` with every row of `w`, `(rows of p, rows of w)`."""
+    """The measure of the product of each row of `p` with each row of `w`, `(rows of p, rows of w)`."""
     measure = measure_of(reduce)
     if measure is _largest:
         return measure(p[:, None] * w[None])
@@ -122,7 +142,7 @@ def measure_pairs(reduce: str, p: Array, w: Array) -> Array:
         return _products(p, w)
     scale = 2.0 ** (jnp.finfo(p.dtype).maxexp * 7 // 32)
     norms = jnp.sqrt(_products(jnp.square(scale * p), jnp.square(scale * w))) / scale**2
-    # Squares of a row that are lost, below 2^-91 of float32, are nothing beside a norm above 2^-60.
+    # Squares that underflow, below 2^-91 in float32, are negligible in a norm above 2^-60.
     certain = jnp.all(norms > 2.0 ** (-jnp.finfo(p.dtype).maxexp * 15 // 32))
     return lax.cond(certain, lambda: norms, lambda: measure(p[:, None] * w[None]))
 
@@ -131,14 +151,14 @@ def _products(p: Array, w: Array) -> Array:
     return jnp.matmul(p, w.T, precision="highest")
 
 
-def scale_of(made: Decomposition, reduce: str) -> Array:
-    """What the weights of a source are multiplied with before they are reduced."""
-    return jnp.abs(made.u) if reduce == "contribution" else jnp.ones_like(made.u[..., :1])
+def scale_of(parts: Decomposition, reduce: str) -> Array:
+    """The factor of a source's weights before they are reduced: |u| for `"contribution"`, else 1."""
+    return jnp.abs(parts.u) if reduce == "contribution" else jnp.ones_like(parts.u[..., :1])
 
 
 @partial(jax.jit, static_argnums=2, inline=True)
 def rows(i: Sequence, f: Sequence, emit: Callable[[Array], Array]) -> Array:
-    """What is made of w^t for each t, stacked on an axis before that of j; one w^t in memory at a time."""
+    """`emit(w^t)` for each t, stacked on an axis before that of j. Only one w^t is in memory at a time."""
     time = f.ndim - 2
     j = jnp.arange(f.shape[time])[:, None]
 
@@ -152,7 +172,8 @@ def rows(i: Sequence, f: Sequence, emit: Callable[[Array], Array]) -> Array:
 
 
 def checked_index(name: str, value: ArrayLike, size: int) -> Array:
-    """An index from 0 to size - 1, once it is seen to be one; a traced one is taken as it comes."""
+    """An index as an array. Raises a ValueError if it is not an integer from 0 to `size` - 1; a traced value is not
+    checked."""
     if np.ndim(value) or not jnp.issubdtype(jnp.result_type(value), jnp.integer):
         raise ValueError(f"`{name}` must be one integer; got {value!r}.")
     if not isinstance(value, Tracer) and not 0 <= np.asarray(value) < size:

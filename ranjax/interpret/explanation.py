@@ -1,78 +1,114 @@
-"""What a trained model makes of a text: the sources of its states, half-lives, the next word; see `ranjax.explain`."""
+"""A text explained by a trained model: sources of the states, half-lives, attribution of the next word."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, ClassVar, Protocol
 
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+
+from ranjax.cell import Params, output
 from ranjax.errors import UserError, fitting
+from ranjax.interpret import weights
+from ranjax.interpret.attribution import Shares, decompositions, shares_of
+from ranjax.interpret.decomposition import Decomposition, measure_of, scale_of
+from ranjax.lm import LanguageModel
 
-if TYPE_CHECKING:
-    import numpy as np
-    from jax import Array
-
-    from ranjax.evaluate import Run
-    from ranjax.lm import LanguageModel
-    from ranjax.data.vocabulary import Vocabulary
-
-DRAWN = 1000  # tokens of a text whose pairs are all kept, to be drawn
+DRAWN = 1000  # tokens; longer texts come without the map of all pairs
 PREDICTIONS = 5  # likeliest next words
-HORIZON = 512  # steps that half-lives are followed for, at most
-MACHINE, GROUP = Path("/proc/meminfo"), Path("/sys/fs/cgroup")  # memory, as Linux tells: of all, of the control group
+HORIZON = 512  # steps; the longest half-life that is distinguished
+
+
+class Tokens(Protocol):
+    """A vocabulary, as far as an explanation needs it; those of `ranjax.data` fit.
+
+    Attributes:
+      separator: the text between two tokens.
+    """
+
+    separator: ClassVar[str]
+
+    def encode(self, text: str) -> np.ndarray:
+        """The int32 ids of a text, `(tokens,)`."""
+        ...
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """The text of some ids."""
+        ...
+
+
+class TrainedModel(Protocol):
+    """A model with its parameters and its vocabulary; what `ranjax.evaluate.load_run` returns fits."""
+
+    @property
+    def model(self) -> LanguageModel: ...
+
+    @property
+    def params(self) -> Params: ...
+
+    @property
+    def vocabulary(self) -> Tokens: ...
 
 
 @dataclass(frozen=True)
 class Layer:
-    """What is shown of one layer.
+    """The states of one layer.
 
     Attributes:
       own: the reduced weight of each step in its own state, `(time,)`.
-      weights, sources: of the strongest earlier ones, `(time, top)`: the reduced weights, and their steps, -1 for none.
-      lasting: how many steps each word keeps more than half of its weight, `(time,)`; that of the text or more where it
-        does so to the end.
-      half_lives: the median of each component's, `(features,)`; the explanation's `horizon` stands for that and more.
-      pairs: what each step is to each state, `(time, time)`; None for a text too long to be drawn.
+      weights: reduced weights of the strongest earlier steps in each state, `(time, top)`, the largest first.
+      sources: these steps, `(time, top)`; -1 for none.
+      lasting: for how many steps more than half of each step's weight remains, its own included, `(time,)`; `time` if
+        it does to the end of the text.
+      half_lives: the median over steps of each component's half-life, `(features,)`; the explanation's `horizon`
+        stands for that or more.
+      pairs: the reduced weight of each step (column) in each state (row), `(time, time)`; None for a text of more than
+        `DRAWN` tokens.
     """
 
-    own: "np.ndarray"
-    weights: "np.ndarray"
-    sources: "np.ndarray"
-    lasting: "np.ndarray"
-    half_lives: "np.ndarray"
-    pairs: "np.ndarray | None"
+    own: np.ndarray
+    weights: np.ndarray
+    sources: np.ndarray
+    lasting: np.ndarray
+    half_lives: np.ndarray
+    pairs: np.ndarray | None
 
 
 @dataclass(frozen=True)
 class Prediction:
-    """A likely next word, and what its logit is the sum of.
+    """A likely next word and the terms of its logit.
 
     Attributes:
-      word: as it is shown.
-      probability: that the model gives it.
+      word: the word as it is displayed.
+      probability: its probability.
       words: the share of each word read, `(time,)`.
       bias: the share of the biases.
     """
 
     word: str
     probability: float
-    words: "np.ndarray"
+    words: np.ndarray
     bias: float
 
     @property
     def logit(self) -> float:
+        """The sum of all shares."""
         return float(self.words.sum()) + self.bias
 
 
 @dataclass(frozen=True)
 class Explanation:
-    """A text as a model read it.
+    """A text, the states of a model that reads it, and its predictions of the next word.
 
     Attributes:
-      words: its tokens, as they are shown.
-      separator: what stands between them.
-      reduce: what one number for all components' weights is.
-      horizon: steps that half-lives look ahead.
-      layers: from the first to the last.
+      words: the tokens as they are displayed.
+      separator: the text between two tokens.
+      reduce: the measure of the weights of all components; see `ranjax.weights`.
+      horizon: the longest half-life that is distinguished, in steps.
+      layers: one `Layer` for each layer, from the first to the last.
       predictions: of the word after the text, the likeliest first.
     """
 
@@ -84,21 +120,36 @@ class Explanation:
     predictions: list[Prediction]
 
 
-def explain(run: "Run", text: str, *, reduce: str = "l2", top: int = 3) -> Explanation:
-    """Reads a text with a trained model and finds what its states and its next word are made of.
+def explain(run: TrainedModel, text: str, *, reduce: str = "l2", top: int = 3) -> Explanation:
+    """Explains what the states of a model remember of a text, and which words its predictions are due to.
 
     Args:
-      run: what `ranjax.evaluate.load_run` returns.
-      text: what to read.
-      reduce: `"max"`, `"l1"`, `"l2"` or `"contribution"`; see `ranjax.weights`.
-      top: sources of each state.
+      run: a trained model of RAN layers with its vocabulary, as `ranjax.evaluate.load_run` returns it: any object with
+        the attributes `model`, `params` and `vocabulary`.
+      text: at least one token.
+      reduce: `"max"`, `"l1"`, `"l2"` (default) or `"contribution"`; see `ranjax.weights`.
+      top: number of sources to find for each state.
+
+    Returns:
+      An `Explanation`.
 
     Raises:
-      UserError: for a model that is not a RAN, a text that is empty, has words that its vocabulary cannot tell, or is
-        too long for the memory.
-    """
-    import jax
+      UserError: for a model of another cell, a text that is empty, has tokens that the vocabulary lacks, or is too long
+        for the memory of the device.
+      ValueError: for another `reduce`.
 
+    Example:
+      >>> import jax, jax.numpy as jnp, ranjax
+      >>> from types import SimpleNamespace
+      >>> from ranjax.data.vocabulary import Characters
+      >>> from ranjax.interpret.explanation import explain
+      >>> model = ranjax.LanguageModel(vocabulary=3, features=4, layers=1)
+      >>> params = model.init(jax.random.key(0), jnp.zeros((1, 1), int), deterministic=True)["params"]
+      >>> run = SimpleNamespace(model=model, params=params, vocabulary=Characters("abc"))
+      >>> explanation = explain(run, "abba")
+      >>> explanation.words, explanation.layers[0].pairs.shape, len(explanation.predictions)
+      (['a', 'b', 'b', 'a'], (4, 4), 3)
+    """
     if run.model.cell != "ran":
         raise UserError(
             f"this run is of the cell {run.model.cell!r}, whose states are not weighted sums of what it read. Give a "
@@ -108,72 +159,71 @@ def explain(run: "Run", text: str, *, reduce: str = "l2", top: int = 3) -> Expla
         ids = run.vocabulary.encode(text)
     if not len(ids):
         raise UserError("the text is empty; give --text or --file at least one word.")
-    found = jax.jit(partial(_found, run.model, reduce=reduce, top=min(top, len(ids) - 1)))
-    program = found.lower(run.params, ids).compile()
-    _check_memory(program.memory_analysis(), len(ids))
+    explained = jax.jit(partial(_explained, run.model, reduce=reduce, top=min(top, len(ids) - 1)))
+    program = explained.lower(run.params, ids).compile()
+    device, *_ = jax.tree.leaves(program.output_shardings)[0].device_set
+    _check_memory(program.memory_analysis(), device, len(ids))
     layers, probabilities, targets, shares = jax.device_get(program(run.params, ids))
     predictions = [
         Prediction(visible(piece(run.vocabulary, int(v))), float(p), words, float(bias))
         for v, p, words, bias in zip(targets, probabilities, shares.words, shares.bias, strict=True)
     ]
-    words, shown = [piece(run.vocabulary, i) for i in ids], [Layer(**arrays) for arrays in layers]
-    return Explanation(words, run.vocabulary.separator, reduce, _horizon(len(ids)), shown, predictions)
+    words, layers = [piece(run.vocabulary, i) for i in ids], [Layer(**arrays) for arrays in layers]
+    return Explanation(words, run.vocabulary.separator, reduce, _horizon(len(ids)), layers, predictions)
 
 
-def _found(model: "LanguageModel", params: Any, ids: Any, *, reduce: str, top: int) -> Any:
-    """The arrays of an explanation."""
-    import jax
-    import jax.numpy as jnp
-
-    from ranjax import weights
-    from ranjax.interpret.attribution import decompositions, shares_of
-    from ranjax.cell import output
-    from ranjax.interpret.decomposition import measure_of, scale_of
-
-    made, layers, time = decompositions(model, params, ids), [], len(ids)
-    horizon = _horizon(time)
-    for layer in made:
-        lives = weights.half_lives(layer, horizon)[: time - horizon + 1]  # those that are seen to the end
-        own = measure_of(reduce)(layer.i * scale_of(layer, reduce))
-        sources = _earlier(*weights.top(layer, top + 1, reduce))
-        lasting = weights.spans(layer, reduce, most=time)
-        pairs = weights.reduced(layer, reduce) if time <= DRAWN else None
-        half_lives = jnp.quantile(lives, 0.5, axis=0, method="lower")
-        layers.append({"own": own, "lasting": lasting, "half_lives": half_lives, "pairs": pairs, **sources})
-    hidden = output(params[f"stack_{len(made) - 1}"]["cell"], made[-1].c[-1], model.activation)
+def _explained(
+    model: LanguageModel, params: Params, ids: Array, *, reduce: str, top: int
+) -> tuple[list[dict[str, Array | None]], Array, Array, Shares]:
+    """The arrays of an explanation: of its layers, and probabilities, ids and shares of its predictions."""
+    parts = decompositions(model, params, ids)
+    layers = [_layer(layer, reduce, top) for layer in parts]
+    hidden = output(params[f"stack_{len(parts) - 1}"]["cell"], parts[-1].c[-1], model.activation)
     logits = jnp.asarray(model.apply({"params": params}, hidden, method="logits"))
     probabilities, targets = jax.lax.top_k(jax.nn.softmax(logits), min(PREDICTIONS, model.vocabulary))
-    shares = jax.vmap(lambda target: shares_of(model, params, made, target, time - 1))(targets)
+    shares = jax.vmap(lambda target: shares_of(model, params, parts, target, len(ids) - 1))(targets)
     return layers, probabilities, targets, shares
 
 
-def _earlier(values: "Array", steps: "Array") -> "dict[str, Array]":
-    """The strongest sources but for the step itself, which is among them or would be the next."""
-    import jax.numpy as jnp
+def _layer(parts: Decomposition, reduce: str, top: int) -> dict[str, Array | None]:
+    """The arrays of a `Layer`."""
+    time = len(parts.u)
+    horizon = _horizon(time)
+    lives = weights.half_lives(parts, horizon)[: time - horizon + 1]  # steps that are followed for the whole horizon
+    return {
+        "own": measure_of(reduce)(parts.i * scale_of(parts, reduce)),
+        "lasting": weights.spans(parts, reduce, most=time),
+        "half_lives": jnp.quantile(lives, 0.5, axis=0, method="lower"),
+        "pairs": weights.reduced(parts, reduce) if time <= DRAWN else None,
+        **_earlier(*weights.top(parts, top + 1, reduce)),
+    }
 
+
+def _earlier(values: Array, steps: Array) -> dict[str, Array]:
+    """The strongest sources without the step itself, or without the last where the step is not among them."""
     order = jnp.argsort(steps == jnp.arange(len(steps))[:, None], axis=1, stable=True)[:, :-1]
     return {"weights": jnp.take_along_axis(values, order, 1), "sources": jnp.take_along_axis(steps, order, 1)}
 
 
 def _horizon(time: int) -> int:
-    """Steps that half-lives look ahead: half of the text, so that the words of its first half are seen to the end."""
+    """Half of the text, at most `HORIZON`: half-lives of the steps in its first half are followed that far."""
     return min(time // 2 + 1, HORIZON)
 
 
-def piece(vocabulary: "Vocabulary", token: int) -> str:
-    """A token as it is shown: ends of lines, tabs and what else cannot be printed by their signs."""
+def piece(vocabulary: Tokens, token: int) -> str:
+    """A token as it is displayed, with symbols for ends of lines, tabs and other characters that cannot be printed."""
     shown = vocabulary.decode([token]).replace("\n", "⏎").replace("\t", "⇥")
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in shown)
 
 
 def visible(word: str) -> str:
-    """A token as it is shown by itself, where a space would not be seen."""
+    """A token as it is displayed on its own, with a symbol for each space."""
     return word if word.strip() else "␠" * len(word)
 
 
-def _check_memory(needed: Any, time: int) -> None:
-    """Refuses a text whose compiled program takes more memory than is free."""
-    takes, free = needed.temp_size_in_bytes + needed.output_size_in_bytes, free_memory()
+def _check_memory(needed: Any, device: Any, time: int) -> None:
+    """Raises a UserError if a compiled program needs more memory than is free on its device."""
+    takes, free = needed.temp_size_in_bytes + needed.output_size_in_bytes, free_memory(device)
     if free is not None and takes > free:
         raise UserError(
             f"a text of {time:,} tokens takes {takes / 1e6:,.0f} MB of memory with this model, and "
@@ -182,17 +232,36 @@ def _check_memory(needed: Any, time: int) -> None:
         )
 
 
-def free_memory() -> int | None:
-    """Bytes of memory that this process may still take, where Linux tells: of the machine, and of its control group."""
-    try:
-        lines = dict(line.split(":") for line in MACHINE.read_text().splitlines())
-        free = 1024 * int(lines["MemAvailable"].split()[0])
-    except (OSError, KeyError, ValueError):
+def free_memory(device: Any) -> int | None:
+    """The free memory of a device in bytes, or None if it is not known.
+
+    GPUs and TPUs report theirs. For a CPU it is the memory of the host that psutil (an optional package) reports as
+    available.
+
+    Args:
+      device: a `jax.Device`.
+
+    Returns:
+      Bytes, or None.
+
+    Example:
+      >>> from types import SimpleNamespace
+      >>> from ranjax.interpret.explanation import free_memory
+      >>> free_memory(SimpleNamespace(platform="gpu", memory_stats=lambda: {"bytes_limit": 100, "bytes_in_use": 30}))
+      70
+    """
+    if device.platform == "cpu":
+        return _available_memory()
+    stats = device.memory_stats() or {}
+    if "bytes_limit" not in stats or "bytes_in_use" not in stats:
         return None
+    return max(0, stats["bytes_limit"] - stats["bytes_in_use"])
+
+
+def _available_memory() -> int | None:
+    """The memory of the host in bytes that programs can allocate without swapping; None without psutil."""
     try:
-        most, used = (int((GROUP / f"memory.{name}").read_text()) for name in ("max", "current"))
-        kinds = dict(line.split() for line in (GROUP / "memory.stat").read_text().splitlines())
-        files = sum(int(kinds[name]) for name in ("inactive_file", "active_file"))  # cached: given up when asked for
-    except (OSError, KeyError, ValueError):  # no group, or one without a limit
-        return free
-    return max(0, min(free, most - used + files))
+        import psutil
+    except ImportError:
+        return None
+    return psutil.virtual_memory().available

@@ -1,4 +1,4 @@
-"""How long a trained model remembers, over a corpus: half-lives of components and spans of words."""
+"""How long a trained model remembers, measured over a corpus: half-lives of components and spans of words."""
 
 from typing import NamedTuple
 
@@ -7,20 +7,19 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Int
 
-from ranjax.interpret import weights
-from ranjax.interpret.attribution import decompositions
 from ranjax.cell import Params
 from ranjax.errors import UserError, check_size
-from ranjax.evaluate import checked_text
-from ranjax.lm import LanguageModel, zero_state
+from ranjax.interpret import weights
+from ranjax.interpret.attribution import decompositions
+from ranjax.lm import LanguageModel, checked_text, zero_state
 
 
 class Memory(NamedTuple):
     """How long one layer remembers the steps of a corpus.
 
     Attributes:
-      half_lives: how many steps have a half-life of n in a component, at `[component, n - 1]`; the last column counts
-        those of `most` and more, `(features, most)`.
+      half_lives: histogram of `weights.half_lives` for each component, `(features, most)`: at `[component, n - 1]` the
+        number of steps with a half-life of n. The last column counts half-lives of `most` or more.
       spans: `weights.spans` of each step, `(steps,)`.
     """
 
@@ -28,7 +27,24 @@ class Memory(NamedTuple):
     spans: Int[np.ndarray, " steps"]
 
     def quantile(self, q: float) -> Int[np.ndarray, " features"]:
-        """The half-life that a share `q` of the steps does not exceed, of each component."""
+        """A quantile of the half-lives, over the steps.
+
+        Args:
+          q: above 0 and at most 1.
+
+        Returns:
+          For each component, `(features,)`, the smallest half-life in steps that a share `q` of all steps does not
+          exceed.
+
+        Raises:
+          ValueError: for a `q` out of its range.
+
+        Example:
+          >>> import numpy as np
+          >>> from ranjax.interpret.memory import Memory
+          >>> Memory(np.array([[3, 0, 1]]), np.ones(4, int)).quantile(0.9).tolist()
+          [3]
+        """
         if not 0 < q <= 1:
             raise ValueError(f"`q` must be above 0 and at most 1; got {q!r}.")
         share = np.cumsum(self.half_lives, axis=1) / self.half_lives.sum(axis=1, keepdims=True)
@@ -45,26 +61,26 @@ def memory(
     most: int = 512,
     window: int = 4096,
 ) -> list[Memory]:
-    """Half-lives and spans in every layer, over a text read as one stream.
+    """Half-lives and spans of the steps of a text, in every layer.
 
-    The last `most` steps, and what does not fill a window before them, are read but not counted: every step counted
-    is seen for `most` steps.
+    The text is read as one stream. Each step that is counted is followed for `most` steps, so the last `most` steps are
+    read but not counted; neither are steps before them that do not fill a window.
 
     Args:
       model: a language model with `cell="ran"`.
       params: its parameters.
-      ids: the text.
-      reduce, share: as for `weights.spans`, but that a span ends where a tenth is left, not half: the word is all but
-        forgotten.
-      most: steps that are looked ahead.
-      window: steps counted at once; memory grows with `window` + `most`.
+      ids: token ids of the text, `(tokens,)`.
+      reduce: the measure of spans, as for `weights.spans`.
+      share: where a span ends, as for `weights.spans`; the default 0.1 is a tenth of the initial weight.
+      most: the longest half-life and span that is distinguished, in steps.
+      window: steps that are counted at once; memory is proportional to `window` + `most`.
 
     Returns:
       One `Memory` for each layer.
 
     Raises:
-      ValueError: for ids of another shape or not the model's, a window or `most` below 1, another `reduce`, a share out
-        of its range.
+      ValueError: for ids of another shape or out of the model's range, a `window` or `most` below 1, another `reduce`,
+        a `share` out of its range, a model of another cell.
       UserError: for a text of fewer than `window` + `most` tokens.
 
     Example:
@@ -88,11 +104,11 @@ def memory(
     @jax.jit
     def count(params, state, tokens):
         found, state_after = [], []
-        for made in decompositions(model, params, tokens, state):
-            lives = weights.half_lives(made, most)[:window]
+        for parts in decompositions(model, params, tokens, state):
+            lives = weights.half_lives(parts, most)[:window]
             counts = jax.vmap(lambda n: jnp.bincount(n - 1, length=most), in_axes=1)(lives)
-            found.append((counts, weights.spans(made, reduce, share, most)[:window]))
-            state_after.append(made.c[window - 1])
+            found.append((counts, weights.spans(parts, reduce, share, most)[:window]))
+            state_after.append(parts.c[window - 1])
         return tuple(state_after), found
 
     state, windows = jax.tree.map(lambda c: c[0], zero_state(model, params, batch_size=1)), []

@@ -1,9 +1,11 @@
-"""The strongest sources of every state, in memory that grows with the length of a sequence and not with its square.
+"""The strongest sources of every state, in memory that grows linearly with the length of a sequence.
 
-A sequence is cut into blocks. A weight of a source in an earlier block is a product of three: from the source to the
-end of its block, over whole blocks, from the start of the state's block to the state. So the weights between two
-blocks, reduced, are a matrix product, and nothing is divided. From a state's block the search goes back block by block,
-and ends where what is still to come cannot be more than what was found: weights only shrink on their way.
+The sequence is divided into blocks. The weight of a source in an earlier block is a product of three factors: from the
+source to the end of its block, over the whole blocks between, and from the start of the state's block to the state. So
+the reduced weights between two blocks are a matrix product, without divisions.
+
+From a state's block the search goes back block by block. It ends when an upper bound on all remaining weights is not
+above the k-th weight found: weights only decrease with distance.
 """
 
 import math
@@ -15,25 +17,29 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jaxtyping import Float, Int
 
-from ranjax.interpret.decomposition import Decomposition, measure_of, measure_pairs, rows, scale_of
 from ranjax.errors import check_size
+from ranjax.interpret.decomposition import Decomposition, measure_of, measure_pairs, rows, scale_of
 
 BLOCK = 256  # steps
 
 
 def top(
-    made: Decomposition, k: int, reduce: str = "l2"
+    parts: Decomposition, k: int, reduce: str = "l2"
 ) -> tuple[Float[Array, "*batch time k"], Int[Array, "*batch time k"]]:
-    """The k sources of each state that are most to it.
+    r"""The k strongest sources of each state: the steps j with the largest reduced weight.
+
+    .. math::
+        s^t_j = \text{reduce}(w^t_j), \qquad w^t_j = i_j * \prod_{k = j+1}^{t} f_k
 
     Args:
-      made: what `decompose` returns.
-      k: how many.
-      reduce: `"max"`, `"l1"`, `"l2"` or `"contribution"`; see `ranjax.weights`.
+      parts: what `decompose` returns.
+      k: number of sources, at least 1.
+      reduce: `"max"`, `"l1"`, `"l2"` (default) or `"contribution"`; see `ranjax.weights`.
 
     Returns:
-      The reduced weights, the largest first, and the steps they are of, int32. Of equal ones the later step comes
-      first. Where there are fewer than k sources of a weight above 0, the weight is 0 and the step -1.
+      The reduced weights, `(*batch, time, k)`, the largest first, and the steps of the sources, int32, of the same
+      shape. Of equal weights the later step comes first. Where fewer than k sources have a weight above 0, the weight
+      is 0 and the step -1.
 
     Raises:
       ValueError: for another `reduce`, or a `k` that is no whole number of at least 1.
@@ -42,19 +48,19 @@ def top(
       >>> import jax.numpy as jnp
       >>> from ranjax import weights
       >>> half = jnp.full((4, 1), 0.5)
-      >>> made = weights.Decomposition(i=half, f=half, u=half, c=half, c0=half[0])
-      >>> strengths, steps = weights.top(made, k=2)
+      >>> parts = weights.Decomposition(i=half, f=half, u=half, c=half, c0=half[0])
+      >>> strengths, steps = weights.top(parts, k=2)
       >>> strengths.tolist()[-1], steps.tolist()
       ([0.5, 0.25], [[0, -1], [1, 0], [2, 1], [3, 2]])
     """
     measure_of(reduce)
     check_size("k", k)
-    return _searched(made.i * scale_of(made, reduce), made.f, int(k), reduce)
+    return _searched(parts.i * scale_of(parts, reduce), parts.f, int(k), reduce)
 
 
 @partial(jax.jit, static_argnums=(2, 3), inline=True)
 def _searched(i: Array, f: Array, k: int, reduce: str) -> tuple[Array, Array]:
-    """`top`, with the scale of the sources in `i`."""
+    """`top` of a batch, with the scale of the sources in `i`."""
     *batch, time, features = f.shape
     if not time:
         return jnp.zeros((*batch, 0, k), f.dtype), jnp.zeros((*batch, 0, k), jnp.int32)
@@ -72,7 +78,7 @@ def _searched(i: Array, f: Array, k: int, reduce: str) -> tuple[Array, Array]:
 
 
 def _top(i: Array, f: Array, k: int, reduce: str) -> tuple[Array, Array]:
-    """`top` of one sequence in blocks, `(blocks, steps, features)`, with the scale of the sources in `i`."""
+    """`top` of one sequence in blocks, `(blocks, steps, features)`."""
     blocks, size, features = f.shape
     to_end = i * lax.cumprod(jnp.concatenate([f[:, 1:], jnp.ones_like(f[:, :1])], 1), 1, reverse=True)
     from_start, whole = lax.cumprod(f, 1), jnp.prod(f, 1)
@@ -81,17 +87,17 @@ def _top(i: Array, f: Array, k: int, reduce: str) -> tuple[Array, Array]:
         most = jnp.maximum(jnp.max(block[0], 0), block[1] * most)
         return most, most
 
-    # The largest weight that any source has at the end of a block, component by component.
+    # The largest weight of any source at the end of each block, by component: the bound of the search.
     _, most = lax.scan(grow, jnp.zeros_like(whole[0]), (to_end, whole))
     most = most * (1 + _margin(blocks, features, f.dtype))
 
     def of_block(b):
-        def going(loop):
+        def unfinished(loop):
             a, decay, (values, _) = loop
             bound = measure_pairs(reduce, from_start[b] * decay[None], most[jnp.maximum(a, 0)][None])[:, 0]
             return (a >= 0) & jnp.any(bound > values[:, -1])
 
-        def back(loop):
+        def previous_block(loop):
             a, decay, found = loop
             scores = measure_pairs(reduce, from_start[b] * decay[None], to_end[a])
             better = jnp.any(scores > found[0][:, -1:])
@@ -100,21 +106,21 @@ def _top(i: Array, f: Array, k: int, reduce: str) -> tuple[Array, Array]:
 
         none = jnp.zeros((size, k), f.dtype), jnp.full((size, k), -1, jnp.int32)
         found = _merged(none, rows(i[b], f[b], measure_of(reduce)), b * size)
-        return lax.while_loop(going, back, (b - 1, jnp.ones_like(whole[0]), found))[2]
+        return lax.while_loop(unfinished, previous_block, (b - 1, jnp.ones_like(whole[0]), found))[2]
 
     values, steps = lax.map(of_block, jnp.arange(blocks, dtype=jnp.int32))
     return values.reshape(-1, k), steps.reshape(-1, k)
 
 
 def _margin(blocks: int, features: int, dtype: Any) -> float:
-    """What rounding, of products and sums in another order, may add to a score beyond the bound on it."""
+    """Relative rounding error of a score against its bound: their products and sums have different orders."""
     return 4 * (blocks + features) * float(jnp.finfo(dtype).eps)
 
 
 def _merged(found: tuple[Array, Array], scores: Array, first: Array) -> tuple[Array, Array]:
-    """The best of what was found and of a block's sources, of which `first` is the step of the first."""
+    """The k best of those found and of the sources of a block, whose first step is `first`."""
     (values, steps), (states, size) = found, scores.shape
-    theirs = first + jnp.arange(size - 1, -1, -1, dtype=jnp.int32)
-    steps = jnp.concatenate([steps, jnp.broadcast_to(theirs, (states, size))], axis=1)
+    later_first = first + jnp.arange(size - 1, -1, -1, dtype=jnp.int32)
+    steps = jnp.concatenate([steps, jnp.broadcast_to(later_first, (states, size))], axis=1)
     values, order = lax.top_k(jnp.concatenate([values, scores[:, ::-1]], axis=1), values.shape[1])
     return values, jnp.where(values > 0, jnp.take_along_axis(steps, order, axis=1), -1)

@@ -19,7 +19,7 @@ from rich.progress import BarColumn, Progress, TimeRemainingColumn
 from ranjax.cli import read_json, refusals, write_whole
 from ranjax.data import Corpus
 from ranjax.errors import UserError
-from ranjax.figure import blank_figure
+from ranjax.figure import blank_figure, write_figure
 from ranjax.training.config import ITERATING, Config
 from ranjax.training.metrics import Evaluation, perplexity, shown
 from ranjax.training.step import TrainState
@@ -179,7 +179,7 @@ def draw_loss(rows: list[dict[str, float]], windows: int, path: Path) -> None:
     axes.yaxis.set_minor_formatter("{x:g}")
     axes.grid(alpha=0.3, which="both")
     axes.legend(frameon=False)
-    figure.savefig(path, dpi=150)
+    write_figure(figure, path)
 
 
 def device() -> str:

@@ -1,4 +1,4 @@
-"""Logits as sums over the words read: complete, exact where the network is linear, and right against finite changes."""
+"""Shares of words in a logit: they sum to it, are exact for linear networks, and match finite changes."""
 
 from functools import partial
 
@@ -14,8 +14,8 @@ from ranjax import attribution, weights
 TOKENS = jnp.array([3, 1, 4, 1, 5, 9, 2, 6, 5, 3])
 
 
-def trained(**options):
-    """A model whose leaves are all at random, and a state to begin with."""
+def random_model(**options):
+    """A model, its parameters with every leaf at random, and an initial state."""
     model = ranjax.LanguageModel(vocabulary=11, **{"features": 6} | options)
     init = partial(model.init, deterministic=True)
     leaves, tree = jax.tree.flatten(jax.eval_shape(init, jax.random.key(0), TOKENS[None])["params"])
@@ -31,7 +31,7 @@ def trained(**options):
     {"activation": "identity"}, {"projection": 4}, {"projection": 4, "activation": "identity", "features": (6, 5)},
 ])  # fmt: skip
 def test_the_shares_sum_to_the_logit(x64, options):
-    model, params, state = trained(**options)
+    model, params, state = random_model(**options)
     logits, _ = model.apply({"params": params}, TOKENS[None], tuple(c[None] for c in state), deterministic=True)
     every = jax.vmap(lambda target: attribution.shares(model, params, TOKENS, target, 7, state))
     found = every(jnp.arange(11))
@@ -43,20 +43,20 @@ def test_the_shares_sum_to_the_logit(x64, options):
     assert float(jnp.min(jnp.abs(found.words[:, :8]))) > 0
 
 
-def test_one_identity_layer_gives_each_word_its_weighted_content(x64):
-    model, params, state = trained(layers=1, activation="identity")
-    (made,) = attribution.decompositions(model, params, TOKENS, state)
+def test_shares_of_one_identity_layer_are_weighted_contents(x64):
+    model, params, state = random_model(layers=1, activation="identity")
+    (parts,) = attribution.decompositions(model, params, TOKENS, state)
     found = attribution.shares(model, params, TOKENS, 4, 9, state)
     column = params["decode"]["kernel"][:, 4]
-    expected = [np.dot(column, w * u) for w, u in zip(weights.at(made, 9), made.u)]
+    expected = [np.dot(column, w * u) for w, u in zip(weights.at(parts, 9), parts.u)]
     np.testing.assert_allclose(found.words, expected, rtol=1e-12, atol=1e-14)
-    np.testing.assert_allclose(found.carry[0], np.dot(column, weights.carried(made)[9] * state[0]), rtol=1e-12)
+    np.testing.assert_allclose(found.carry[0], np.dot(column, weights.carried(parts)[9] * state[0]), rtol=1e-12)
     np.testing.assert_allclose(found.bias, params["decode"]["bias"][4], rtol=1e-12)
 
 
-def test_with_the_identity_a_share_is_what_the_logit_loses_without_the_word(x64):
-    """Two layers, the gates as they were: the oracle takes one content away."""
-    model, params, state = trained(activation="identity")
+def test_a_share_with_identity_is_the_change_of_the_logit_without_the_word(x64):
+    """Two layers with constant gates: the oracle sets one content to 0."""
+    model, params, state = random_model(activation="identity")
     one, two = attribution.decompositions(model, params, TOKENS, state)
     found = attribution.shares(model, params, TOKENS, 4, 9, state)
 
@@ -74,28 +74,28 @@ def test_with_the_identity_a_share_is_what_the_logit_loses_without_the_word(x64)
     np.testing.assert_allclose(found.carry, lost, rtol=1e-10, atol=1e-12)
 
 
-def test_for_one_tanh_layer_the_shares_are_integrated_gradients(x64):
-    model, params, state = trained(layers=1)
-    (made,) = attribution.decompositions(model, params, TOKENS, state)
+def test_shares_of_one_tanh_layer_are_integrated_gradients_along_contents(x64):
+    model, params, state = random_model(layers=1)
+    (parts,) = attribution.decompositions(model, params, TOKENS, state)
     column = params["decode"]["kernel"][:, 4]
 
     def logit(u, c0):
-        return jnp.dot(jnp.tanh(ranjax.linear_recurrence(made.f, made.i * u, c0))[9], column)
+        return jnp.dot(jnp.tanh(ranjax.linear_recurrence(parts.f, parts.i * u, c0))[9], column)
 
-    nodes, parts = np.polynomial.legendre.leggauss(60)
+    nodes, quadrature = np.polynomial.legendre.leggauss(60)
     gradient = jax.jit(jax.grad(logit))
-    gradients = [gradient((n + 1) / 2 * made.u, (n + 1) / 2 * made.c0) for n in nodes]
-    mean = sum(p / 2 * g for p, g in zip(parts, gradients))
+    gradients = [gradient((n + 1) / 2 * parts.u, (n + 1) / 2 * parts.c0) for n in nodes]
+    mean = sum(p / 2 * g for p, g in zip(quadrature, gradients))
     found = attribution.shares(model, params, TOKENS, 4, 9, state)
-    np.testing.assert_allclose(found.words, jnp.sum(mean * made.u, axis=-1), rtol=1e-8, atol=1e-12)
+    np.testing.assert_allclose(found.words, jnp.sum(mean * parts.u, axis=-1), rtol=1e-8, atol=1e-12)
 
 
 @pytest.mark.parametrize(
     "options",
     [{}, {"gates": "diagonal", "layers": 1}, {"gates": "input", "projection": 4, "tie": True, "embedding": 4}],
 )
-def test_integrated_gradients_are_complete(x64, options):
-    model, params, state = trained(**options)
+def test_integrated_gradients_sum_to_the_logit(x64, options):
+    model, params, state = random_model(**options)
     logits, _ = model.apply({"params": params}, TOKENS[None], tuple(c[None] for c in state), deterministic=True)
     found = attribution.integrated_gradients(model, params, TOKENS, 4, 7, state, nodes=64)
     assert abs(float(found.total - logits[0, 7, 4])) < 1e-6
@@ -103,9 +103,9 @@ def test_integrated_gradients_are_complete(x64, options):
     assert found.carry.shape == (len(model.sizes),)
 
 
-def test_integrated_gradients_sum_up_the_path(x64):
-    """Against a plain midpoint sum over the model itself, its embeddings and first states scaled down."""
-    model, params, state = trained()
+def test_integrated_gradients_equal_a_midpoint_rule(x64):
+    """Against a midpoint rule over the model itself, with embeddings and initial states scaled."""
+    model, params, state = random_model()
 
     def logit(scale, x):
         h = scale * x
@@ -121,7 +121,7 @@ def test_integrated_gradients_sum_up_the_path(x64):
     np.testing.assert_allclose(found.words, jnp.sum(gradients.mean(0) * x, axis=-1), rtol=0, atol=1e-4)
 
 
-def test_a_state_of_zero_has_finite_shares():
+def test_states_of_zero_have_finite_shares():
     model = ranjax.LanguageModel(vocabulary=11, features=6)
     params = model.init(jax.random.key(0), TOKENS[None], deterministic=True)["params"]
     params = params | {"embed": {"embedding": jnp.zeros((11, 6))}}
@@ -129,7 +129,7 @@ def test_a_state_of_zero_has_finite_shares():
     assert all(bool(jnp.all(jnp.isfinite(a))) for a in found)
 
 
-def test_other_cells_are_refused():
+def test_models_of_other_cells_raise():
     model = ranjax.LanguageModel(vocabulary=11, cell="lstm", features=6)
     with pytest.raises(
         ValueError, match=r"cell='ran'; got cell='lstm', whose states are not weighted sums of its inputs"
@@ -140,16 +140,16 @@ def test_other_cells_are_refused():
 
 
 @pytest.mark.parametrize("tie", [True, False])
-def test_targets_are_mapped_over_with_parameters_of_numpy(tie, x64):
-    model, params, _ = trained(tie=tie)
+def test_vmap_over_targets_accepts_numpy_parameters(tie, x64):
+    model, params, _ = random_model(tie=tie)
     for rule in (attribution.shares, partial(attribution.integrated_gradients, nodes=2)):
         every = jax.vmap(lambda target, rule=rule: rule(model, jax.device_get(params), TOKENS, target, 7).total)
         one = rule(model, params, TOKENS, 4, 7).total
         np.testing.assert_allclose(every(jnp.arange(11))[4], one, rtol=1e-12)
 
 
-def test_what_does_not_fit_is_named(x64):
-    model, params, state = trained()
+def test_arguments_that_do_not_fit_the_model_raise(x64):
+    model, params, state = random_model()
     for ids in ((3, -1), (3, 11)):
         for rule in (attribution.shares, attribution.integrated_gradients):
             with pytest.raises(ValueError, match=rf"`tokens` must be ids from 0 to 10, .*got {min(ids)} to {max(ids)}"):
@@ -190,22 +190,22 @@ def test_what_does_not_fit_is_named(x64):
         attribution.integrated_gradients(model, params, TOKENS, 4, 9, nodes=0)
 
 
-def test_narrow_products_of_a_model():
-    """The shares are of the gates that the model had; its logit is rounded to its dtype, their sum is not."""
+def test_shares_of_a_bfloat16_model_are_not_rounded():
+    """Shares use the gates of the model; its logit is rounded to its dtype, their sum is not."""
     model = ranjax.LanguageModel(vocabulary=11, features=16, dtype=jnp.bfloat16)
     params = model.init(jax.random.key(0), TOKENS[None], deterministic=True)["params"]
     logits, _ = model.apply({"params": params}, TOKENS[None], deterministic=True)
     found = attribution.shares(model, params, TOKENS, 4, 9)
     assert abs(float(found.total - logits[0, 9, 4])) < 0.01 * float(jnp.max(jnp.abs(logits)))
     _, state = model.apply({"params": params}, TOKENS[None], deterministic=True)
-    made, wide = (attribution.decompositions(m, params, TOKENS) for m in (model, model.clone(dtype=None)))
-    for layer, other, carry in zip(made, wide, state):
+    parts, wide = (attribution.decompositions(m, params, TOKENS) for m in (model, model.clone(dtype=None)))
+    for layer, other, carry in zip(parts, wide, state):
         near, far = (float(jnp.max(jnp.abs(of.c[-1] - carry[0]))) for of in (layer, other))
         assert near < 0.1 * far
 
 
-def test_steps_are_mapped_over_and_texts_come_in_batches(x64):
-    model, params, state = trained()
+def test_vmap_over_steps(x64):
+    model, params, state = random_model()
     for rule in (attribution.shares, partial(attribution.integrated_gradients, nodes=2)):
 
         def words(step, rule=rule):
@@ -213,6 +213,10 @@ def test_steps_are_mapped_over_and_texts_come_in_batches(x64):
 
         found = jax.vmap(words)(jnp.array([0, 7]))
         np.testing.assert_allclose(found, [words(0), words(7)], rtol=1e-10, atol=1e-13)
+
+
+def test_decompositions_of_a_batch_are_those_of_each_text(x64):
+    model, params, state = random_model()
     texts, states = (TOKENS, TOKENS[::-1]), (state, tuple(-c for c in state))
     together = attribution.decompositions(model, params, jnp.stack(texts), tuple(map(jnp.stack, zip(*states))))
     for n, (text, first) in enumerate(zip(texts, states)):
@@ -220,9 +224,9 @@ def test_steps_are_mapped_over_and_texts_come_in_batches(x64):
             np.testing.assert_allclose(many.c[n], one.c, rtol=0, atol=1e-12)
 
 
-def test_a_traced_id_that_is_none_is_nan():
-    """As in the model; one that is known is refused."""
+def test_a_traced_id_out_of_range_gives_nan():
+    """As in the model; a concrete id out of range raises."""
     model, tokens = ranjax.LanguageModel(vocabulary=9, features=4, layers=1), jnp.array([1, 9, 2])
     params = model.init(jax.random.key(0), tokens[None], deterministic=True)["params"]
-    (made,) = jax.jit(partial(attribution.decompositions, model))(params, tokens)
-    np.testing.assert_array_equal(jnp.isnan(made.c).any(-1), [False, True, True])
+    (parts,) = jax.jit(partial(attribution.decompositions, model))(params, tokens)
+    np.testing.assert_array_equal(jnp.isnan(parts.c).any(-1), [False, True, True])
