@@ -216,6 +216,41 @@ def refusals(path: Path, mend: str = "--resume goes on with the run") -> Iterato
         ) from None
 
 
+def free_memory(device: Any) -> int | None:
+    """The free memory of a device in bytes, or None if it is not known.
+
+    GPUs and TPUs report theirs. For a CPU it is the memory of the host that psutil (an optional package) reports as
+    available.
+
+    Args:
+      device: a `jax.Device`.
+
+    Returns:
+      Bytes, or None.
+
+    Example:
+      >>> from types import SimpleNamespace
+      >>> from ranjax.cli import free_memory
+      >>> free_memory(SimpleNamespace(platform="gpu", memory_stats=lambda: {"bytes_limit": 100, "bytes_in_use": 30}))
+      70
+    """
+    if device.platform == "cpu":
+        return _available_memory()
+    stats = device.memory_stats() or {}
+    if "bytes_limit" not in stats or "bytes_in_use" not in stats:
+        return None
+    return max(0, stats["bytes_limit"] - stats["bytes_in_use"])
+
+
+def _available_memory() -> int | None:
+    """The memory of the host in bytes that programs can allocate without swapping; None without psutil."""
+    try:
+        import psutil
+    except ImportError:
+        return None
+    return psutil.virtual_memory().available
+
+
 def lazy(module: str, homes: dict[str, str]) -> Callable[[str], Any]:
     """A `__getattr__` for a module some of whose names live in others, which are imported when first asked for."""
 

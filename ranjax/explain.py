@@ -9,17 +9,18 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
-from ranjax.cli import exit_with_message, lazy, options, start
-from ranjax.errors import UserError, check_utf8
+from ranjax import cli
+from ranjax.choices import Reduction
+from ranjax.errors import UserError
 
 if TYPE_CHECKING:
     from ranjax.interpret.explanation import Explanation as Explanation
     from ranjax.interpret.explanation import explain as explain
 
 EXPLANATION = "ranjax.interpret.explanation"
-__getattr__ = lazy(__name__, {"Explanation": EXPLANATION, "explain": EXPLANATION})
+__getattr__ = cli.lazy(__name__, {"Explanation": EXPLANATION, "explain": EXPLANATION})
 
 
 @dataclass(frozen=True)
@@ -34,7 +35,7 @@ class Options:
     """A file with the text, in its place."""
     layer: int = 1
     """Layer whose states are shown, from 1: its sources are the words, those of later ones the outputs below."""
-    reduce: Literal["max", "l1", "l2", "contribution"] = "l2"
+    reduce: Reduction = "l2"
     """One number for the weights of all components: the largest, their norm, or the L1 norm of weight times content."""
     top: int = 3
     """Sources shown of each word."""
@@ -47,7 +48,7 @@ def read_text(given: Options) -> str:
     if (given.text is None) == (given.file is None):
         raise UserError("give the text by either --text or --file.")
     if given.text is not None:
-        check_utf8("--text", given.text)
+        cli.check_utf8("--text", given.text)
         return given.text
     path = Path(os.path.expanduser(str(given.file)))
     try:
@@ -89,15 +90,15 @@ def writing(path: Path) -> Iterator[None]:
 
 def main(argv: list[str] | None = None) -> None:
     """The program."""
-    with exit_with_message():
-        given = options(Options, argv, "python -m ranjax.explain")
+    with cli.exit_with_message():
+        given = cli.options(Options, argv, "python -m ranjax.explain")
         text, out = read_text(given), checked_out(given)
         if given.top < 1:
             raise UserError(f"--top must be at least 1; got {given.top}.")
 
-        from ranjax.training.run import load_run
         from ranjax.interpret.explanation import DRAWN, explain
         from ranjax.interpret.render import draw_pairs, print_sources, write_page
+        from ranjax.training.run import load_run
 
         run = load_run(given.checkpoint)
         if not 1 <= given.layer <= (layers := len(run.model.sizes)):
@@ -114,4 +115,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    start(main, huge_pages=True)
+    cli.start(main, huge_pages=True)

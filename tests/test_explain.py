@@ -13,7 +13,7 @@ import pytest
 import ranjax
 from ranjax import explain, train, weights
 from ranjax.errors import UserError
-from ranjax.evaluate import load_run
+from ranjax.training.run import load_run
 from ranjax.interpret import explanation, render
 from ranjax.interpret.attribution import decompositions
 from ranjax.training.config import Config

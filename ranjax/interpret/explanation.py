@@ -11,6 +11,7 @@ import numpy as np
 from jax import Array
 
 from ranjax.cell import Params, output
+from ranjax.cli import free_memory
 from ranjax.errors import UserError, fitting
 from ranjax.interpret import weights
 from ranjax.interpret.attribution import Shares, decompositions, shares_of
@@ -230,38 +231,3 @@ def _check_memory(needed: Any, device: Any, time: int) -> None:
             f"{free / 1e6:,.0f} MB are free, enough for about {time * free // takes:,} tokens. Give a part of it, or a "
             "smaller --top."
         )
-
-
-def free_memory(device: Any) -> int | None:
-    """The free memory of a device in bytes, or None if it is not known.
-
-    GPUs and TPUs report theirs. For a CPU it is the memory of the host that psutil (an optional package) reports as
-    available.
-
-    Args:
-      device: a `jax.Device`.
-
-    Returns:
-      Bytes, or None.
-
-    Example:
-      >>> from types import SimpleNamespace
-      >>> from ranjax.interpret.explanation import free_memory
-      >>> free_memory(SimpleNamespace(platform="gpu", memory_stats=lambda: {"bytes_limit": 100, "bytes_in_use": 30}))
-      70
-    """
-    if device.platform == "cpu":
-        return _available_memory()
-    stats = device.memory_stats() or {}
-    if "bytes_limit" not in stats or "bytes_in_use" not in stats:
-        return None
-    return max(0, stats["bytes_limit"] - stats["bytes_in_use"])
-
-
-def _available_memory() -> int | None:
-    """The memory of the host in bytes that programs can allocate without swapping; None without psutil."""
-    try:
-        import psutil
-    except ImportError:
-        return None
-    return psutil.virtual_memory().available
