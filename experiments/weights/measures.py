@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from scipy.stats import spearmanr
 
-from ranjax.data.vocabulary import Vocabulary
+from ranjax.data.vocabulary import Words
 from ranjax.interpret.attribution import decompositions, integrated_gradients, shares
 from ranjax.interpret.memory import Memory
 from ranjax.interpret.weights import reduced
@@ -23,7 +23,7 @@ OTHERS = 8  # random words that a word is replaced by, besides <unk>
 RULES = (shares, integrated_gradients)
 
 
-def by_frequency(layer: Memory, valid: np.ndarray, train: np.ndarray, vocabulary: Vocabulary) -> list[dict[str, Any]]:
+def by_frequency(layer: Memory, valid: np.ndarray, train: np.ndarray, vocabulary: Words) -> list[dict[str, Any]]:
     """Spans of the words of each band of frequency, of `<unk>`, and of ends of lines."""
     counts = np.bincount(train, minlength=len(vocabulary))
     signs = [vocabulary.ids[sign] for sign in SIGNS if sign in vocabulary.ids]
