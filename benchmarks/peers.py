@@ -1,6 +1,6 @@
 """Other people's solvers of the same recurrence, where they are installed: the extra `bench`, and PyTorch.
 
-Each takes tensors `(batch, time, features)`; what a library wants instead is made before the clock starts.
+Each takes tensors `(batch, time, features)`. Other layouts and forms that a library needs are computed before timing.
 """
 
 import importlib
@@ -13,7 +13,7 @@ import timing
 
 
 def built(decay: np.ndarray, inputs: np.ndarray, weight: np.ndarray) -> dict[str, "TorchRival"]:
-    """By name, those that are installed and run on this machine, on tensors of these values.
+    """The installed libraries that run on this machine, by name, on tensors of these values.
 
     Raises:
       RuntimeError: after an error of CUDA, since nothing can run then.
@@ -44,7 +44,7 @@ def built(decay: np.ndarray, inputs: np.ndarray, weight: np.ndarray) -> dict[str
 
 
 class TorchRival:
-    """A way to solve the recurrence with PyTorch; the initial state is zero."""
+    """A solver of the recurrence in PyTorch, from a zero initial state."""
 
     def __init__(self, solve: Callable, arrays: tuple[Any, ...], weight: Any, layout: Callable):
         self.layout = layout
@@ -75,10 +75,10 @@ class TorchRival:
         }
 
     def memory(self) -> None:
-        """Not known."""
+        """Not measured."""
 
     def deviation(self, states: np.ndarray, gradient: np.ndarray) -> float:
-        """Largest, of the states, over the largest there is; what is differentiated may be a logarithm."""
+        """The largest of the states, relative to their largest value; gradients may be of logarithms instead."""
         ours = self.layout(self.states.detach()).cpu().numpy()
         return float(np.abs(ours - states).max() / np.abs(states).max())
 
@@ -90,7 +90,7 @@ def _pull(states: Any, arrays: tuple[Any, ...], weight: Any) -> tuple[Any, ...]:
 
 
 def _rival(solve: Callable, values: tuple[np.ndarray, ...], layout: Callable = lambda a: a) -> TorchRival:
-    """`values`: what stands for decay and inputs, and the weight of the states in what is differentiated."""
+    """`values`: the two arrays of the library, and the cotangent of the states."""
     import torch
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -103,30 +103,30 @@ def _rival(solve: Callable, values: tuple[np.ndarray, ...], layout: Callable = l
 
 
 def _channels_first(module: Any) -> Callable:
-    def made(decay, inputs, weight):
+    def rival(decay, inputs, weight):
         return _rival(module.scan, (decay, inputs, weight), lambda a: a.transpose(1, 2))
 
-    return made
+    return rival
 
 
 def _hgrn(name: str) -> Callable:
-    """Takes the logarithm of the decay."""
+    """A library that takes the logarithm of the decay."""
 
     def build(module):
         solve = getattr(module, name)
 
-        def made(decay, inputs, weight):
+        def rival(decay, inputs, weight):
             return _rival(lambda g, x: solve(x, g)[0], (np.log(decay), inputs, weight))
 
-        return made
+        return rival
 
     return build
 
 
 def _log_space(module: Any) -> Callable:
-    """Takes the logarithms of decay and inputs, so the inputs must be positive."""
+    """A library that takes the logarithms of decay and inputs, so that inputs must be positive."""
 
-    def made(decay, inputs, weight):
+    def rival(decay, inputs, weight):
         return _rival(module.heinsen_associative_scan_log, (np.log(decay), np.log(inputs), weight))
 
-    return made
+    return rival

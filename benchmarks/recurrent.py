@@ -1,9 +1,9 @@
-"""Gates that read h_{t-1}, walked through or iterated: `python benchmarks/recurrent.py --checkpoint RUN`.
+"""Gates that read h_{t-1}, solver against solver: `python benchmarks/recurrent.py --checkpoint RUN`.
 
-For a trained model and each shape: milliseconds of the gradient of the sum of squares of a layer's states, by solver,
-the passes made, whether they converged, and the largest deviation from the walk, relative to the largest gradient; the
-states alone, and by as many passes without looking at a residual. For diagonal gates the fused walk beside Newton's
-iteration, at the same sizes with weights drawn at random.
+For a trained model, each shape and each solver: milliseconds of the gradient of the sum of squares of a layer's states,
+the number of iterations, whether they converged, and the largest deviation from the sequential scan, relative to the
+largest gradient. Also the states alone, and by as many iterations without a test of the residual. For diagonal gates:
+the fused sequential scan beside Newton's iteration, at the same sizes with random weights.
 """
 
 import dataclasses
@@ -14,26 +14,25 @@ import jax
 import jax.numpy as jnp
 import timing
 
-from ranjax import FixedPoint, RANCell, solve
+from ranjax import FixedPoint, RANCell, cli, solve
 from ranjax.cell import content, gates_of_input, output
 from ranjax.data import load_corpus
-from ranjax.evaluate import load_run
 from ranjax.solvers.fixed_point import averaged
-from ranjax.cli import restart_with_huge_pages
 from ranjax.solvers.masks import Steps
-from ranjax.solvers.recurrent import make_pass
+from ranjax.solvers.recurrent import make_iteration
+from ranjax.training.run import load_run
 
 RESULTS = Path(__file__).parent / "results"
 LOOSE = {"rtol": 1e-4, "adjoint_rtol": 1e-4}
-SOLVERS = {  # the first is what the others are compared with
+SOLVERS = {  # the others are compared with the first
     "recurrent": {
-        "walk": "sequential",
+        "sequential": "sequential",
         "fixed point": FixedPoint(on_failure="nan"),
-        "fixed point, all at once": FixedPoint(window=None, on_failure="nan"),
-        "fixed point, windows of 256": FixedPoint(window=256, on_failure="nan"),
+        "fixed point, all at once": FixedPoint(chunk=None, on_failure="nan"),
+        "fixed point, chunks of 256": FixedPoint(chunk=256, on_failure="nan"),
         "fixed point, tolerances 1e-4": FixedPoint(**LOOSE, on_failure="nan"),
     },
-    "diagonal": {"fused walk": "auto", "walk": "sequential", "Newton": FixedPoint(on_failure="nan")},
+    "diagonal": {"fused": "auto", "sequential": "sequential", "Newton": FixedPoint(on_failure="nan")},
 }
 
 
@@ -46,7 +45,7 @@ class Options:
       data_dir: folder of the data sets.
       layer: of its model, counted from 1.
       shapes: batch and number of steps.
-      seconds: for the rounds of one shape.
+      seconds: time limit of the rounds of one shape.
       out: folder of the results.
     """
 
@@ -59,61 +58,62 @@ class Options:
 
 
 def gradient(gates: str, activation: str, solver: str | FixedPoint):
-    """(gradient of the parameters and the inputs, record) of the sum of squares of the states."""
+    """A function that returns the gradient of the sum of squares of the states, and the solver's result."""
 
     def total(params, x):
-        states, record = solve(params, x, gates=gates, activation=activation, solver=solver)
-        return jnp.sum(states**2), record
+        states, result = solve(params, x, gates=gates, activation=activation, solver=solver)
+        return jnp.sum(states**2), result
 
     return jax.jit(jax.grad(total, (0, 1), has_aux=True))
 
 
 def early_exit(activation: str, params: dict, x: jax.Array, seconds: float) -> list[dict]:
-    """The states by passes until they converge, and by as many passes without a look at the residual.
+    """The states by iterations until they converge, and by as many iterations without a test of the residual.
 
-    These are averaged from the first one on, for it is the residual that tells the solver when to begin.
+    The latter are averaged from the first one on, because the solver begins to average at a residual of 1.
     """
-    solver, features = FixedPoint(window=None, on_failure="ignore"), params["content"]["kernel"].shape[1]
+    solver, features = FixedPoint(chunk=None, on_failure="nan"), params["content"]["kernel"].shape[1]
     run = jax.jit(partial(solve, gates="recurrent", activation=activation, solver=solver))
-    expected, record = run(params, x)
-    count = int(record.iterations)
+    expected, result = run(params, x)
+    count = int(result.iterations)
 
     @jax.jit
-    def passes(params, x):
+    def iterated(params, x):
         steps, c0 = Steps(content(params, x), gates_of_input(params, x)), jnp.zeros((x.shape[0], features))
-        apply = make_pass(params, steps, c0, activation, solver)
+        apply = make_iteration(params, steps, c0, activation, solver)
 
-        def turn(made, loop):
+        def advance(done, loop):
             c, step = loop
-            settled = (jnp.arange(x.shape[1]) <= made)[:, None]
+            settled = (jnp.arange(x.shape[1]) <= done)[:, None]
             return averaged(c, apply(c)[0], step, jnp.zeros(()), settled)
 
         zero = jnp.zeros_like(steps.u)
-        return jax.lax.fori_loop(0, count, turn, (zero, zero))[0]
+        return jax.lax.fori_loop(0, count, advance, (zero, zero))[0]
 
     calls = {
         "states, fixed point, all at once": partial(run, params, x),
-        "states, as many passes": partial(passes, params, x),
+        "states, as many iterations": partial(iterated, params, x),
     }
-    about = {"gates": "recurrent", "batch": x.shape[0], "time": x.shape[1], "features": features, "passes": count}
-    deviation = float(jnp.max(jnp.abs(passes(params, x) - expected)) / jnp.max(jnp.abs(expected)))
-    about |= {"converged": bool(record.converged), "deviation": deviation}
+    about = {"gates": "recurrent", "batch": x.shape[0], "time": x.shape[1], "features": features, "iterations": count}
+    deviation = float(jnp.max(jnp.abs(iterated(params, x) - expected)) / jnp.max(jnp.abs(expected)))
+    about |= {"converged": bool(result.converged), "deviation": deviation}
     times = timing.alternate(calls, seconds=seconds)
     return [about | {"solver": name} | timing.summary(found) for name, found in times.items()]
 
 
 def measure(gates: str, activation: str, params: dict, x: jax.Array, seconds: float) -> list[dict]:
+    """The rows of one layer and shape."""
     calls = {name: partial(gradient(gates, activation, s), params, x) for name, s in SOLVERS[gates].items()}
     found = {name: call() for name, call in calls.items()}
     expected = jax.tree.leaves(next(iter(found.values()))[0])
     rows = []
     for name, times in timing.alternate(calls, seconds=seconds).items():
-        got, record = found[name]
+        got, result = found[name]
         pairs = zip(jax.tree.leaves(got), expected, strict=True)
         deviation = max(float(jnp.max(jnp.abs(a - b)) / jnp.max(jnp.abs(b))) for a, b in pairs)
         about = {"gates": gates, "solver": name, "batch": x.shape[0], "time": x.shape[1]}
         about |= {"features": params["content"]["kernel"].shape[1], "deviation": deviation}
-        about |= {"passes": int(record.iterations), "converged": bool(record.converged)}
+        about |= {"iterations": int(result.iterations), "converged": bool(result.converged)}
         rows.append(about | timing.summary(times))
     return rows
 
@@ -137,7 +137,7 @@ def main(options: Options) -> None:
         rows += measure("diagonal", "tanh", params, x, options.seconds / 3)
         for row in rows[before:]:
             print(
-                "{batch} x {time}, {gates} gates, {solver:32} {median_ms:9.2f} ms, {passes} passes, "
+                "{batch} x {time}, {gates} gates, {solver:32} {median_ms:9.2f} ms, {iterations} iterations, "
                 "converged: {converged}, deviation {deviation:.1e}".format(**row),
                 flush=True,
             )
@@ -146,7 +146,4 @@ def main(options: Options) -> None:
 
 
 if __name__ == "__main__":
-    import tyro
-
-    restart_with_huge_pages()
-    main(tyro.cli(Options))
+    cli.start(lambda: main(cli.options(Options, None, "python benchmarks/recurrent.py")), huge_pages=True)

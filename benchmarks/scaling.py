@@ -1,9 +1,9 @@
 """Time spread over the devices of a mesh: `python benchmarks/scaling.py` writes results/ and prints a table.
 
 The gradient of a recurrence, and of RAN layers, over sequences of growing length on 1, 2, 4, ... devices: milliseconds,
-the memory of one device (its arguments, results and temporaries), and the bytes of the results of collectives, a
-device's own part included, read off the compiled program. On a CPU the devices are made up and share the cores: memory
-and bytes are theirs, times are not.
+the memory of one device (arguments, results and temporaries), and the bytes of the results of collectives (a device's
+own part included), from the compiled program. On a CPU the devices are simulated and share the cores: memory and bytes
+are valid, times are not.
 """
 
 import dataclasses
@@ -13,7 +13,7 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
-os.environ.setdefault("XLA_FLAGS", "--xla_force_host_platform_device_count=8")  # of a CPU; others count their own
+os.environ.setdefault("XLA_FLAGS", "--xla_force_host_platform_device_count=8")  # simulated, on a CPU
 
 import jax
 import jax.numpy as jnp
@@ -23,8 +23,8 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import ranjax
-from ranjax.cli import restart_with_huge_pages
-from ranjax.training.report import blank_figure
+from ranjax import cli
+from ranjax.figure import blank_figure
 
 TIME = P(None, "time")
 COLLECTIVE = re.compile(r"= (.*?) (all-gather|all-reduce|collective-permute|all-to-all|reduce-scatter)(?:-start)?\(")
@@ -36,10 +36,10 @@ class Options:
     """Time spread over the devices of a mesh.
 
     Attributes:
-      devices: numbers of them; those that are not there are left out.
+      devices: numbers of devices; those above the number available are skipped.
       lengths: numbers of steps.
       features: of the states and of the inputs.
-      seconds: for the rounds of one length.
+      seconds: time limit of the rounds of one length.
       out: folder of the results.
     """
 
@@ -51,8 +51,8 @@ class Options:
 
 
 def layer(gates: str, key: jax.Array, features: int) -> tuple[Callable, tuple]:
-    """A layer's outputs as a function of an axis, its parameters and its inputs; the parameters."""
-    cell = ranjax.RANCell(features, gates, bias_init=lambda *_: jnp.full(features, 3.0))  # gates that remember
+    """A layer's outputs as a function of the mesh axis, its parameters and its inputs; and the parameters."""
+    cell = ranjax.RANCell(features, gates, bias_init=lambda *_: jnp.full(features, 3.0))  # long memory
     variables = ranjax.RAN(cell).init(key, jnp.zeros((1, 2, features)))
 
     def outputs(axis_name, variables, x):
@@ -62,7 +62,7 @@ def layer(gates: str, key: jax.Array, features: int) -> tuple[Callable, tuple]:
 
 
 def cases(features: int) -> dict[str, tuple[Callable, tuple]]:
-    """By name, a function of an axis, of arrays that every device has, and of a sequence."""
+    """By name, a function of the mesh axis, of replicated arrays and of a sequence; and these arrays."""
 
     def recurrence(axis_name, x):
         return ranjax.linear_recurrence(jax.nn.sigmoid(x + 6), x, axis_name=axis_name)  # half-lives of some 170 steps
@@ -73,7 +73,7 @@ def cases(features: int) -> dict[str, tuple[Callable, tuple]]:
 
 
 def compiled(function: Callable, arrays: tuple, x: jax.Array, count: int) -> tuple[Callable, Callable]:
-    """The gradient over `count` devices: its program, and a call of it."""
+    """The compiled gradient over `count` devices, and a call of it."""
     mesh = jax.make_mesh((count,), ("time",), axis_types=(AxisType.Auto,), devices=jax.devices()[:count])
     over = jax.shard_map(partial(function, "time"), mesh=mesh, in_specs=(*(P() for _ in arrays), TIME), out_specs=TIME)
     gradient = jax.grad(lambda *a: jnp.sum(jnp.square(over(*a))), tuple(range(len(arrays) + 1)))
@@ -86,7 +86,7 @@ def compiled(function: Callable, arrays: tuple, x: jax.Array, count: int) -> tup
 
 
 def received(text: str) -> dict[str, int]:
-    """Bytes that a device receives, by collective; those in a loop once for each line of the program, not each turn."""
+    """Bytes that a device receives, by collective; those in a loop are counted once, not for each iteration."""
     total: dict[str, int] = {}
     for shapes, name in COLLECTIVE.findall(text):
         for kind, sizes in re.findall(r"(\w+)\[([\d,]*)\]", shapes):
@@ -98,7 +98,7 @@ def received(text: str) -> dict[str, int]:
 
 
 def deviation(found: tuple, expected: tuple) -> float:
-    """The largest of all gradients, each relative to its largest value."""
+    """The largest deviation of all gradients, each relative to its largest value."""
     pairs = zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True)
     return max(float(np.max(np.abs(a - b)) / np.max(np.abs(b))) for a, b in pairs)
 
@@ -161,7 +161,4 @@ def main(options: Options) -> None:
 
 
 if __name__ == "__main__":
-    import tyro
-
-    restart_with_huge_pages()
-    main(tyro.cli(Options))
+    cli.start(lambda: main(cli.options(Options, None, "python benchmarks/scaling.py")), huge_pages=True)

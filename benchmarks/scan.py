@@ -1,8 +1,9 @@
 """Linear recurrences, solver against solver: `python benchmarks/scan.py` writes results/ and prints a table.
 
-For each shape: forward, backward alone and whole gradient (milliseconds), the effective bandwidth over that of a copy
-measured in the same rounds (three words an element forward, five backward), temporary memory in arrays of the size
-of the inputs, seconds of compilation, and the largest deviation from a float64 loop.
+For each shape: milliseconds of the forward pass, of the backward pass alone, and of the whole gradient; the effective
+bandwidth relative to that of a copy measured in the same rounds (three words an element forward, five backward);
+temporary memory in arrays of the size of the inputs; seconds of compilation; and the largest deviation from a float64
+loop.
 """
 
 import dataclasses
@@ -18,9 +19,8 @@ import peers
 import timing
 from jax import Array, lax
 
-from ranjax import linear_recurrence
-from ranjax.cli import restart_with_huge_pages
-from ranjax.training.report import blank_figure
+from ranjax import cli, linear_recurrence
+from ranjax.figure import blank_figure
 
 RESULTS = Path(__file__).parent / "results"
 MAIN = (8, 1024, 512)  # batch, time, features
@@ -32,12 +32,12 @@ class Options:
     """Linear recurrences, solver against solver.
 
     Attributes:
-      solvers: of `ranjax.linear_recurrence`. None: those in plain JAX, and on an accelerator the kernel.
+      solvers: of `ranjax.linear_recurrence`. None: those in plain JAX, and the kernel on an accelerator.
       lengths: numbers of steps.
       widths: numbers of features.
-      elements: of an array, about: what the batch is chosen for. The shape 8 x 1024 x 512 always comes first.
-      longest_loop: `lax.scan` is left out where sequences are longer.
-      seconds: for the rounds of one shape.
+      elements: of an array, about; the batch follows from it. The shape 8 x 1024 x 512 always comes first.
+      longest_loop: the largest number of steps for `lax.scan`.
+      seconds: time limit of the rounds of one shape.
       out: folder of the results.
     """
 
@@ -51,7 +51,7 @@ class Options:
 
     @property
     def shapes(self) -> list[tuple[int, int, int]]:
-        """Batch, time, features; what is larger by itself than twice the elements is left out."""
+        """Batch, time, features; without shapes that exceed twice the elements with batch 1."""
         rest = [(time, features) for time in self.lengths for features in self.widths]
         batches = [max(1, min(64, self.elements // (time * features))) for time, features in rest]
         grid = [(batch, *shape) for batch, shape in zip(batches, rest, strict=True)]
@@ -59,7 +59,7 @@ class Options:
 
 
 def plain_scan(decay: Array, inputs: Array, initial: Array) -> Array:
-    """What one writes by hand; on its own layout, time first."""
+    """The recurrence as one writes it by hand, in its natural layout: time first."""
 
     def step(h, ab):
         h = ab[0] * h + ab[1]
@@ -69,12 +69,12 @@ def plain_scan(decay: Array, inputs: Array, initial: Array) -> Array:
 
 
 def moved_scan(decay: Array, inputs: Array, initial: Array) -> Array:
-    """The same on arrays with the batch first."""
+    """`plain_scan` on arrays with the batch first."""
     return jnp.swapaxes(plain_scan(jnp.swapaxes(decay, 0, 1), jnp.swapaxes(inputs, 0, 1), initial), 0, 1)
 
 
 def plain_associative_scan(decay: Array, inputs: Array, initial: Array) -> Array:
-    """What one writes by hand."""
+    """The parallel recurrence as one writes it by hand."""
 
     def compose(earlier, later):
         return later[0] * earlier[0], later[0] * earlier[1] + later[1]
@@ -84,7 +84,7 @@ def plain_associative_scan(decay: Array, inputs: Array, initial: Array) -> Array
 
 
 class Rival:
-    """A way to solve the recurrence, compiled for arrays of one shape."""
+    """A solver of the recurrence, compiled for arrays of one shape."""
 
     def __init__(self, solve: Callable, arrays: tuple[Array, ...], weight: Array, time_first: bool = False):
         if time_first:
@@ -102,11 +102,11 @@ class Rival:
         }
 
     def memory(self) -> float:
-        """Temporaries of the gradient, in arrays of the size of the inputs."""
+        """Temporary memory of the gradient, in arrays of the size of the inputs."""
         return round(self.gradient.memory_analysis().temp_size_in_bytes / self.arrays[1].nbytes, 2)
 
     def deviation(self, states: np.ndarray, gradient: np.ndarray) -> float:
-        """Largest, of the states and of the gradient of the inputs, over the largest value there is."""
+        """The largest of the states and of the gradient of the inputs, relative to their largest values."""
         ours = [np.asarray(self.forward(*self.arrays)), np.asarray(self.gradient(self.weight, *self.arrays)[1])]
         ours = [a.swapaxes(0, 1) for a in ours] if self.time_first else ours
         return max(float(np.abs(a - b).max() / np.abs(b).max()) for a, b in zip(ours, (states, gradient), strict=True))
@@ -154,7 +154,7 @@ def measure(batch: int, time: int, features: int, options: Options) -> list[dict
 
 
 def contest(shape: tuple[int, int, int], options: Options) -> tuple[dict, dict, Array]:
-    """Everyone who takes part, by name, the float64 results that each should give, and an array of the shape."""
+    """The solvers by name, the float64 results expected of each, and an array of the shape."""
     rng = np.random.default_rng(0)
     decay = jnp.asarray(rng.uniform(0.5, 1.0, shape), jnp.float32)
     inputs, weight = (jnp.asarray(rng.normal(size=shape), jnp.float32) for _ in range(2))
@@ -169,7 +169,7 @@ def contest(shape: tuple[int, int, int], options: Options) -> tuple[dict, dict, 
         rivals["the same, time first"] = Rival(plain_scan, arrays, weight, time_first=True)
     rivals["autodiff of associative_scan"] = Rival(plain_associative_scan, arrays, weight)
     expected = dict.fromkeys(rivals, reference(arrays, weight))
-    positive = np.asarray(decay), np.abs(np.asarray(inputs)), np.asarray(weight)  # some work on logarithms
+    positive = np.asarray(decay), np.abs(np.asarray(inputs)), np.asarray(weight)  # some use logarithms
     others = peers.built(*positive)
     if others:
         expected |= dict.fromkeys(others, reference((*positive[:2], np.zeros(initial.shape)), weight))
@@ -217,7 +217,4 @@ def main(options: Options) -> None:
 
 
 if __name__ == "__main__":
-    import tyro
-
-    restart_with_huge_pages()
-    main(tyro.cli(Options))
+    cli.start(lambda: main(cli.options(Options, None, "python benchmarks/scan.py")), huge_pages=True)

@@ -1,7 +1,7 @@
-"""The one clock of the benchmarks.
+"""Timing for the benchmarks.
 
-A time runs from the call until the value that the call returned is there. Functions that are compared are called in
-turn, round after round, so that whatever else the machine does falls on all of them.
+Timings include `block_until_ready`. Functions that are compared are called in turn, round after round, so that
+disturbances affect all of them.
 """
 
 import datetime
@@ -17,18 +17,21 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # or one library's idle threads spin while the other works
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # otherwise idle threads of one library spin while another runs
 
 
 def alternate(calls: Mapping[str, Callable[[], Any]], *, seconds: float, rounds: tuple[int, int] = (5, 200)) -> dict:
-    """Times every call once a round, for about so many seconds in all: the list of its times, in seconds, by name.
+    """Times every call once a round.
 
-    The order is drawn anew each round: what a call leaves behind, in caches and threads, falls on all the others.
+    The order is random in each round, so that the effects of a call on caches and threads are spread over all others.
 
     Args:
-      calls: functions without arguments. What they return is waited for.
-      seconds: after which no further round begins.
-      rounds: the least and the most of them. One round before them is not counted: it compiles and warms up.
+      calls: functions without arguments. Their results are waited for.
+      seconds: time limit, after which no further round begins.
+      rounds: the smallest and the largest number of rounds. One round more, for compilation, is not counted.
+
+    Returns:
+      The times of each call, in seconds, by name.
     """
     for call in calls.values():
         _wait(call())
@@ -46,10 +49,10 @@ def alternate(calls: Mapping[str, Callable[[], Any]], *, seconds: float, rounds:
 
 
 def repeated(call: Callable, arguments: tuple) -> tuple[Callable[[], Any], int]:
-    """What the clock is to time for a function of JAX, and of how many calls that is.
+    """The function to time for a function of JAX, and the number of calls that it runs.
 
-    On a CPU of one. On an accelerator calls are queued, those below 0.2 ms several in a program, one after another and
-    each on arrays of its own: so neither the launch from Python nor what the last call left in the caches is timed.
+    On a CPU it is one call. On an accelerator calls are queued, and several calls below 0.2 ms are one program, in
+    sequence and each on arrays of its own. Neither launches from Python nor warm caches are then timed.
     """
     import jax
 
@@ -74,7 +77,7 @@ def repeated(call: Callable, arguments: tuple) -> tuple[Callable[[], Any], int]:
 
 
 def repeated_torch(call: Callable, sets: Callable[[], Any]) -> tuple[Callable[[], Any], int]:
-    """The same for PyTorch; `sets` makes arguments afresh. Launches that take longer than the work are timed."""
+    """`repeated` for PyTorch; `sets` returns new arguments. Launches that take longer than the work are timed."""
     import torch
 
     arguments = sets()
@@ -86,7 +89,7 @@ def repeated_torch(call: Callable, sets: Callable[[], Any]) -> tuple[Callable[[]
 
 
 def _seconds(run: Callable[[], Any], calls: int = 5) -> float:
-    """About how long one of several queued calls takes."""
+    """The approximate time of one of several queued calls."""
     _wait(run())
     start = time.perf_counter()
     _wait([run() for _ in range(calls)][-1])
@@ -94,7 +97,7 @@ def _seconds(run: Callable[[], Any], calls: int = 5) -> float:
 
 
 def _copies(seconds: float, arrays: Any) -> int:
-    """As many as take a fifth of a millisecond, if they fit into 2 GiB."""
+    """The number of calls that take 0.2 ms, as far as their arrays fit into 2 GiB."""
     import jax
 
     size = sum(leaf.nbytes for leaf in jax.tree.leaves(arrays))
@@ -102,7 +105,7 @@ def _copies(seconds: float, arrays: Any) -> int:
 
 
 def _queued(run: Callable[[], Any], copies: int) -> tuple[Callable[[], Any], int]:
-    """As many in a queue as take 5 ms."""
+    """A queue of calls that takes about 5 ms, and their number."""
     length = max(1, min(100, int(5e-3 / _seconds(run))))
 
     def runs():
@@ -114,7 +117,7 @@ def _queued(run: Callable[[], Any], copies: int) -> tuple[Callable[[], Any], int
 
 
 def summary(times: list[float], count: int = 1) -> dict[str, float]:
-    """Median and least of one of the `count` calls that each time is of, in milliseconds, and of how many times."""
+    """Median and minimum of one call in milliseconds, for times of `count` calls each, and the number of times."""
     return {
         "median_ms": statistics.median(times) * 1e3 / count,
         "least_ms": min(times) * 1e3 / count,
@@ -123,7 +126,7 @@ def summary(times: list[float], count: int = 1) -> dict[str, float]:
 
 
 def device() -> str:
-    """The accelerator, or the processor and its cores as this process may use them."""
+    """The accelerator; or the processor and the number of cores available to this process."""
     import jax
 
     first = jax.devices()[0]
@@ -133,7 +136,7 @@ def device() -> str:
 
 
 def stamp() -> dict[str, str]:
-    """What a result file says of where and when it was made."""
+    """Device, date and versions of a result file."""
     import jax
 
     return {
@@ -162,7 +165,7 @@ def _processor() -> str:
 
 
 def _wait(value: Any) -> None:
-    """Until a value is there, be it JAX's or PyTorch's."""
+    """Waits for a value of JAX or of PyTorch."""
     import jax
 
     jax.block_until_ready(value)

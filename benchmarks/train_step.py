@@ -1,8 +1,7 @@
 """Training steps of a RAN, an LSTM, flax's `nn.RNN` and PyTorch's LSTM and GRU: `python benchmarks/train_step.py`.
 
 Language models of the same sizes, on the same batch, without dropout, with clipping by global norm, plain SGD and a
-carried state: what differs is the cell and the library. Steps alternate in blocks, so that whatever else the machine
-does falls on all of them.
+carried state: only the cell and the library differ. Steps alternate in blocks, so that disturbances affect all of them.
 """
 
 import dataclasses
@@ -13,7 +12,7 @@ from unittest import mock
 
 import timing
 
-from ranjax.cli import restart_with_huge_pages
+from ranjax import cli
 
 RESULTS = Path(__file__).parent / "results"
 SIZES = {  # features of both layers, batch, steps
@@ -34,8 +33,8 @@ class Options:
 
     Attributes:
       sizes: small and medium (2 x 200 and 2 x 650, batches of 20, 35 steps); for a GPU large (2 x 1024, 64, 512 steps),
-        long (2 x 650, 16, 1024 steps) and longest (2 x 650, 2, 8192 steps), these two with the fixed point solver too.
-      seconds: for the rounds of one size.
+        long (2 x 650, 16, 1024 steps) and longest (2 x 650, 2, 8192 steps), both with the fixed point solver too.
+      seconds: time limit of the rounds of one size.
       out: folder of the results.
     """
 
@@ -45,7 +44,7 @@ class Options:
 
 
 def ranjax_steps(features: int, batch: int, steps: int, **options):
-    """A call that trains for BLOCK steps and returns what they changed, and one that tells the mean passes so far."""
+    """A call that trains for BLOCK steps and returns the parameters, and one that returns the mean iterations."""
     import jax.numpy as jnp
     import numpy as np
 
@@ -66,15 +65,15 @@ def ranjax_steps(features: int, batch: int, steps: int, **options):
             state[0] = step(state[0], text)
         return state[0].params
 
-    def passes():
-        """Of the fixed point in the layers, since the text began anew; 100 where all fell back on the walk."""
-        return float(state[0].passes) / ((int(state[0].step) - 1) % WINDOWS + 1)
+    def iterations():
+        """Mean over the layers and the epoch so far; 100 if every solve failed."""
+        return float(state[0].iterations) / ((int(state[0].step) - 1) % WINDOWS + 1)
 
-    return run, passes
+    return run, iterations
 
 
 def torch_cells(steps: int) -> dict:
-    """PyTorch's stacks of cells, and a RAN written with PyTorch where it is installed; that one loops in Python."""
+    """PyTorch's cells, and for short windows a RAN in PyTorch if it is installed (it loops in Python)."""
     import torch
 
     cells = {"PyTorch nn.LSTM": torch.nn.LSTM, "PyTorch nn.GRU": torch.nn.GRU}
@@ -88,7 +87,7 @@ def torch_cells(steps: int) -> dict:
 
 
 def torch_steps(features: int, batch: int, steps: int, cell):
-    """The same with PyTorch."""
+    """A call that trains a PyTorch model of the same sizes for BLOCK steps."""
     import torch
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -123,6 +122,7 @@ def torch_steps(features: int, batch: int, steps: int, cell):
 
 
 def measure(features: int, batch: int, steps: int, seconds: float) -> list[dict]:
+    """The rows of one size."""
     from flax import linen as nn
 
     from ranjax.scan import unroll
@@ -136,7 +136,7 @@ def measure(features: int, batch: int, steps: int, seconds: float) -> list[dict]
     ours["LSTM"] = ranjax_steps(features, batch, steps, cell="lstm")
     with mock.patch("ranjax.lm.Stepwise", partial(nn.RNN, time_major=True, return_carry=True, unroll=unroll())):
         ours["flax nn.RNN(OptimizedLSTMCell)"] = ranjax_steps(features, batch, steps, cell="lstm")
-        ours["flax nn.RNN(OptimizedLSTMCell)"][0]()  # traced in here
+        ours["flax nn.RNN(OptimizedLSTMCell)"][0]()  # traced here
     calls = {name: run for name, (run, _) in ours.items()}
     calls |= {name: torch_steps(features, batch, steps, cell) for name, cell in torch_cells(steps).items()}
     times = timing.alternate(calls, seconds=seconds)
@@ -153,7 +153,7 @@ def measure(features: int, batch: int, steps: int, seconds: float) -> list[dict]
                 "step_least_ms": round(found["least_ms"] / BLOCK, 3),
                 "tokens_per_second": round(batch * steps * BLOCK / found["median_ms"] * 1e3),
                 "rounds": found["rounds"],
-                "mean_passes": ours[name][1]() if name in ours else 0,
+                "mean_iterations": ours[name][1]() if name in ours else 0,
             }
         )
     lstm = next(row for row in rows if row["name"] == "PyTorch nn.LSTM")
@@ -172,14 +172,11 @@ def main(options: Options) -> None:
         for row in found:
             print(
                 "  {name:34} {step_ms:8.2f} ms a step (least {step_least_ms:.2f}), {tokens_per_second:9,} tokens/s, "
-                "{over_torch_lstm:.2f} times PyTorch's LSTM, {mean_passes:.1f} passes".format(**row),
+                "{over_torch_lstm:.2f} times PyTorch's LSTM, {mean_iterations:.1f} iterations".format(**row),
                 flush=True,
             )
         timing.write(options.out, "train-step", stamp, rows)
 
 
 if __name__ == "__main__":
-    import tyro
-
-    restart_with_huge_pages()
-    main(tyro.cli(Options))
+    cli.start(lambda: main(cli.options(Options, None, "python benchmarks/train_step.py")), huge_pages=True)

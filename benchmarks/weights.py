@@ -1,9 +1,9 @@
-"""What it costs to look into states: `python benchmarks/weights.py` writes results/ and prints a table.
+"""The cost of interpretation: `python benchmarks/weights.py` writes results/ and prints a table.
 
-The strongest sources of 100,000 states of 64 components, where gates forget and where none ever does: seconds,
-temporary memory, and the largest relative deviation from float64 in some of the rows. And a text of 500 tokens read by
+The strongest sources of 100,000 states of 64 components, with gates that forget and with gates that never do: seconds,
+temporary memory, and the largest relative deviation from float64 at some steps. Also the explanation of 500 tokens by
 an untrained model of 2 x 650 with a vocabulary of 10,000: seconds from the text to the page, compilation included, and
-its size.
+the size of the page.
 """
 
 import dataclasses
@@ -16,21 +16,21 @@ import jax.numpy as jnp
 import numpy as np
 import timing
 
-from ranjax import LanguageModel, views, weights
-from ranjax.training.config import Config
-from ranjax.evaluate import Run
-from ranjax.interpret.explanation import explain
-from ranjax.cli import restart_with_huge_pages
+from ranjax import LanguageModel, cli, weights
 from ranjax.data.vocabulary import Words
+from ranjax.interpret.explanation import explain
+from ranjax.interpret.render import write_page
+from ranjax.training.config import Config
+from ranjax.training.run import Run
 
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-    """What it costs to look into states.
+    """The cost of interpretation.
 
     Attributes:
       time: steps of the long sequence.
-      features: its components.
+      features: components of its states.
       out: folder of the results.
     """
 
@@ -40,13 +40,13 @@ class Options:
 
 
 def strongest(name: str, f: jax.Array, reduce: str) -> dict:
-    """The row of one sequence and reduction, top 5."""
+    """The row of one sequence and reduction: its 5 strongest sources."""
     keys = jax.random.split(jax.random.key(0), 2)
-    made = weights.Decomposition(jax.random.uniform(keys[0], f.shape), f, jax.random.normal(keys[1], f.shape), f, f[0])
-    program = jax.jit(weights.top, static_argnums=(1, 2)).lower(made, 5, reduce).compile()
-    values = np.asarray(program(made)[0])
-    times = timing.alternate({name: lambda: program(made)}, seconds=5, rounds=(3, 20))
-    i, f = np.asarray(made.i, np.float64), np.asarray(f, np.float64)
+    parts = weights.Decomposition(jax.random.uniform(keys[0], f.shape), f, jax.random.normal(keys[1], f.shape), f, f[0])
+    program = jax.jit(weights.top, static_argnums=(1, 2)).lower(parts, 5, reduce).compile()
+    values = np.asarray(program(parts)[0])
+    times = timing.alternate({name: lambda: program(parts)}, seconds=5, rounds=(3, 20))
+    i, f = np.asarray(parts.i, np.float64), np.asarray(f, np.float64)
     worst = 0.0
     for t in (10, len(f) // 2, len(f) - 1):
         w = i[: t + 1] * np.append(np.cumprod(f[t:0:-1], axis=0)[::-1], np.ones((1, f.shape[1])), axis=0)
@@ -60,13 +60,14 @@ def strongest(name: str, f: jax.Array, reduce: str) -> dict:
 
 
 def read(tokens: int = 500) -> dict:
-    """The row of a text that is explained."""
+    """The row of the explanation of a text."""
     words = (*(f"w{n}" for n in range(9_998)), "<unk>", "<eos>")
     model, ids = LanguageModel(len(words), features=650), np.random.default_rng(0).integers(0, len(words), tokens)
     params = model.init(jax.random.key(0), ids[None, :2], deterministic=True)["params"]
     with tempfile.TemporaryDirectory() as folder:
         begin, page = time.perf_counter(), Path(folder) / "page.html"
-        views.write_page(explain(Run(Config(), Words(words), model, params), " ".join(words[i] for i in ids)), 1, page)
+        run, text = Run(Config(), Words(words), model, params), " ".join(words[i] for i in ids)
+        write_page(explain(run, text), 1, page)
         seconds, size = time.perf_counter() - begin, page.stat().st_size
     return {"name": "explain, 2 x 650", "tokens": tokens, "seconds": round(seconds, 2), "page_mb": round(size / 1e6, 2)}
 
@@ -83,7 +84,4 @@ def main(options: Options) -> None:
 
 
 if __name__ == "__main__":
-    import tyro
-
-    restart_with_huge_pages()
-    main(tyro.cli(Options))
+    cli.start(lambda: main(cli.options(Options, None, "python benchmarks/weights.py")), huge_pages=True)

@@ -1,1 +1,1 @@
-"""Tools that the experiments share: a table of trainings, studies that go on, ablations."""
+"""Tools that the experiments share: the table of a study, its command line, ablations."""

@@ -1,7 +1,7 @@
-"""Ablations of a RAN: parts that it does without, as linear constraints on its parameters.
+"""Ablations of a RAN: parts removed from it by linear constraints on its parameters.
 
-A constrained model is a RAN like any other, with the same solvers and programs; some of its weights are fixed, or made
-of others.
+A constrained model is a RAN like any other, with the same solvers and programs. Some of its weights are fixed, or are
+functions of others.
 """
 
 from collections.abc import Callable
@@ -18,20 +18,23 @@ ABLATIONS = (*CONSTANT, "complement", "content")
 
 
 def constraint(ablation: str | None) -> Callable[[Any], Any]:
-    r"""`constrain(params) -> params`: the parameters of a language model with a part of its RANs taken out.
+    r"""A function `constrain(params) -> params` that removes a part from the RANs of a language model.
 
-    Gates without their weights on x and h are a constant for each feature, which is learned:
+    A gate without weights on x and h is constant in time, with one learned value for each feature:
 
     .. math::
         i_t = \sigma(b_i) \quad\text{or}\quad f_t = \sigma(b_f)
 
     Args:
-      ablation: `"input-gate"`, `"forget-gate"` or `"gates"` (both): a constant in time; `"complement"`:
-        :math:`i_t = 1 - f_t`; `"content"`: no layer, :math:`u_t = x_t`, for inputs as wide as the state. None: all is
-        left as it is.
+      ablation: `"input-gate"`, `"forget-gate"` or `"gates"` (both): constant in time; `"complement"`:
+        :math:`i_t = 1 - f_t`; `"content"`: no layer, :math:`u_t = x_t`, for inputs as wide as the state. None: nothing
+        is removed.
+
+    Returns:
+      The constraint, to be given to `ranjax.training.run.train` as `constrain`.
 
     Raises:
-      ValueError: for an unknown ablation; from the function, for `"content"` where inputs and states differ in size.
+      ValueError: for an unknown ablation; from the function, for `"content"` if inputs and states differ in size.
 
     Example:
       >>> import jax, jax.numpy as jnp
@@ -48,12 +51,12 @@ def constraint(ablation: str | None) -> Callable[[Any], Any]:
 
 
 def learned(params: Any, ablation: str | None) -> int:
-    """How many of the parameters the constraint leaves free."""
+    """The number of free parameters under the constraint of an ablation; arrays may be abstract."""
     return sum(round(p.size * _rule(ablation, path)[1]) for path, p in jax.tree_util.tree_leaves_with_path(params))
 
 
 def _rule(ablation: str | None, path: tuple) -> tuple[Callable[[Array], Array], float]:
-    """What becomes of the leaf at `path`, and which share of it is free; leaves of gates are `(..., 2, features)`."""
+    """The constraint of the leaf at `path`, and the share of it that is free; leaves of gates: `(..., 2, features)`."""
     part, name = [None, *(key.key for key in path)][-2:]
     if part == "content" and ablation == "content":
         return _identity, 0.0
@@ -75,5 +78,5 @@ def _identity(p: Array) -> Array:
 
 
 def _mirrored(p: Array) -> Array:
-    """The input gate's part from the forget gate's: 1 - sigmoid(z) = sigmoid(-z)."""
+    """The forget gate's parameters, and their negatives for the input gate: 1 - sigmoid(z) = sigmoid(-z)."""
     return jnp.stack([-p[..., 1, :], p[..., 1, :]], axis=-2)

@@ -1,88 +1,73 @@
-"""Trainings in a row, in slices if need be: what the programs in `experiments/` share."""
+"""The command line of a study: a sequence of trainings that can be stopped and continued."""
 
 import os
-import signal
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ranjax.errors import UserError, exit_with_message, flag
-from ranjax.cli import restart_with_huge_pages
 from harness.table import Table
+from ranjax import cli
+from ranjax.errors import UserError, flag
 
 LONGEST = 1_000_000  # minutes, about two years
 
 
 @dataclass(frozen=True)
 class Options:
-    """What every study takes."""
+    """The options of every study."""
 
     data_dir: str | None = None
     """Folder of the data sets; without it WikiText and text8 are downloaded."""
     runs: str = "runs"
-    """Folder that keeps the runs while the study lasts."""
+    """Folder of the runs, needed until the study is complete."""
     minutes: float | None = None
-    """Stop after so many minutes, saved; the same command goes on."""
+    """Time limit. The current run is saved; the same command continues the study."""
     out: str | None = None
-    """Folder of the table and its pictures; without it the study's own, whose rows are not trained for again."""
+    """Folder of the table and its pictures. If not given, the study's own folder, whose recorded runs are skipped."""
 
 
-def run(main: Callable[[Any, Table], None], flags: type[Options], folder: Path) -> None:
-    """Runs a study with the flags of its command line, and ends it after `--minutes`.
+def run(main: Callable[[Any, Table], None], kind: type[Options], folder: Path, argv: list[str] | None = None) -> None:
+    """Runs a study from the command line.
+
+    SIGINT, SIGTERM and the end of `--minutes` stop it: the current run is saved first.
 
     Args:
-      main: the study, given its options and the table it fills.
-      flags: what its options are.
-      folder: of its table and pictures, where `--out` names no other.
-    """
-    import tyro
+      main: the study, a function of its options and of the table that it fills.
+      kind: the type of its options.
+      folder: of its table and pictures, unless `--out` names another.
+      argv: the flags; None for those of the process.
 
-    restart_with_huge_pages()
-    with exit_with_message():
-        options = tyro.cli(flags)
-        for name, given in vars(options).items():
-            if given == ():
-                raise UserError(f"{flag(name)} must be followed by at least one name.")
-        with budget(options.minutes):
-            out, runs = (Path(os.path.expanduser(path)) for path in (options.out or folder, options.runs))
-            table = Table(out, runs, options.data_dir)
+    Raises:
+      SystemExit: 1 after an error that the message explains, 128 plus the signal's number after a stop.
+    """
+    with cli.exit_with_message():
+        options = cli.options(kind, argv, f"python experiments/{folder.name}/run.py")
+        _check(options)
+        out, runs = (Path(os.path.expanduser(path)) for path in (options.out or folder, options.runs))
+        with cli.stopping(options.minutes) as stop:
             try:
-                main(options, table)
-            except (KeyboardInterrupt, SystemExit):
+                main(options, Table(out, runs, options.data_dir, stop))
+            except cli.Stopped:
                 print("The study was stopped; the same command goes on with it.", flush=True)
                 raise
 
 
-def rounds(seeds: int) -> list[list[int]]:
-    """The seeds that are trained side by side: all of them on a GPU or TPU, one after another on a CPU."""
-    if seeds < 1:
-        raise UserError(f"--seeds must be at least 1; got {seeds}.")
-    import jax
+def seeds(number: int) -> range:
+    """The seeds 0, 1, ... of `--seeds`.
 
-    return [[seed] for seed in range(seeds)] if jax.default_backend() == "cpu" else [list(range(seeds))]
+    Raises:
+      UserError: for a number below 1.
+    """
+    if number < 1:
+        raise UserError(f"--seeds must be at least 1; got {number}.")
+    return range(number)
 
 
-@contextmanager
-def budget(minutes: float | None) -> Iterator[None]:
-    """Ends the program after so many minutes, what is being trained saved, as Ctrl-C does."""
-    if minutes is not None and not 0 < minutes <= LONGEST:
-        raise UserError(f"--minutes must be above 0 and at most {LONGEST}; got {minutes}.")
-    if minutes is None:
-        yield
-        return
-
-    def end(number, _):  # between two trainings; one has its own answer to SIGTERM
-        signal.setitimer(signal.ITIMER_REAL, 1)  # again, if the garbage collector's callback loses this one
-        raise SystemExit(128 + number)
-
-    handlers = {signal.SIGTERM: end, signal.SIGALRM: lambda *_: signal.raise_signal(signal.SIGTERM)}
-    previous = {number: signal.signal(number, handler) for number, handler in handlers.items()}
-    signal.setitimer(signal.ITIMER_REAL, 60 * minutes)
-    try:
-        yield
-    finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        for number, handler in previous.items():
-            signal.signal(number, handler)
+def _check(options: Options) -> None:
+    """Raises a UserError for an empty list of names, or a time limit out of its range."""
+    for name, value in vars(options).items():
+        if value == ():
+            raise UserError(f"{flag(name)} must be followed by at least one name.")
+    if options.minutes is not None and not 0 < options.minutes <= LONGEST:
+        raise UserError(f"--minutes must be above 0 and at most {LONGEST}; got {options.minutes}.")

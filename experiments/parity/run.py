@@ -1,19 +1,31 @@
-"""RAN beside LSTM, GRU and a plain RNN, one code, as many epochs: `python experiments/parity/run.py --study ptb-small`.
+"""A RAN beside an LSTM, a GRU and a simple RNN: one code, the same number of epochs.
 
-Each run goes on where it was cut off and adds its row to results.jsonl; perplexity.png is drawn anew. A tuned study
-first tries each model's settings (`GRID`) with one seed: those of the lowest validation perplexity remain.
+    python experiments/parity/run.py --study ptb-small
+
+A run that was stopped is continued. A finished run adds its row to results.jsonl, and perplexity.png is drawn again. A
+study whose name ends in "-tuned" first tries the settings of `GRID` for each model with one seed, and keeps those with
+the lowest validation perplexity.
 """
 
+import sys
 from dataclasses import dataclass, replace
 from math import inf
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
-from ranjax.training.config import PRESETS, Config
-from ranjax.training.report import blank_figure
-from harness.study import Options, rounds, run
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # `harness` is there
+
+from harness.study import Options, run, seeds
 from harness.table import Table, chosen, value
 
+from ranjax import cli
+from ranjax.figure import blank_figure
+from ranjax.training.config import PRESETS, Config
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+HERE = Path(__file__).resolve().parent
 MODELS = {
     "RAN": {},
     "RAN, input gates": {"gates": "input"},
@@ -23,9 +35,21 @@ MODELS = {
     "GRU": {"cell": "gru"},
     "S-RNN": {"cell": "rnn"},
 }
-SEVERAL = ("RAN", "RAN, input gates", "LSTM")  # have several seeds, the others one
+SEVERAL = ("RAN", "RAN, input gates", "LSTM")  # trained with several seeds, the others with one
+
 SMALL = replace(PRESETS["ptb-small"], epochs=8)
 TEXT8 = Config(dataset="text8", features=(256,), tie=False, dropout=0.0, epochs=1, steps=50, schedule="cosine")
+ENWIK8 = replace(
+    TEXT8,
+    dataset="enwik8",
+    layers=4,
+    features=(1024,),
+    batch_size=128,
+    steps=256,
+    learning_rate=1e-3,
+    clip=5.0 * 256 / 35,
+    streams=128,
+)
 STUDIES = {
     "ptb-small": SMALL,
     "ptb-small-35-steps": replace(SMALL, steps=35),
@@ -40,80 +64,145 @@ STUDIES = {
     "ptb-large": PRESETS["ptb-large"],
     "wikitext-2": replace(SMALL, dataset="wikitext-2", steps=35, dropout=0.25, epochs=3, decay_after=1),
     "text8": TEXT8,
-    "text8-wide": replace(TEXT8, features=(322,)),  # a RAN of as many parameters as the LSTM has in text8
+    "text8-wide": replace(TEXT8, features=(322,)),  # the RAN then has as many parameters as the LSTM of text8
     "enwik8-small": replace(TEXT8, dataset="enwik8", features=(200,)),  # for a CPU
-    "enwik8": replace(TEXT8, dataset="enwik8", layers=4, features=(1024,), batch_size=128, steps=256,
-                      learning_rate=1e-3, clip=5.0 * 256 / 35, streams=128),
-}  # fmt: skip
-GRID = {"learning_rate": ((0.5, 1.0, 2.0), {"epochs": 4, "decay_after": 2}), "dropout": ((0.1, 0.25, 0.4), {})}
-# Where a model's settings are not its study's: the authors' rates; what came out best in ptb-small-tuned.
-OWN = {"S-RNN": {"ptb-medium": {"learning_rate": 0.25}, "ptb-large": {"learning_rate": 0.25},
-                 "wikitext-2": {"learning_rate": 0.25, "dropout": 0.1}},
-       "RAN, identity": {"ptb-medium": {"learning_rate": 0.8}, "ptb-large": {"learning_rate": 0.5}}}  # fmt: skip
+    "enwik8": ENWIK8,
+}
+
+
+class Trials(NamedTuple):
+    """The values of a setting that a tuned study tries, and settings of these trials only."""
+
+    values: tuple[float, ...]
+    short: dict[str, Any]
+
+
+GRID = {
+    "learning_rate": Trials((0.5, 1.0, 2.0), {"epochs": 4, "decay_after": 2}),
+    "dropout": Trials((0.1, 0.25, 0.4), {}),
+}
+
+# Settings of a model that differ from those of its study: the authors' learning rates on ptb-medium and ptb-large, and
+# on wikitext-2 the best settings of ptb-small-tuned.
+OWN = {
+    "S-RNN": {
+        "ptb-medium": {"learning_rate": 0.25},
+        "ptb-large": {"learning_rate": 0.25},
+        "wikitext-2": {"learning_rate": 0.25, "dropout": 0.1},
+    },
+    "RAN, identity": {
+        "ptb-medium": {"learning_rate": 0.8},
+        "ptb-large": {"learning_rate": 0.5},
+    },
+}
+
 # Test perplexities: Zaremba et al. 2014 (small); Levy et al. 2018, table 1 (medium, large).
-PUBLISHED = {"ptb-small": {"LSTM": 114.5}, "ptb-medium": {"LSTM": 83.9, "RAN": 81.6, "S-RNN": 140.9},
-             "ptb-large": {"LSTM": 78.8, "RAN": 78.5, "S-RNN": 126.1}}  # fmt: skip
+PUBLISHED = {
+    "ptb-small": {"LSTM": 114.5},
+    "ptb-medium": {"LSTM": 83.9, "RAN": 81.6, "S-RNN": 140.9},
+    "ptb-large": {"LSTM": 78.8, "RAN": 78.5, "S-RNN": 126.1},
+}
+BITS = {"text8": "bits per character", "enwik8": "bits per byte"}  # other data sets: perplexity
+
+Point = tuple[float, str]  # a test figure and its model
 
 
 @dataclass(frozen=True)
 class Parity(Options):
-    """Runs a study, or what is left of it."""
+    """Runs a study, or continues it."""
 
     study: Literal[tuple(STUDIES)] = "ptb-small"
-    """Which study."""
+    """The study."""
     models: tuple[Literal[tuple(MODELS)], ...] = tuple(MODELS)
-    """Which models, in which order."""
+    """The models, in this order."""
     seeds: int = 3
-    """How many seeds of the RAN, the RAN with input gates and the LSTM; of the others there is one."""
+    """Number of seeds of the RAN, the RAN with input gates and the LSTM; the others have one."""
 
 
 def settings(table: Table, study: str, model: str) -> Config:
-    """The study's settings of a model; if tuned, the best of the grid (its short runs are labelled "...-grid")."""
+    """The settings of a model in a study; in a tuned study, the best of the grid.
+
+    The rows of trials with fewer epochs have the study's name with "-grid" after it.
+    """
     config = replace(STUDIES[study], **MODELS[model], **OWN.get(model, {}).get(study, {}))
-    for name, (values, short) in GRID.items() if study.endswith("-tuned") else ():
+    if not study.endswith("-tuned"):
+        return config
+    for name, (values, short) in GRID.items():
         label = f"{study}-grid" if short else study
-        config = replace(config, **{name: table.best(config, name, values, short, study=label, model=model)})
+        best = table.best(config, name, values, short, study=label, model=model)
+        config = replace(config, **{name: best})
     return config
 
 
-def draw(rows: list[dict], path: Path) -> None:
-    """The test figure of every seed by study and model, beside the published ones; the worst at the edge."""
-    studies = [study for study in STUDIES if any(row["study"] == study for row in rows)]
-    columns, shared = min(len(studies), 3), {}
-    figure = blank_figure(4.2 * columns, 3 * (height := -(-len(studies) // columns)) + 0.4)
-    figure.get_layout_engine().set(wspace=0.06, rect=(0, 0, 1 - 0.04 / columns, 1))  # for the marks beyond the axes
-    for number, study in enumerate(studies, 1):
-        kind = STUDIES[study].dataset, study.startswith("ptb-small")  # its studies share an axis
-        axes = shared[kind] = figure.add_subplot(height, columns, number, sharex=shared.get(kind))
-        unit = {"text8": "bits per character", "enwik8": "bits per byte"}.get(STUDIES[study].dataset, "perplexity")
-        key = "test_perplexity" if unit == "perplexity" else "test_bits"
-        found = [(value(row, key), model) for model in MODELS for row in chosen(rows, study=study, model=model)]
-        published = [(x, model) for model, x in PUBLISHED.get(study, {}).items()]
-        most, data, edge = 1.15 * min(found)[0], axes.transData, axes.get_yaxis_transform()
-        axes.yaxis.update_units([model for model in MODELS if model in {name for _, name in found + published}])
-        for label, marker, color, transform, dots in (
-            ("measured, a dot a seed", "o", "C0", data, [dot for dot in found if dot[0] <= most]),
-            ("beyond the axis", ">", "C0", edge, [(1, model) for x, model in found if most < x < inf]),
-            ("not finite", "D", "C0", edge, [(1.04, model) for x, model in found if x == inf]),
-            ("published", "x", "C3", data, [dot for dot in published if dot[0] <= most]),
-            ("beyond the axis", ">", "C3", edge, [(1.04, model) for x, model in published if x > most]),
-        ):
-            style = {"marker": marker, "color": color, "ls": "", "clip_on": False, "in_layout": False}
-            axes.plot([x for x, _ in dots], [model for _, model in dots], label=label, transform=transform, **style)
-        axes.set(title=study, xlabel=f"test {unit}")
-        axes.invert_yaxis()
-        axes.grid(alpha=0.3)
+def draw(rows: list[dict[str, Any]], path: Path) -> None:
+    """The test figure of every run beside the published ones, one panel for each study."""
+    present = [study for study in STUDIES if any(row["study"] == study for row in rows)]
+    columns = min(len(present), 3)
+    lines = -(-len(present) // columns)
+    figure = blank_figure(4.2 * columns, 3 * lines + 0.4)
+    margin = 0.04 / columns  # for the marks beyond the axes
+    figure.get_layout_engine().set(wspace=0.06, rect=(0, 0, 1 - margin, 1))
+    shared: dict[tuple[str, bool], Axes] = {}
+    for number, study in enumerate(present, 1):
+        kind = (
+            STUDIES[study].dataset,
+            study.startswith("ptb-small"),
+        )  # studies of one kind have the same horizontal axis
+        axes = figure.add_subplot(lines, columns, number, sharex=shared.get(kind))
+        shared[kind] = axes
+        draw_study(axes, study, rows)
     figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=2 * columns, frameon=False)
     figure.savefig(path, dpi=110)
 
 
+def draw_study(axes: "Axes", study: str, rows: list[dict[str, Any]]) -> None:
+    """The panel of one study; figures above 1.15 times the best one are marked at its right boundary."""
+    unit = BITS.get(STUDIES[study].dataset, "perplexity")
+    key = "test_perplexity" if unit == "perplexity" else "test_bits"
+    measured = [(value(row, key), model) for model in MODELS for row in chosen(rows, study=study, model=model)]
+    published = [(figure, model) for model, figure in PUBLISHED.get(study, {}).items()]
+    limit = 1.15 * min(measured)[0]
+    drawn = {model for _, model in measured + published}
+    axes.yaxis.update_units([model for model in MODELS if model in drawn])  # the order of the models
+
+    mark(axes, within(measured, limit), "measured, a dot a seed", "oC0")
+    mark(axes, beyond(measured, limit), "beyond the axis", ">C0", right=1.0)
+    mark(axes, [point for point in measured if point[0] == inf], "not finite", "DC0", right=1.04)
+    mark(axes, within(published, limit), "published", "xC3")
+    mark(axes, beyond(published, limit), "beyond the axis", ">C3", right=1.04)
+
+    axes.set(title=study, xlabel=f"test {unit}")
+    axes.invert_yaxis()
+    axes.grid(alpha=0.3)
+
+
+def within(points: list[Point], limit: float) -> list[Point]:
+    """The points whose figure is at most the limit."""
+    return [point for point in points if point[0] <= limit]
+
+
+def beyond(points: list[Point], limit: float) -> list[Point]:
+    """The points whose figure is above the limit, but finite."""
+    return [point for point in points if limit < point[0] < inf]
+
+
+def mark(axes: "Axes", points: list[Point], label: str, style: str, right: float | None = None) -> None:
+    """Draws points: at their figures, or all at the same share of the panel's width, `right`."""
+    figures = [figure if right is None else right for figure, _ in points]
+    models = [model for _, model in points]
+    transform = axes.transData if right is None else axes.get_yaxis_transform()
+    axes.plot(figures, models, style, label=label, transform=transform, clip_on=False, in_layout=False)
+
+
 def main(options: Parity, table: Table) -> None:
-    for seeds in rounds(options.seeds):
+    """The study."""
+    for seed in seeds(options.seeds):
         for model in options.models:
-            own = [seed for seed in seeds if seed == 0 or model in SEVERAL]
-            table.rows_of_seeds(settings(table, options.study, model), own, study=options.study, model=model)
-            draw(table.rows, table.folder / "perplexity.png")
+            if seed == 0 or model in SEVERAL:
+                config = settings(table, options.study, model)
+                table.row(replace(config, seed=seed), study=options.study, model=model)
+                draw(table.rows, table.folder / "perplexity.png")
 
 
 if __name__ == "__main__":
-    run(main, Parity, Path(__file__).parent)
+    cli.start(lambda: run(main, Parity, HERE), huge_pages=True)

@@ -1,16 +1,22 @@
-"""Ablations: what is taken out is out, before and after training, and the rest learns as if it had never been there."""
+"""Ablations: what is removed stays removed in training, and the rest learns as if it had never existed; the study."""
 
 import dataclasses
+import doctest
+import signal
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from harness import ablation
+from harness.table import Table
 
-from ranjax import ablation, step, train
 from ranjax.cell import gates_of_input, gates_of_state
-from ranjax.training.config import Config
+from ranjax.cli import Stop, Stopped
 from ranjax.lm import zero_state
+from ranjax.training import step
+from ranjax.training.config import Config
+from ranjax.training.run import load_run
 
 VOCABULARY, FEATURES = 11, 6
 GATES = 2 * (2 * 2 * FEATURES * FEATURES + 2 * FEATURES)  # of two layers: kernels on x and h, biases
@@ -20,13 +26,13 @@ def trained(ablated, updates=3, **options):
     """The model, its parameters before and after some updates, and the text."""
     config = Config(
         features=(FEATURES,), layers=1, batch_size=3, optimizer="sgd", learning_rate=0.5, schedule="constant",
-        ablation=ablated, dropout=0.0, clip=100.0, **{"steps": 5} | options,
+        dropout=0.0, clip=100.0, **{"steps": 5} | options,
     )  # fmt: skip
     text = jnp.asarray(np.random.default_rng(0).integers(VOCABULARY, size=(3, 16)), jnp.int32)
     model = step.build_model(config, VOCABULARY)
-    optimizer = step.make_optimizer(config, 1)
-    before = step.initial_state(model, optimizer, config)
-    update = step.make_step(model, optimizer, config, 15 // config.steps)
+    optimizer, constrain = step.make_optimizer(config, 1), ablation.constraint(ablated)
+    before = step.initial_state(model, optimizer, config, constrain)
+    update = step.make_step(model, optimizer, config, 15 // config.steps, constrain)
     after = jax.tree.map(jnp.copy, before)  # updates take the state they are given
     for _ in range(updates):
         after = update(after, text)
@@ -43,7 +49,7 @@ def trained(ablated, updates=3, **options):
         ("gates", "input"),
     ],
 )
-def test_what_is_taken_out_is_out(ablated, kind):
+def test_what_is_removed_stays_removed(ablated, kind):
     rng = np.random.default_rng(1)
     _, before, after, _ = trained(ablated, gates=kind)
     assert np.abs(before["embed"]["embedding"] - after["embed"]["embedding"]).max() > 1e-3
@@ -60,7 +66,7 @@ def test_what_is_taken_out_is_out(ablated, kind):
         assert np.allclose(x @ cell["content"]["kernel"], x, atol=1e-6) == (ablated == "content")
 
 
-def test_a_gate_made_of_the_other_gives_it_its_gradient():
+def test_a_gate_that_is_a_function_of_the_other_gives_it_its_gradient():
     """One update is that of a model whose free parameters are the forget gates' only."""
 
     def of_gates(change, params):
@@ -103,9 +109,62 @@ def test_unknown_ablation():
         ablation.constraint("output-gate")
 
 
-def test_a_run_counts_the_parameters_that_are_learned(pets, tmp_path):
-    ran, less = (
-        train.train(dataclasses.replace(pets, out=str(tmp_path / str(without)), ablation=without))
-        for without in (None, "gates")
-    )
+def test_examples():
+    failed, attempted = doctest.testmod(ablation)
+    assert (failed, attempted > 0) == (0, True)
+
+
+@pytest.fixture
+def study(script, pets, monkeypatch):
+    """The study on a text of seconds, with one ablation."""
+    module = script("ablation")
+    monkeypatch.setattr(module, "CONFIG", dataclasses.replace(pets, layers=1))
+    return module
+
+
+def test_a_row_counts_the_parameters_that_are_learned(study, tmp_path):
+    table = Table(tmp_path, tmp_path / "runs")
+    ran, less = (study.row(table, name, 0) for name in ("RAN", "constant gates"))
     assert ran["parameters"] - less["parameters"] == 4 * 8 * 8  # the gates' weights on x and on h
+    assert "ablation" not in ran
+    assert less["ablation"] == "gates"
+    assert study.row(Table(tmp_path, tmp_path / "runs"), "constant gates", 0) == less
+
+
+class Soon(Stop):
+    """Asks a training to stop after a few steps."""
+
+    reads = 0
+
+    @property
+    def signal(self):
+        self.reads += 1
+        return signal.SIGTERM if self.reads > 4 else None
+
+
+def test_an_ablated_run_goes_on_as_it_began(study, tmp_path):
+    """The constraint is not among the settings of a run: the study gives it again."""
+    with pytest.raises(Stopped):
+        study.row(Table(tmp_path, tmp_path / "runs", stop=Soon()), "input gate 1 - f", 0)
+    assert not list(tmp_path.glob("results.jsonl"))
+    (run,) = (tmp_path / "runs").iterdir()
+    assert study.row(Table(tmp_path, tmp_path / "runs"), "input gate 1 - f", 0)["test_perplexity"] > 1
+    assert [path.name for path in (tmp_path / "runs").iterdir()] == [run.name]
+    kernel = load_run(run).params["stack_0"]["cell"]["gates"]["recurrent_kernel"]
+    np.testing.assert_array_equal(kernel[:, 0], -kernel[:, 1])
+
+
+def test_every_variant_is_a_model(script):
+    study = script("ablation")
+    for name, variant in study.VARIANTS.items():
+        step.build_model(Config(**variant.settings), 50)
+        assert (name == study.BASE) == (variant == study.Variant())
+        ablation.constraint(variant.ablation)
+
+
+def test_the_picture_shows_the_rows_that_exist(script, tmp_path):
+    study = script("ablation")
+    rows = [{"variant": name, "test_perplexity": 80.0 + n, "parameters": 10} for n, name in enumerate(study.VARIANTS)]
+    rows.append({"variant": "LSTM", "test_perplexity": None, "parameters": None})  # it diverged
+    study.draw(rows[3:], tmp_path / "some.png")  # the study has just begun
+    assert (tmp_path / "some.png").read_bytes().startswith(b"\x89PNG")
