@@ -47,8 +47,8 @@ Sizes = Annotated[
         lambda v: v and all(map(_whole(1).holds, v)), "one or more whole numbers, each at least 1 and below 2**31"
     ),
 ]
-Positive = Annotated[float, Rule(lambda v: 0 < v < math.inf, "finite and above 0")]
-NotNegative = Annotated[float, Rule(lambda v: 0 <= v < math.inf, "finite and at least 0")]
+Positive = Annotated[float, Rule(lambda v: v > 0 and math.isfinite(v), "finite and above 0")]
+NotNegative = Annotated[float, Rule(lambda v: v >= 0 and math.isfinite(v), "finite and at least 0")]
 Rate = Annotated[float, Rule(lambda v: 0 <= v < 1, "in [0, 1)")]
 Text = Annotated[str, Rule(_is_path, "a name or a path")]
 Folder = Annotated[str, Rule(_is_path, "a path")]
@@ -221,10 +221,9 @@ def parse(argv: list[str] | None = None) -> Config:
     program = "python -m ranjax.train"
     start, _ = cli.options(_Start, argv, program, return_unknown_args=True, add_help=False)
     default = PRESETS[start.preset] if start.preset else Config()
-    if start.resume:
+    if start.resume and not start.preset:
         begun = normalised(Config(dataset=start.dataset, cell=start.cell, out=start.out))
-        saved = replace(load_config(begun.directory), out=str(begun.directory))
-        default = default if start.preset else saved
+        default = replace(load_config(begun.directory), out=str(begun.directory))
     flags = vars(cli.options(_Flags, argv, program, default=_Flags(**vars(default))))
     config = normalised(Config(**{name: value for name, value in flags.items() if name != "preset"}))
     for name, schedule in (("warmup", "cosine"), ("decay", "decay"), ("decay_after", "decay")):
