@@ -73,6 +73,10 @@ def test_a_stopped_run_resumes_bitwise(options, pets_text, tmp_path, monkeypatch
         assert all("mean_iterations" not in row for row in rows)
 
 
+def send_directly():
+    signal.raise_signal(signal.SIGTERM)
+
+
 class Dying:
     """Sends a signal from its `__del__`, where an exception would be lost."""
 
@@ -95,17 +99,18 @@ def send_in_del():
     Dying()
 
 
-@pytest.mark.parametrize("send", [lambda: signal.raise_signal(signal.SIGTERM), send_in_gc_callback, send_in_del])
-def test_a_signal_on_the_last_step_of_an_epoch_loses_nothing(send, straight, tmp_path, monkeypatch):
+def test_a_signal_on_the_last_step_of_an_epoch_loses_nothing(straight, tmp_path, monkeypatch):
     broken = dataclasses.replace(straight, out=str(tmp_path / "broken"))
     windows = windows_of(broken)
-    train_until(lambda state: int(state.step) == windows, broken, monkeypatch, send, code=143)
+    train_until(lambda state: int(state.step) == windows, broken, monkeypatch, send_directly, code=143)
     assert position(broken) == (windows, 0)
     assert_resumes_as(straight, broken)
 
 
-@pytest.mark.parametrize("send", [lambda: signal.raise_signal(signal.SIGTERM), send_in_gc_callback, send_in_del])
-@pytest.mark.parametrize(("call", "epoch"), [(1, 0), (3, 2)])  # in the first validation; in the test at the end
+@pytest.mark.parametrize(
+    ("send", "call", "epoch"),  # in the first validation, or in the test at the end
+    [(send_directly, 1, 0), (send_in_gc_callback, 1, 0), (send_in_del, 3, 2), (send_directly, 3, 2)],
+)
 def test_a_signal_during_an_evaluation_stops_it_and_loses_nothing(send, call, epoch, straight, tmp_path, monkeypatch):
     broken, calls = dataclasses.replace(straight, out=str(tmp_path / "broken")), []
 
