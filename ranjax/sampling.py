@@ -1,7 +1,7 @@
 """Text from a language model: how a token is drawn, and one token after another."""
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from typing import Any, Protocol
@@ -63,14 +63,14 @@ def sample(key: Array, logits: Array, sampling: Sampling) -> Array:
     return jax.random.categorical(key, jnp.where(kept[jnp.argsort(order)], logits, -jnp.inf))
 
 
-def generate(run: Trained, prompt: ArrayLike, length: int, sampling: Sampling, seed: int) -> Iterator[int]:
+def generate(run: Trained, prompt: ArrayLike | Sequence[int], length: int, sampling: Sampling, seed: int) -> Iterator[int]:
     """Token ids that follow those of a prompt, one after another; the memory does not grow with their number.
 
     Compiled once for a model, a way of sampling and a length of the prompt.
 
     Args:
-      run: a trained model, as `ranjax.evaluate.load_run` gives it.
-      prompt: ids, at least one; `prompt_ids` makes them from text.
+      run: a trained model, as `ranjax.evaluate.load_run` returns it.
+      prompt: ids, at least one; `prompt_ids` returns those of a text.
       length: how many are to follow.
       sampling: how each is drawn.
       seed: of the draws.
@@ -81,7 +81,7 @@ def generate(run: Trained, prompt: ArrayLike, length: int, sampling: Sampling, s
     check_size("length", length)
     ids = checked_text("prompt", prompt, run.model.vocabulary)
     if not len(ids):
-        raise ValueError("`prompt` must have at least one id; got none. `prompt_ids` makes some of any text.")
+        raise ValueError("`prompt` must have at least one id; got none. `prompt_ids` returns some for any text.")
     return _tokens(run, ids, length, sampling, seed)
 
 
