@@ -63,7 +63,9 @@ def sample(key: Array, logits: Array, sampling: Sampling) -> Array:
     return jax.random.categorical(key, jnp.where(kept[jnp.argsort(order)], logits, -jnp.inf))
 
 
-def generate(run: Trained, prompt: ArrayLike | Sequence[int], length: int, sampling: Sampling, seed: int) -> Iterator[int]:
+def generate(
+    run: Trained, prompt: ArrayLike | Sequence[int], length: int, sampling: Sampling, seed: int
+) -> Iterator[int]:
     """Token ids that follow those of a prompt, one after another; the memory does not grow with their number.
 
     Compiled once for a model, a way of sampling and a length of the prompt.
@@ -97,6 +99,7 @@ def _tokens(run: Trained, prompt: np.ndarray, length: int, sampling: Sampling, s
 @lru_cache(maxsize=8)  # for one model and one way of sampling a second text is not compiled for again
 def _advance(model: LanguageModel, sampling: Sampling) -> Callable:
     """`advance(params, state, tokens, key) -> (next token, state)`."""
+
     @partial(jax.jit, donate_argnums=1)
     def advance(params, state, tokens, key):
         apply = partial(model.apply, {"params": params})

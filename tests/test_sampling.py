@@ -104,7 +104,9 @@ def test_draws_differ_from_token_to_token_and_from_seed_to_seed(trained):
 
 def test_of_a_prompt_only_the_last_token_has_logits(trained, monkeypatch):
     shapes, logits = [], LanguageModel.logits
-    monkeypatch.setattr(LanguageModel, "logits", lambda self, hidden: shapes.append(hidden.shape) or logits(self, hidden))
+    monkeypatch.setattr(
+        LanguageModel, "logits", lambda self, hidden: shapes.append(hidden.shape) or logits(self, hidden)
+    )
     list(generate(trained, [0] * 50, 3, Sampling(), seed=0))
     assert max(math.prod(shape[:-1]) for shape in shapes) == 1
 

@@ -84,7 +84,14 @@ sys.meta_path.insert(0, Hidden())
 
 @pytest.mark.parametrize(
     ("package", "flags"),
-    [("tyro", []), ("orbax", []), ("optax", []), ("filelock", []), ("rich", []), ("tokenizers", ["--tokenizer", "bpe"])],
+    [
+        ("tyro", []),
+        ("orbax", []),
+        ("optax", []),
+        ("filelock", []),
+        ("rich", []),
+        ("tokenizers", ["--tokenizer", "bpe"]),
+    ],
 )
 def test_a_package_that_is_missing_is_named_with_the_command_that_installs_it(package, flags, pets_text, tmp_path):
     environment = with_startup_code(tmp_path, f"packages = {[package]}" + HIDING)
@@ -98,7 +105,9 @@ def test_a_package_that_is_missing_is_named_with_the_command_that_installs_it(pa
 
 # A process begun in the background of a shell ignores Ctrl-C; these must not. Waits for ever where JAX is imported.
 INTERRUPTIBLE = "import signal\nsignal.signal(signal.SIGINT, signal.default_int_handler)\n"
-WAITING = INTERRUPTIBLE + """
+WAITING = (
+    INTERRUPTIBLE
+    + """
 class Waiting:
     def find_spec(self, name, path=None, target=None):
         if name == "jax":
@@ -108,6 +117,7 @@ class Waiting:
 import sys
 sys.meta_path.insert(0, Waiting())
 """
+)
 
 
 def started(out, text, folder, code):

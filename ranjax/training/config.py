@@ -43,9 +43,7 @@ Size = Annotated[int, _whole(1)]
 Count = Annotated[int, _whole(0)]
 Sizes = Annotated[
     tuple[int, ...],
-    Rule(
-        lambda v: v and all(map(_whole(1).holds, v)), "one or more whole numbers, each at least 1 and below 2**31"
-    ),
+    Rule(lambda v: v and all(map(_whole(1).holds, v)), "one or more whole numbers, each at least 1 and below 2**31"),
 ]
 Positive = Annotated[float, Rule(lambda v: v > 0 and math.isfinite(v), "finite and above 0")]
 NotNegative = Annotated[float, Rule(lambda v: v >= 0 and math.isfinite(v), "finite and at least 0")]

@@ -104,7 +104,9 @@ def test_a_setting_of_the_schedule_is_taken(tmp_path):
     assert parse(["--preset", "ptb-small", "--schedule", "cosine"]).decay == 0.5  # the preset's, not asked for
 
 
-@pytest.mark.parametrize("flags", [["--preset", "ptb-tiny"], ["--cell", "xlstm"], ["--nonsense", "1"], ["--steps", "x"]])
+@pytest.mark.parametrize(
+    "flags", [["--preset", "ptb-tiny"], ["--cell", "xlstm"], ["--nonsense", "1"], ["--steps", "x"]]
+)
 def test_flags_that_do_not_exist_are_refused(flags, capsys):
     with pytest.raises(SystemExit) as ended:
         parse(flags)

@@ -67,7 +67,16 @@ def test_the_result_of_a_run_says_what_was_trained_where(pets_run, pets_text):
 
 def test_markov_is_learnt_to_its_entropy(tmp_path):
     result = train(
-        settings("markov", tmp_path / "run", features=(64,), epochs=1, dropout=0.0, learning_rate=0.01, batch_size=40, steps=35)
+        settings(
+            "markov",
+            tmp_path / "run",
+            features=(64,),
+            epochs=1,
+            dropout=0.0,
+            learning_rate=0.01,
+            batch_size=40,
+            steps=35,
+        )
     )
     assert markov_entropy() * 0.98 < result["test_nats"] < markov_entropy() * 1.02
 
@@ -83,15 +92,15 @@ def test_the_learning_rate_decays_after_an_epoch_of_the_text(pets, tmp_path):
     assert_same(*ends)
 
 
-def halved(params):
+def bounded(params):
     return jax.tree.map(lambda p: jnp.clip(p, -0.05, 0.05), params)
 
 
 def test_a_constrained_run_saves_constrained_params_and_resumes_bitwise(pets_text, tmp_path):
     whole, parts = (settings(pets_text, tmp_path / name, batch_size=40) for name in ("whole", "parts"))
-    train(whole, constrain=halved)
-    train(dataclasses.replace(parts, epochs=1), constrain=halved)
-    train(resumed(parts), constrain=halved)
+    train(whole, constrain=bounded)
+    train(dataclasses.replace(parts, epochs=1), constrain=bounded)
+    train(resumed(parts), constrain=bounded)
     assert_same(saved_state(parts), saved_state(whole))
     for params in (saved_state(whole).params, load_run(whole.directory).params):
         assert max(float(jnp.abs(p).max()) for p in jax.tree.leaves(params)) == pytest.approx(0.05)
@@ -284,7 +293,7 @@ def test_the_text_of_a_run_is_found_in_another_data_dir(tmp_path):
     shutil.rmtree(tmp_path / "a")
     run = load_run(config.directory)
     assert len(load_text(run, config.directory, "test", str(tmp_path / "b"))) > 0
-    with pytest.raises(UserError, match="--data-dir .*a is not a directory"):
+    with pytest.raises(UserError, match=r"--data-dir .*a is not a directory"):
         load_text(run, config.directory, "test")
     with pytest.raises(UserError, match=re.escape(f"--split test --dataset text8 --data-dir {tmp_path / 'c'}")):
         load_text(run, config.directory, "test", str(tmp_path / "c"))

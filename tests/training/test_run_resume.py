@@ -264,7 +264,9 @@ def test_a_run_from_python_resumes_from_the_program(pets_text, tmp_path, monkeyp
     monkeypatch.chdir(tmp_path)
     shutil.copy(pets_text, "small.txt")
     numbers = {"features": [np.int64(8)], "seed": np.int64(1), "dropout": np.float32(0.5), "batch_size": 40}
-    config = dataclasses.replace(settings("small.txt", "run", epochs=1, **numbers), dataset=Path("small.txt"), out=Path("run"))
+    config = dataclasses.replace(
+        settings("small.txt", "run", epochs=1, **numbers), dataset=Path("small.txt"), out=Path("run")
+    )
     train(config)
     train(resumed(config))
     main(["--resume", "--dataset", "small.txt", "--out", "run", "--epochs", "2"])
