@@ -170,8 +170,9 @@ def _holds(condition: Callable[[Any], Any], value: Any) -> bool:
 # Settings of papers. Lee et al. 2017 (the authors' code) for medium, large and text8; Zaremba et al. 2014's small
 # network, as in TensorFlow's tutorial. text8 there has a dropout of 0.1 on whole embedding rows and 0.4 on outputs;
 # here 0.4 on both.
+Preset = Literal["ptb-small", "ptb-medium", "ptb-large", "text8"]
 _ZAREMBA = Config(optimizer="sgd", schedule="decay", tie=False, dataset="ptb", activation="tanh", warmup=0)
-PRESETS = {
+PRESETS: dict[Preset, Config] = {
     "ptb-small": replace(
         _ZAREMBA, features=(200,), dropout=0.0, learning_rate=1.0, decay=0.5, decay_after=4, epochs=13, batch_size=20,
         steps=20, clip=5.0, init_scale=0.1,
@@ -199,7 +200,7 @@ _FREE = {"out", "resume", "data_dir", "epochs"}
 class _Start:
     """What the defaults of the other flags are: those of a preset, or of the run that goes on."""
 
-    preset: Literal[tuple(PRESETS)] | None = None
+    preset: Preset | None = None
     dataset: str = Config.dataset
     cell: str = Config.cell
     out: str | None = None
@@ -210,7 +211,7 @@ class _Start:
 class _Flags(Config):
     __doc__ = Config.__doc__
 
-    preset: Literal[tuple(PRESETS)] | None = None
+    preset: Preset | None = None
     """Settings of a paper; flags given explicitly win over it. From Python: ranjax.config.PRESETS."""
 
 

@@ -5,13 +5,24 @@ import json
 import math
 import re
 from pathlib import Path
+from typing import get_args
 
 import numpy as np
 import pytest
 from small_runs import resumed, settings
 
 from ranjax.errors import UserError
-from ranjax.training.config import PRESETS, Config, check, check_same, load_config, normalised, parse, save_config
+from ranjax.training.config import (
+    PRESETS,
+    Config,
+    Preset,
+    check,
+    check_same,
+    load_config,
+    normalised,
+    parse,
+    save_config,
+)
 
 
 @pytest.mark.parametrize("preset", PRESETS)
@@ -27,6 +38,10 @@ def test_explicit_flags_win_over_the_preset(tmp_path, monkeypatch):
     assert (config.features, config.decay, config.learning_rate, config.dropout) == ((650,), 0.8, 0.3, 0.5)
     assert parse(["--learning-rate", "0.3", "--preset=text8"]).features == (1024, 1024, 2048)
     assert config.directory == tmp_path / "x"
+
+
+def test_every_preset_is_a_choice_of_the_flag():
+    assert get_args(Preset) == tuple(PRESETS)
 
 
 def test_the_preset_none_means_the_defaults():

@@ -76,8 +76,6 @@ def test_rows_beyond_the_saved_state_are_dropped_on_resumption(pets, tmp_path):
     early, unsaved = {"step": 5, "epoch": 1.0}, {"step": 5, "epoch": 1.0, "valid_perplexity": 2.0}
     before = early, unsaved, {"step": 6, "epoch": 1.2}
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in before))
-        "".join(json.dumps(r) + "\n" for r in (early, unsaved, {"step": 6, "epoch": 1.2}))
-    )
     Report(tmp_path, pets, windows=5, first_step=5, validated=0)
     assert rows(tmp_path) == [early]
 
