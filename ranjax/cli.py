@@ -144,7 +144,7 @@ class Stop:
 
 @contextmanager
 def stopping(minutes: float | None = None) -> Iterator[Stop]:
-    """Within it the first SIGINT or SIGTERM sets a flag, the `Stop`; the second acts as before.
+    """Within it the first SIGINT or SIGTERM sets a flag, the `Stop`; the second of the same kind acts as before.
 
     Args:
       minutes: after so many the flag is set, too.
@@ -157,7 +157,7 @@ def stopping(minutes: float | None = None) -> Iterator[Stop]:
     def ask(number: int, _: Any) -> None:
         stop.ask(number)
         signal.signal(number, previous[number])
-        if sys.stdout.isatty():
+        if sys.stdout is not None and sys.stdout.isatty():
             os.write(sys.stdout.fileno(), b"\x1b[?25h")  # the cursor, which a progress bar hides
 
     previous = {}

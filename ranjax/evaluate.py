@@ -14,10 +14,17 @@ if TYPE_CHECKING:
     from ranjax.training.run import load_run as load_run
     from ranjax.training.run import load_text as load_text
 
+METRICS, RUN = "ranjax.training.metrics", "ranjax.training.run"
 __getattr__ = cli.lazy(
     __name__,
-    dict.fromkeys(("Evaluation", "make_evaluator", "perplexity"), "ranjax.training.metrics")
-    | dict.fromkeys(("Run", "load_run", "load_text"), "ranjax.training.run"),
+    {
+        "Evaluation": METRICS,
+        "make_evaluator": METRICS,
+        "perplexity": METRICS,
+        "Run": RUN,
+        "load_run": RUN,
+        "load_text": RUN,
+    },
 )
 
 

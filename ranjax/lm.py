@@ -235,7 +235,7 @@ def checked_ids(tokens: ArrayLike) -> Array:
     return tokens
 
 
-def checked_text(name: str, ids: ArrayLike, vocabulary: int) -> np.ndarray:
+def checked_text(name: str, ids: Any, vocabulary: int) -> np.ndarray:
     """The ids of one text, `(tokens,)`, as int32, after a check that they are the model's."""
     text, expected = np.asarray(ids), f"whole numbers from 0 to {vocabulary - 1}, the model's"
     if not np.issubdtype(text.dtype, np.number):

@@ -1,7 +1,7 @@
 """Text from a language model: how a token is drawn, and one token after another."""
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from typing import Any, Protocol
@@ -63,13 +63,15 @@ def sample(key: Array, logits: Array, sampling: Sampling) -> Array:
     return jax.random.categorical(key, jnp.where(kept[jnp.argsort(order)], logits, -jnp.inf))
 
 
-def generate(run: Trained, prompt: ArrayLike, length: int, sampling: Sampling, seed: int) -> Iterator[int]:
+def generate(
+    run: Trained, prompt: ArrayLike | Sequence[int], length: int, sampling: Sampling, seed: int
+) -> Iterator[int]:
     """Token ids that follow those of a prompt, one after another; the memory does not grow with their number.
 
     Compiled once for a model, a way of sampling and a length of the prompt.
 
     Args:
-      run: a trained model, as `ranjax.evaluate.load_run` gives it.
+      run: a trained model, as `ranjax.evaluate.load_run` returns it.
       prompt: ids, at least one; `prompt_ids` returns those of a text.
       length: how many are to follow.
       sampling: how each is drawn.
@@ -97,6 +99,7 @@ def _tokens(run: Trained, prompt: np.ndarray, length: int, sampling: Sampling, s
 @lru_cache(maxsize=8)  # for one model and one way of sampling a second text is not compiled for again
 def _advance(model: LanguageModel, sampling: Sampling) -> Callable:
     """`advance(params, state, tokens, key) -> (next token, state)`."""
+
     @partial(jax.jit, donate_argnums=1)
     def advance(params, state, tokens, key):
         apply = partial(model.apply, {"params": params})
@@ -120,7 +123,7 @@ def prompt_ids(vocabulary: Any, prompt: str) -> Any:
 
 
 def stream(vocabulary: Any, ids: Iterator[int], write: Callable[[str], Any], begun: str) -> None:
-    """Writes tokens as text as soon as they are whole characters; `begun` is what stands before them."""
+    """Writes tokens as text as soon as they make whole characters; `begun` is what stands before them."""
     pending: list[int] = []
     end = begun[-1:] or "\n"
     for token in ids:

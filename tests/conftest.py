@@ -86,6 +86,38 @@ def pets(tmp_path):
     return Config(dataset=str(tmp_path / "pets.txt"), features=(8,), layers=1, batch_size=4, steps=7, epochs=1)
 
 
+@pytest.fixture(scope="session")
+def pets_text(tmp_path_factory):
+    """A text over 15 characters that all tests may read."""
+    from small_runs import TEXT
+
+    path = tmp_path_factory.mktemp("text") / "pets.txt"
+    path.write_text(TEXT * 60)
+    return path
+
+
+@pytest.fixture(scope="session")
+def pets_run(pets_text, tmp_path_factory):
+    """A finished run on it that tests may read: its settings and its result."""
+    from small_runs import settings
+
+    from ranjax.training.run import train
+
+    config = settings(pets_text, tmp_path_factory.mktemp("runs") / "pets", epochs=3, learning_rate=0.02)
+    return config, train(config)
+
+
+@pytest.fixture
+def copied_run(pets_run, tmp_path):
+    """The settings of a copy of it that a test may change."""
+    import shutil
+    from dataclasses import replace
+
+    config = pets_run[0]
+    shutil.copytree(config.directory, tmp_path / "copy")
+    return replace(config, out=str(tmp_path / "copy"))
+
+
 def data_dir() -> Path | None:
     """The real data sets: the folder RANJAX_DATA names, or shared/data beside the project."""
     places = [os.environ.get("RANJAX_DATA"), Path(__file__).resolve().parents[2] / "shared" / "data"]

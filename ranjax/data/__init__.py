@@ -13,9 +13,9 @@ from typing import Any
 import numpy as np
 
 from ranjax.data.builtin import TASKS, python_docs, task_of, task_texts
-from ranjax.errors import UserError, check_choice, fitting
 from ranjax.data.files import SPLITS, hub_texts, path_texts
 from ranjax.data.vocabulary import TOKENIZERS, BytePairs, Bytes, Characters, Vocabulary, Words
+from ranjax.errors import UserError, check_choice, fitting
 
 
 @dataclass(frozen=True)

@@ -43,12 +43,10 @@ Size = Annotated[int, _whole(1)]
 Count = Annotated[int, _whole(0)]
 Sizes = Annotated[
     tuple[int, ...],
-    Rule(
-        lambda v: v and all(map(_whole(1).holds, v)), "one or more whole numbers, each at least 1 and below 2**31"
-    ),
+    Rule(lambda v: v and all(map(_whole(1).holds, v)), "one or more whole numbers, each at least 1 and below 2**31"),
 ]
-Positive = Annotated[float, Rule(lambda v: 0 < v < math.inf, "finite and above 0")]
-NotNegative = Annotated[float, Rule(lambda v: 0 <= v < math.inf, "finite and at least 0")]
+Positive = Annotated[float, Rule(lambda v: v > 0 and math.isfinite(v), "finite and above 0")]
+NotNegative = Annotated[float, Rule(lambda v: v >= 0 and math.isfinite(v), "finite and at least 0")]
 Rate = Annotated[float, Rule(lambda v: 0 <= v < 1, "in [0, 1)")]
 Text = Annotated[str, Rule(_is_path, "a name or a path")]
 Folder = Annotated[str, Rule(_is_path, "a path")]
@@ -172,8 +170,9 @@ def _holds(condition: Callable[[Any], Any], value: Any) -> bool:
 # Settings of papers. Lee et al. 2017 (the authors' code) for medium, large and text8; Zaremba et al. 2014's small
 # network, as in TensorFlow's tutorial. text8 there has a dropout of 0.1 on whole embedding rows and 0.4 on outputs;
 # here 0.4 on both.
+Preset = Literal["ptb-small", "ptb-medium", "ptb-large", "text8"]
 _ZAREMBA = Config(optimizer="sgd", schedule="decay", tie=False, dataset="ptb", activation="tanh", warmup=0)
-PRESETS = {
+PRESETS: dict[Preset, Config] = {
     "ptb-small": replace(
         _ZAREMBA, features=(200,), dropout=0.0, learning_rate=1.0, decay=0.5, decay_after=4, epochs=13, batch_size=20,
         steps=20, clip=5.0, init_scale=0.1,
@@ -201,7 +200,7 @@ _FREE = {"out", "resume", "data_dir", "epochs"}
 class _Start:
     """What the defaults of the other flags are: those of a preset, or of the run that goes on."""
 
-    preset: Literal[tuple(PRESETS)] | None = None
+    preset: Preset | None = None
     dataset: str = Config.dataset
     cell: str = Config.cell
     out: str | None = None
@@ -212,7 +211,7 @@ class _Start:
 class _Flags(Config):
     __doc__ = Config.__doc__
 
-    preset: Literal[tuple(PRESETS)] | None = None
+    preset: Preset | None = None
     """Settings of a paper; flags given explicitly win over it. From Python: ranjax.config.PRESETS."""
 
 
@@ -221,10 +220,9 @@ def parse(argv: list[str] | None = None) -> Config:
     program = "python -m ranjax.train"
     start, _ = cli.options(_Start, argv, program, return_unknown_args=True, add_help=False)
     default = PRESETS[start.preset] if start.preset else Config()
-    if start.resume:
+    if start.resume and not start.preset:
         begun = normalised(Config(dataset=start.dataset, cell=start.cell, out=start.out))
-        saved = replace(load_config(begun.directory), out=str(begun.directory))
-        default = default if start.preset else saved
+        default = replace(load_config(begun.directory), out=str(begun.directory))
     flags = vars(cli.options(_Flags, argv, program, default=_Flags(**vars(default))))
     config = normalised(Config(**{name: value for name, value in flags.items() if name != "preset"}))
     for name, schedule in (("warmup", "cosine"), ("decay", "decay"), ("decay_after", "decay")):

@@ -21,9 +21,7 @@ MOST = 1e100  # perplexity: JSON and pictures have no infinity
 WINDOW = 512
 
 
-def cross_entropy(
-    logits: Float[jax.Array, "*n vocabulary"], targets: Int[jax.Array, "*n"]
-) -> Float[jax.Array, "*n"]:
+def cross_entropy(logits: Float[jax.Array, "*n vocabulary"], targets: Int[jax.Array, "*n"]) -> Float[jax.Array, "*n"]:
     """-log p(target), in nats, of each prediction.
 
     Example:

@@ -52,7 +52,8 @@ class TrainState(NamedTuple):
 
 def build_model(config: Config, vocabulary: int) -> LanguageModel:
     """The model that a configuration describes."""
-    names = "cell features layers embedding projection gates activation solver dropout tie init_scale".split()
+    names = ("cell", "features", "layers", "embedding", "projection", "gates", "activation", "solver")
+    names += ("dropout", "tie", "init_scale")
     try:
         model = LanguageModel(vocabulary, **{name: getattr(config, name) for name in names})
         abstract_params(model)

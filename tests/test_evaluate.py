@@ -1,0 +1,115 @@
+"""The program `evaluate`."""
+
+import dataclasses
+import re
+import shlex
+import shutil
+
+import pytest
+from small_runs import TEXT, resumed, settings
+
+from ranjax import evaluate, train
+from ranjax.training import metrics, run
+
+
+def test_the_names_of_the_program_are_those_of_training():
+    for name in ("Evaluation", "make_evaluator", "perplexity"):
+        assert getattr(evaluate, name) is getattr(metrics, name)
+    for name in ("Run", "load_run", "load_text"):
+        assert getattr(evaluate, name) is getattr(run, name)
+    with pytest.raises(AttributeError, match=r"module 'ranjax\.evaluate' has no attribute 'report'"):
+        _ = evaluate.report
+
+
+@pytest.mark.quick
+def test_a_run_is_evaluated_on_its_test_split(pets_run, capsys):
+    config, result = pets_run
+    evaluate.main(["--checkpoint", str(config.directory)])
+    bits = f"perplexity {result['test_perplexity']:.2f}, {result['test_bits']:.4f} bits per character"
+    assert capsys.readouterr().out == (
+        f"{config.dataset} test: {bits}, {result['test_nats']:.4f} nats, {result['test_tokens']:,} tokens\n"
+    )
+
+
+def test_a_run_is_evaluated_on_another_split_or_text(pets_run, tmp_path, capsys):
+    (tmp_path / "other.txt").write_text(TEXT)
+    flags = ["--checkpoint", str(pets_run[0].directory)]
+    evaluate.main([*flags, "--split", "valid"])
+    valid = pets_run[1]["valid_perplexity"]
+    assert f"pets.txt valid: perplexity {valid:.2f}, " in capsys.readouterr().out
+    evaluate.main([*flags, "--dataset", str(tmp_path / "other.txt"), "--split", "train"])
+    assert "other.txt train: perplexity" in capsys.readouterr().out
+
+
+def test_words_that_a_model_does_not_have_are_counted(tmp_path, capsys):
+    for split in ("train", "valid", "test"):
+        (tmp_path / f"{split}.txt").write_text("the cat sat on the <unk>\n" * 60)
+    config = settings(tmp_path, tmp_path / "run", epochs=1)
+    train.train(config)
+    (tmp_path / "other.txt").write_text("a dog\n" * 40)
+    capsys.readouterr()
+    evaluate.main(["--checkpoint", config.out, "--dataset", str(tmp_path / "other.txt"), "--split", "train"])
+    assert capsys.readouterr().out.endswith(" nats, 107 tokens, 71 of them <unk>\n")
+
+
+def test_a_changed_text_is_read_by_the_flags_that_the_message_names(copied_run, pets_text, tmp_path, capsys):
+    """Where the run resumed on a text that has moved."""
+    moved = tmp_path / "the data" / "moved.txt"
+    moved.parent.mkdir()
+    shutil.copy(pets_text, moved)
+    train.train(resumed(copied_run, dataset=str(moved)))
+    flags = ["--checkpoint", str(copied_run.directory)]
+    evaluate.main(flags)
+    moved.write_text("the cat sat on the log\n" + TEXT * 60)
+    with pytest.raises(SystemExit, match="1"):
+        evaluate.main(flags)
+    error = capsys.readouterr().err
+    assert re.match(r"error: the test split of .*moved\.txt is not the one that the run in .* was trained with", error)
+    evaluate.main(shlex.split(error.split("python -m ranjax.evaluate ")[1]))
+    assert "moved.txt test: perplexity" in capsys.readouterr().out
+
+
+def test_a_run_finds_its_data_set_from_any_directory(tmp_path, monkeypatch, capsys):
+    folder = tmp_path / "the data" / "text8"
+    folder.mkdir(parents=True)
+    (folder / "text8").write_text("the cat sat on the mat " * 160)
+    monkeypatch.chdir(tmp_path)
+    result = train.train(settings("text8", "run", data_dir="the data", epochs=1, batch_size=40))
+    monkeypatch.chdir("/")
+    flags = ["--checkpoint", str(tmp_path / "run")]
+    capsys.readouterr()
+    evaluate.main(flags)
+    assert f"{result['test_nats']:.4f} nats" in capsys.readouterr().out
+    with pytest.raises(SystemExit, match="1"):  # not from the folder of another data set
+        evaluate.main([*flags, "--dataset", "ptb"])
+    assert "ptb is read from local files only" in capsys.readouterr().err
+    (folder / "text8").write_text("the cat sat on the mat " * 200)
+    with pytest.raises(SystemExit, match="1"):
+        evaluate.main(flags)
+    evaluate.main(shlex.split(capsys.readouterr().err.split("python -m ranjax.evaluate ")[1]))
+    assert "text8 test: perplexity" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--checkpoint", "{tmp}/none"], "none is not a run: it has no config.json"),
+        (["--checkpoint", "~nosuchuser/x"], "~nosuchuser/x is not a run: it has no config.json"),
+        (
+            ["--checkpoint", "{run}", "--dataset", "markov"],
+            r"the test split of ranjax\.data\.builtin does not fit the model: .* not the characters '0', '1'",
+        ),
+        (["--checkpoint", "{run}", "--dataset", ""], "there is no data set or path ''"),
+    ],
+)
+def test_bad_input_is_one_message(flags, message, pets_run, tmp_path, capsys):
+    with pytest.raises(SystemExit) as ended:
+        evaluate.main([flag.format(run=pets_run[0].directory, tmp=tmp_path) for flag in flags])
+    assert ended.value.code == 1
+    assert re.fullmatch(f"error: .*{message}.*\n", capsys.readouterr().err)
+
+
+def test_the_options_default_to_the_test_split_of_the_run():
+    assert dataclasses.asdict(evaluate.Options("x")) == {
+        "checkpoint": "x", "dataset": None, "data_dir": None, "split": "test"
+    }  # fmt: skip

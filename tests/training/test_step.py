@@ -1,0 +1,217 @@
+"""Steps of training against a plain loop: carry, windows, clipping, update rule, learning rate, seeds, constraints."""
+
+import dataclasses
+import math
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from ranjax.data import load_corpus, windows_per_epoch
+from ranjax.errors import UserError
+from ranjax.training import step
+from ranjax.training.config import PRESETS, Config
+
+
+def initialised(config, windows, **options):
+    """The model, the state before the first step, and the step."""
+    model = step.build_model(config, len(load_corpus(config.dataset).vocabulary))
+    optimizer = step.make_optimizer(config, windows)
+    state = step.initial_state(model, optimizer, config, **options)
+    return model, state, step.make_step(model, optimizer, config, windows, **options)
+
+
+def rows_of_text(config, length):
+    return jnp.asarray(load_corpus(config.dataset).train[: 4 * length].reshape(4, length))
+
+
+def all_finite(tree):
+    return all(bool(jnp.all(jnp.isfinite(leaf))) for leaf in jax.tree.leaves(tree))
+
+
+def with_nan_params(state):
+    return state._replace(params=jax.tree.map(lambda a: jnp.full_like(a, jnp.nan), state.params))
+
+
+def plain_loss(model, params, carry, window):
+    logits, carry = model.apply({"params": params}, window[:, :-1], carry, deterministic=True)
+    nats = -jnp.take_along_axis(jax.nn.log_softmax(logits), window[:, 1:, None], axis=-1)
+    return nats.sum() / 4, carry
+
+
+@pytest.mark.parametrize("rule", ["sgd", "adamw"])
+def test_training_is_that_of_a_plain_loop(rule, pets):
+    """Two epochs of three windows: carry, windows, clipping, update rule, its rate, the training loss."""
+    options = {"optimizer": rule, "schedule": "decay", "learning_rate": 0.05, "weight_decay": 0.3, "clip": 1.5}
+    config = dataclasses.replace(pets, **options, decay=0.5, decay_after=1, warmup=0, epochs=2, dropout=0.0)
+    ids, windows = rows_of_text(config, 24), windows_per_epoch(24, 7)
+    model, state, advance = initialised(config, windows)
+    params, moments = jax.tree.map(jnp.copy, state.params), None
+
+    differentiate, clipped = jax.jit(jax.value_and_grad(partial(plain_loss, model), has_aux=True)), 0
+    for epoch in range(2):
+        rate, carry, total = 0.05 * 0.5**epoch, None, 0.0
+        plain = optax.sgd(rate) if rule == "sgd" else optax.adamw(rate, weight_decay=0.3)
+        moments = plain.init(params) if moments is None else moments
+        for n in range(3):
+            (value, carry), gradient = differentiate(params, carry, ids[:, 7 * n : 7 * n + 8])
+            norm = math.sqrt(sum(float(jnp.sum(g**2)) for g in jax.tree.leaves(gradient)))
+            clipped += norm > 1.5
+            scale = min(1, 1.5 / norm)
+            gradient = jax.tree.map(partial(jnp.multiply, scale), gradient)
+            updates, moments = plain.update(gradient, moments, params)
+            params, total = optax.apply_updates(params, updates), total + 4 * float(value)
+            state = advance(state, ids)
+    assert clipped > 0
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), state.params, params)
+    assert float(state.loss / state.tokens) == pytest.approx(total / 84, rel=1e-5)
+
+
+def bounded(params):
+    """Weights within +-0.03, and no bias of the output layer."""
+    params = jax.tree.map(lambda p: jnp.clip(p, -0.03, 0.03), params)
+    return params | {"bias": jnp.zeros_like(params["bias"])} if "bias" in params else params
+
+
+def largest(params):
+    return max(float(jnp.abs(leaf).max()) for leaf in jax.tree.leaves(params))
+
+
+def test_constrained_params_are_so_at_the_start_and_after_each_step(pets):
+    config = dataclasses.replace(pets, optimizer="sgd", learning_rate=0.5, schedule="constant", dropout=0.0)
+    ids = rows_of_text(config, 24)
+    _, state, advance = initialised(config, 3, constrain=bounded)
+    assert largest(state.params) == pytest.approx(0.03)
+    for _ in range(3):
+        before = jax.tree.map(np.array, state.params)
+        state = advance(state, ids)
+        assert largest(state.params) == pytest.approx(0.03)
+        moved = jax.tree.leaves(jax.tree.map(lambda a, b: np.abs(a - b).max(), before, state.params))
+        assert max(moved) > 0
+
+
+def test_the_model_computes_with_constrained_params_and_the_gradient_goes_through(pets):
+    """One step of gradient descent on L(C(p)), then C: here C doubles every weight, which no clipping hides."""
+
+    def doubled(params):
+        return jax.tree.map(lambda p: 2 * p, params)
+
+    options = {"optimizer": "sgd", "learning_rate": 0.1, "schedule": "constant", "dropout": 0.0, "clip": 1e9}
+    config = dataclasses.replace(pets, **options)
+    ids = rows_of_text(config, 8)
+    model, state, advance = initialised(config, 1, constrain=doubled)
+    unchanged = initialised(config, 1)[1].params
+    jax.tree.map(lambda a, b: np.testing.assert_array_equal(a, 2 * b), state.params, unchanged)
+    gradient = jax.grad(lambda p: plain_loss(model, doubled(p), None, ids)[0])(state.params)
+    expected = jax.tree.map(lambda p, g: 2 * (p - 0.1 * g), state.params, gradient)
+    after = advance(state, ids).params
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), after, expected)
+
+
+def test_weights_and_dropout_follow_from_the_seed_and_differ_at_each_step(pets):
+    config = dataclasses.replace(pets, optimizer="sgd", learning_rate=1e-30, dropout=0.5)
+    text, losses, embeddings = rows_of_text(config, 8), [], []
+    for seed in (0, 1):
+        _, state, advance = initialised(dataclasses.replace(config, seed=seed), 1)
+        embeddings.append(float(jnp.sum(state.params["embed"]["embedding"])))
+        state = state._replace(params=initialised(config, 1)[1].params)  # so that dropout alone differs
+        for _ in range(3):
+            state = advance(state, text)
+            losses.append(float(state.loss))
+    assert len(set(losses)) == 6
+    assert embeddings[0] != embeddings[1]
+
+
+def test_steps_that_are_not_finite_are_skipped_and_counted(pets):
+    config = dataclasses.replace(pets, optimizer="sgd", schedule="constant")
+    _, state, advance = initialised(config, 100)
+    ids = rows_of_text(config, 707)
+    params = jax.tree.map(jnp.copy, state.params)
+    bad = advance(with_nan_params(state), ids)
+    assert (int(bad.bad), int(bad.bad_in_row), int(bad.step), int(bad.tokens), float(bad.loss)) == (1, 1, 1, 0, 0)
+    good = advance(bad._replace(params=params), ids)
+    assert (int(good.bad), int(good.bad_in_row), int(good.step)) == (1, 0, 2)
+    assert all_finite((good.params, good.carry))
+    stopped = advance(good._replace(bad_in_row=jnp.array(step.BAD_STEPS)), ids)
+    assert int(stopped.bad_in_row) > step.BAD_STEPS  # it stays stopped until the host has read it
+
+
+def test_a_skipped_step_leaves_the_optimizer_unchanged(pets):
+    _, state, advance = initialised(pets, 1)
+    before = jax.tree.map(jnp.copy, state.optimizer)
+    bad = with_nan_params(state)
+    after = advance(bad._replace(carry=jax.tree.map(jnp.ones_like, bad.carry)), rows_of_text(pets, 8))
+    jax.tree.map(np.testing.assert_array_equal, after.optimizer, before)
+    assert not any(map(np.any, jax.tree.leaves(after.carry)))  # the carry at the start of an epoch is 0, skipped or not
+
+
+def test_a_gradient_that_is_not_finite_is_skipped_where_the_loss_is_finite(pets, monkeypatch):
+    monkeypatch.setattr(step, "cross_entropy", lambda logits, targets: jnp.sqrt(0 * logits[..., 0]))
+    _, state, advance = initialised(pets, 1)
+    after = advance(state, rows_of_text(pets, 8))
+    assert (int(after.bad), float(after.loss)) == (1, 0)
+    assert all_finite(after.params)
+
+
+def test_solver_iterations_are_averaged_over_layers_and_summed_over_steps(pets):
+    config = dataclasses.replace(pets, solver="fixed_point", layers=2, dropout=0.0)
+    model, state, advance = initialised(config, 3)
+    ids = rows_of_text(config, 24)
+    expected = 0.0
+    for n in range(2):
+        window, carry = ids[:, 7 * n : 7 * n + 8], jax.tree.map(jnp.copy, state.carry)
+        _, sown = model.apply({"params": state.params}, window[:, :-1], carry, deterministic=True, mutable="solver")
+        iterations = [float(layer["record"].iterations) for layer in sown["solver"].values()]
+        assert len(iterations) == 2
+        expected += np.mean(iterations)
+        state = advance(state, ids)
+        assert float(state.iterations) == pytest.approx(expected)
+    assert step.mean_iterations({}) == 0
+
+
+def test_all_settings_of_a_model_are_used():
+    options = {"features": (5, 6), "layers": 2, "embedding": 6, "projection": 6, "tie": True, "dropout": 0.3}
+    options |= {"gates": "input", "activation": "identity", "init_scale": 0.01, "solver": "sequential"}
+    model = step.build_model(Config(**options), 19)
+    assert {name: getattr(model, name) for name in options} == options
+
+
+def test_settings_that_no_model_has_are_refused_by_their_flags():
+    for options, message in (
+        ({"cell": "gru", "projection": 3}, "--projection"),
+        ({"solver": "associative"}, "--solver must be one of .* got 'associative' with --gates recurrent"),
+        ({"embedding": 3}, "--tie needs the embedding .* got --embedding 3"),
+    ):
+        with pytest.raises(UserError, match=message):
+            step.build_model(Config(**options), 19)
+
+
+def test_the_learning_rate_of_the_papers_halves_after_four_epochs():
+    rate = step.learning_rate(PRESETS["ptb-small"], per_epoch=10)
+    assert [float(rate(10 * epoch + 5)) for epoch in range(7)] == [1, 1, 1, 1, 0.5, 0.25, 0.125]
+
+
+def test_the_cosine_schedule_warms_up_for_at_most_half_of_all_steps():
+    cosine = step.learning_rate(Config(schedule="cosine", epochs=2, warmup=5, learning_rate=1.0), per_epoch=10)
+    assert [float(cosine(n)) for n in (0, 5, 20)] == pytest.approx([0, 1, 0.01])
+    short = step.learning_rate(Config(schedule="cosine", epochs=2, warmup=1000, learning_rate=1.0), per_epoch=10)
+    assert [float(short(n)) for n in (0, 5, 10, 20)] == pytest.approx([0, 0.5, 1, 0.01])
+    none = step.learning_rate(Config(schedule="cosine", epochs=2, warmup=0, learning_rate=1.0), per_epoch=10)
+    assert [float(none(n)) for n in (0, 20)] == pytest.approx([1, 0.01])
+    constant = step.learning_rate(Config(schedule="constant", learning_rate=0.3), per_epoch=10)
+    assert [float(constant(n)) for n in (0, 999)] == pytest.approx([0.3, 0.3])
+
+
+@pytest.mark.parametrize("decay", [0.5, 0.8, 1 / 1.15, 1 / 1.03])
+@pytest.mark.parametrize("decay_after", [0, 1, 6, 14])
+def test_the_learning_rate_decays_once_an_epoch_after_the_first_ones(decay, decay_after):
+    """lr = peak * decay^max(k + 1 - decay_after, 0) in epoch k = 0, 1, ...; checked on both sides of every change."""
+    per_epoch = 1327
+    config = Config(schedule="decay", learning_rate=0.8, decay=decay, decay_after=decay_after)
+    rate = jax.jit(step.learning_rate(config, per_epoch))
+    steps = np.concatenate([[0], *([k * per_epoch - 1, k * per_epoch] for k in range(1, 30))])
+    expected = 0.8 * np.float64(decay) ** np.maximum(steps // per_epoch + 1 - decay_after, 0)
+    np.testing.assert_allclose([float(rate(jnp.int32(n))) for n in steps], expected, rtol=1e-6)
