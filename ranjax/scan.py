@@ -150,13 +150,10 @@ def _run_recurrence(
     recurrence = Recurrence(step, (carry,), arrays, ((1, inputs.dtype),), reverse=reverse)
     recurrence = recurrence._replace(affine=True, in_place=step is _linear_step)
     if axis_name is not None:
-        carry_only = recurrence._replace(
-            step=_without_outputs(step), carry=(jnp.zeros_like(carry),), outs=(), in_place=False
-        )
-        (last,), _ = SOLVERS[solver](carry_only)
-        recurrence = recurrence._replace(
-            carry=(_carry_in(jnp.prod(arrays[0], axis=1), last, carry, reverse, axis_name),)
-        )
+        zero, carry_only = jnp.zeros_like(carry), _without_outputs(step)
+        (last,), _ = SOLVERS[solver](recurrence._replace(step=carry_only, carry=(zero,), outs=(), in_place=False))
+        carry = _carry_in(jnp.prod(arrays[0], axis=1), last, carry, reverse, axis_name)
+        recurrence = recurrence._replace(carry=(carry,))
     _, (states,) = SOLVERS[solver](recurrence)
     return states.reshape(inputs.shape)
 
@@ -202,9 +199,8 @@ def _without_outputs(step: Step) -> Step:
 
 def _auto(recurrence: Recurrence) -> tuple[Rows, Rows]:
     """The solver that `CHOICES` has for the platform."""
-    kernel = _has_gpu() and not any(
-        map(varying_axes, recurrence.arrays)
-    )  # a kernel's results cannot be typed as varying
+    varies = any(map(varying_axes, recurrence.arrays))  # the results of a kernel cannot be typed as varying
+    kernel = _has_gpu() and not varies
     known = isinstance(recurrence.sizes[1], int)  # with a symbolic time (`jax.export`) only the loop works
     found = CHOICES if known else dict.fromkeys(CHOICES, "sequential")
     return _by_platform(recurrence, {name: SOLVERS[one] for name, one in found.items() if one != "pallas" or kernel})

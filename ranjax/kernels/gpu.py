@@ -205,7 +205,8 @@ class Segment(NamedTuple):
     def rows(self, k: Array | int) -> tuple[Rows, ...]:
         """The rows that the steps of a tile read."""
         return tuple(
-            _rows(self.recurrence, self.refs, self.boundary, self.place, self.first(k) + r) for r in range(self.steps)
+            _load_rows(self.recurrence, self.refs, self.boundary, self.place, self.first(k) + r)
+            for r in range(self.steps)
         )
 
     def through(self, step: Step, k: Array, carry: Rows, rows: tuple[Rows, ...]) -> Rows:
@@ -221,7 +222,7 @@ class Segment(NamedTuple):
     def write(self, n: Array, out_rows: Rows) -> None:
         """Writes the output rows of step `n`."""
         written = [planes(self.recurrence.arrays[number]) for number, _ in self.recurrence.outs]
-        places = _places(self.recurrence, self.place, self.outputs, written, n)
+        places = _row_indices(self.recurrence, self.place, self.outputs, written, n)
         for (ref, index), values in zip(places, out_rows, strict=True):
             self.place.store(ref, index, values, where=n < self.stop)
 
@@ -255,17 +256,19 @@ def _run_segment(
         place.store(ref, state, values, where=place.lane == 0)
 
 
-def _rows(recurrence: Recurrence, refs: Operands, boundary: Array | None, place: Place, n: Array) -> Rows:
+def _load_rows(recurrence: Recurrence, refs: Operands, boundary: Array | None, place: Place, n: Array) -> Rows:
     """The rows that step `n` reads; beyond the last step, those of the last."""
     time, read = recurrence.sizes[1], [planes(a) for a in recurrence.arrays]
-    found = [place.load(ref, index) for ref, index in _places(recurrence, place, refs.arrays, read, n)]
+    found = [place.load(ref, index) for ref, index in _row_indices(recurrence, place, refs.arrays, read, n)]
     if boundary is not None:
         following = place.load(refs.ahead[0], place.row(place.batch * time + _moment(recurrence, n + 1)))
         found.append(jnp.where(n + 1 < time, following, boundary))
     return tuple(found)
 
 
-def _places(recurrence: Recurrence, place: Place, refs: Any, counts: list[int], n: Array) -> list[tuple[Any, Array]]:
+def _row_indices(
+    recurrence: Recurrence, place: Place, refs: Any, counts: list[int], n: Array
+) -> list[tuple[Any, Array]]:
     """Reference and index of every row of step `n`, for arrays with `counts` planes."""
     number = place.batch * recurrence.sizes[1] + _moment(recurrence, n)
     rows = {count: [place.row(number * count + plane) for plane in range(count)] for count in set(counts)}

@@ -35,7 +35,7 @@ from ranjax.sharding import automatic, before, check_spread
 from ranjax.solvers.adjoint import Method
 from ranjax.solvers.elementwise import fused
 from ranjax.solvers.fixed_point import FixedPoint as FixedPoint
-from ranjax.solvers.masks import Gates, States, Steps, masked, seen
+from ranjax.solvers.masks import States, StepGates, Steps, masked, seen
 from ranjax.solvers.recurrent import recurrent_adjoint, recurrent_states, sequential_scan
 from ranjax.solvers.result import Result as Result
 from ranjax.solvers.result import Status as Status
@@ -269,7 +269,7 @@ def _states(
 
 def states_and_gates(
     params: Params, steps: Steps, c0: State, *, activation: str, solver: str | FixedPoint
-) -> tuple[States, Gates]:
+) -> tuple[States, StepGates]:
     """The states and the gates, `(*batch, time, ...)`; gates that the solver does not store are recomputed."""
     *leading, feature = jax.typeof(steps.u).sharding.spec
     both = partial(_states_and_gates, activation=activation, solver=solver)
@@ -279,7 +279,7 @@ def states_and_gates(
 @partial(jax.jit, static_argnames=("activation", "solver"), inline=True)
 def _states_and_gates(
     params: Params, steps: Steps, c0: State, *, activation: str, solver: str | FixedPoint
-) -> tuple[States, Gates]:
+) -> tuple[States, StepGates]:
     gates, last = gates_of(params), steps.u.ndim - 2
     if is_sequential(solver, gates):
         return moved(sequential_scan(params, moved(steps, last, 0), c0, activation)[1], 0, last)

@@ -9,9 +9,9 @@ from jax.core import Tracer
 from jax.typing import ArrayLike
 from jaxtyping import Bool, Float
 
-# Time is the first axis, or the last of these shapes, as the solver wants it.
+# The shape is (*batch, time), or (time, *batch) for the sequential scan.
 States = Float[Array, "*shape features"]
-Gates = Float[Array, "*shape 2 features"]
+StepGates = Float[Array, "*shape 2 features"]
 Mask = Bool[Array, "*shape"]
 
 
@@ -24,7 +24,7 @@ class Steps(NamedTuple):
     """
 
     u: States
-    z: Gates
+    z: StepGates
 
 
 def masked(steps: Steps, starts: Mask | None, padding: Mask | None) -> Steps:

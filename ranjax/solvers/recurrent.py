@@ -48,7 +48,7 @@ def recurrent_states(params: Params, steps: Steps, c0: Array, activation: str, m
     Chunks run one after another from the last state of the one before, all of one length: the last one is filled with
     steps that keep the state. Of a chunk only the states are stored for the backward pass, which recomputes the rest.
     """
-    params, number = _weights_on_h(params, c0, method), _chunks(steps, method)
+    params, number = _weights_on_h(params, c0, method), _chunk_count(steps, method)
     if number == 1:
         return _solve_at_once(params, steps, c0, activation, method)
 
@@ -56,12 +56,12 @@ def recurrent_states(params: Params, steps: Steps, c0: Array, activation: str, m
         states, result = _solve_at_once(params, steps, c, activation, method)
         return states[..., -1, :], (states, result)
 
-    time, length = steps.u.shape[-2], _length(steps, number)
+    time, length = steps.u.shape[-2], _chunk_length(steps, number)
     split = jax.tree.map(partial(_split, number=number, axis=c0.ndim - 1), filled(steps, number * length))
     stored = jax.checkpoint_policies.save_only_these_names(KEPT)
     c = varying_as(c0, (*steps, *jax.tree.leaves(params)))
     _, (states, results) = lax.scan(jax.checkpoint(solve, policy=stored, prevent_cse=False), c, split)
-    return _joined(states, c0.ndim - 1)[..., :time, :], worst(results)
+    return _join(states, c0.ndim - 1)[..., :time, :], worst(results)
 
 
 def recurrent_adjoint(
@@ -72,7 +72,7 @@ def recurrent_adjoint(
     Chunks run in reverse: the cotangent of the state that a chunk starts from is added to that of the chunk before.
     """
     states, _ = recurrent_states(params, steps, c0, activation, method)
-    params, number = _weights_on_h(params, c0, method), _chunks(steps, method)
+    params, number = _weights_on_h(params, c0, method), _chunk_count(steps, method)
     if number == 1:
         v, result, _ = _adjoint_at_once(params, steps, states, c0, cotangents, activation, method)
         return v, result
@@ -83,14 +83,14 @@ def recurrent_adjoint(
         v, result, carry = _adjoint_at_once(params, steps, states, c, cotangents, activation, method)
         return carry, (v, result)
 
-    time, length = steps.u.shape[-2], _length(steps, number)
+    time, length = steps.u.shape[-2], _chunk_length(steps, number)
     fill = [(0, 0)] * (c0.ndim - 1) + [(0, number * length - time), (0, 0)]
     arrays = filled(steps, number * length), jnp.pad(states, fill), jnp.pad(cotangents, fill)
     steps, states, cotangents = jax.tree.map(partial(_split, number=number, axis=c0.ndim - 1), arrays)
     starts = jnp.concatenate([c0[None], states[:-1, ..., -1, :]])
     carry = varying_as(jnp.zeros_like(c0), (c0, cotangents, *steps, *jax.tree.leaves(params)))
     _, (v, results) = lax.scan(solve, carry, (steps, states, starts, cotangents), reverse=True)
-    return _joined(v, c0.ndim - 1)[..., :time, :], worst(results)
+    return _join(v, c0.ndim - 1)[..., :time, :], worst(results)
 
 
 def _weights_on_h(params: Params, c0: Array, method: Method) -> Params:
@@ -104,7 +104,7 @@ def _weights_on_h(params: Params, c0: Array, method: Method) -> Params:
     return weights if method.solver is None else jax.tree.map(lambda p: p.astype(c0.dtype), weights)
 
 
-def _chunks(steps: Steps, method: Method) -> int:
+def _chunk_count(steps: Steps, method: Method) -> int:
     """The number of chunks of a sequence; 1 where time is symbolic (`jax.export`) or spread over a mesh."""
     time, chunk = steps.u.shape[-2], None if method.solver is None else method.solver.chunk
     if chunk is None or not isinstance(time, int) or method.axis_name is not None:
@@ -112,7 +112,7 @@ def _chunks(steps: Steps, method: Method) -> int:
     return -(-time // chunk)
 
 
-def _length(steps: Steps, number: int) -> int:
+def _chunk_length(steps: Steps, number: int) -> int:
     """The length of each of `number` chunks."""
     return -(-steps.u.shape[-2] // number)
 
@@ -123,7 +123,7 @@ def _split(array: Array, number: int, axis: int) -> Array:
     return jnp.moveaxis(chunks, axis, 0)
 
 
-def _joined(chunks: Array, axis: int) -> Array:
+def _join(chunks: Array, axis: int) -> Array:
     """The inverse of `_split`."""
     chunks = jnp.moveaxis(chunks, 0, axis)
     return chunks.reshape(*chunks.shape[:axis], -1, *chunks.shape[axis + 2 :])
