@@ -13,7 +13,7 @@ from jax.typing import ArrayLike
 from ranjax.cell import RANCell, checked_carry, output
 from ranjax.scan import state_dtype
 from ranjax.sharding import last_state, steps_before
-from ranjax.solvers import check_solver, moved, states, steps_of, time_axis
+from ranjax.solvers import check_solver, states, steps_of
 from ranjax.solvers.fixed_point import FixedPoint
 from ranjax.solvers.masks import checked, checked_lengths, padding_after
 
@@ -161,13 +161,12 @@ class RAN(nn.Module):
 
         params, x = self.cell.parameters(x)
         c0 = self._initial(initial_carry, init_key, (*batch, x.shape[-1]), x.dtype)
-        steps = steps_of(params, x, segment_starts, padding)
-        axis = time_axis(steps, self.solver, self.cell.gates, self.axis_name)
+        steps = steps_of(params, x, time, segment_starts, padding)
         options: dict = {"activation": self.cell.activation, "solver": self.solver, "axis_name": self.axis_name}
-        c, result = states(params, moved(steps, time, axis), c0, **options)
+        c, result = states(params, steps, c0, **options)
         if not self.is_initializing():
             self.sow("solver", "result", result, init_fn=lambda: result, reduce_fn=lambda _, new: new)
-        c = jnp.moveaxis(c, axis, time)
+        c = jnp.moveaxis(c, 0, time)
         h = output(params, c, self.cell.activation).astype(x.dtype)
 
         if reverse and (self.keep_order if keep_order is None else keep_order):

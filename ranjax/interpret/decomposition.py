@@ -85,7 +85,8 @@ def decompose(
     params, steps, first = prepared(params, x, c0, starts, padding, dtype)
     steps = Steps(*(a.astype(first.dtype) for a in steps))
     c, gates = states_and_gates(params, steps, first, activation=activation, solver=solver)
-    return Decomposition(gates[..., 0, :], gates[..., 1, :], steps.u, c, first)
+    i, f, u, c = (jnp.moveaxis(a, 0, -2) for a in (gates[..., 0, :], gates[..., 1, :], steps.u, c))
+    return Decomposition(i, f, u, c, first)
 
 
 def _largest(w: Array) -> Array:

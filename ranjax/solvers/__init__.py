@@ -8,7 +8,6 @@ Public names: `solve`, `solve_adjoint`, `FixedPoint`, `Result`, `Status`.
 """
 
 from functools import partial
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -35,7 +34,7 @@ from ranjax.sharding import automatic, before, check_spread
 from ranjax.solvers.adjoint import Method
 from ranjax.solvers.elementwise import fused
 from ranjax.solvers.fixed_point import FixedPoint as FixedPoint
-from ranjax.solvers.masks import States, StepGates, Steps, masked, seen
+from ranjax.solvers.masks import Gates, States, Steps, masked, seen
 from ranjax.solvers.recurrent import recurrent_adjoint, recurrent_states, sequential_scan
 from ranjax.solvers.result import Result as Result
 from ranjax.solvers.result import Status as Status
@@ -91,10 +90,8 @@ def solve(
     check_gates(gates, params)
     check_solver(solver, gates, axis_name)
     params, steps, first = prepared(params, x, c0)
-    axis = time_axis(steps, solver, gates, axis_name)
-    steps = moved(steps, x.ndim - 2, axis)
     c, result = states(params, steps, first, activation=activation, solver=solver, axis_name=axis_name)
-    return jnp.moveaxis(c, axis, -2), result
+    return jnp.moveaxis(c, 0, -2), result
 
 
 def solve_adjoint(
@@ -154,18 +151,16 @@ def solve_adjoint(
     check_gates(gates, params)
     check_solver(solver, gates, axis_name)
     params, steps, first = prepared(params, x, c0)
-    g = jnp.asarray(cotangents)
-    if g.shape != steps.u.shape:
+    g, shape = jnp.asarray(cotangents), (*x.shape[:-1], first.shape[-1])
+    if g.shape != shape:
         raise ValueError(
-            f"`cotangents` must have the shape of the states, (*batch, time, features) = {steps.u.shape}; "
-            f"got {g.shape}."
+            f"`cotangents` must have the shape of the states, (*batch, time, features) = {shape}; got {g.shape}."
         )
-    axis = time_axis(steps, solver, gates, axis_name)
-    steps, g = moved((steps, g.astype(first.dtype)), x.ndim - 2, axis)
+    g = jnp.moveaxis(g.astype(first.dtype), -2, 0)
     options: dict = {"activation": activation, "method": Method(_iteration(solver, gates, axis_name), axis_name)}
     adjoint = partial(_adjoint, **options)
     v, result = automatic(adjoint, params, steps, first, g, like=steps.u, others=(PartitionSpec(),))
-    return jnp.moveaxis(v, axis, -2), result
+    return jnp.moveaxis(v, 0, -2), result
 
 
 @partial(jax.jit, static_argnames=("activation", "method"), inline=True)
@@ -187,33 +182,25 @@ def prepared(
     padding: Array | None = None,
     dtype: Dtype | None = None,
 ) -> tuple[Params, Steps, State]:
-    """The parameters in the dtype of the products, the masked steps `(*batch, time, ...)`, the first state."""
+    """The parameters in the dtype of the products, the masked steps with time first, the initial state."""
     params, x = promoted(params, x, dtype)
-    steps = steps_of(params, x, starts, padding)
-    shape = (*steps.u.shape[:-2], steps.u.shape[-1])
+    steps = steps_of(params, x, x.ndim - 2, starts, padding)
+    shape = steps.u.shape[1:]
     first = jnp.zeros(shape, state_dtype(steps.u)) if c0 is None else checked_carry("c0", c0, shape)
     return params, steps, first
 
 
-def steps_of(params: Params, x: Array, starts: Array | None, padding: Array | None) -> Steps:
-    """The masked steps, with the axes of the inputs and the masks."""
-    return masked(Steps(content(params, x), gates_of_input(params, x)), starts, padding)
+def steps_of(params: Params, x: Array, time: int, starts: Array | None, padding: Array | None) -> Steps:
+    """The masked steps with time first; `time` is its axis in the inputs and the masks."""
+    steps, masks = Steps(content(params, x), gates_of_input(params, x)), (starts, padding)
+    steps, masks = jax.tree.map(lambda a: jnp.moveaxis(a, time, 0), (steps, masks))
+    return masked(steps, *masks)
 
 
 def is_sequential(solver: str | FixedPoint, gates: str, axis_name: str | None = None) -> bool:
-    """Whether the solver is the sequential scan with full products, which has time as the first axis."""
+    """Whether the solver is the sequential scan."""
     fused = solver in FUSED and gates == "diagonal" and axis_name is None
     return gates != "input" and not fused and _iteration(solver, gates, axis_name) is None
-
-
-def time_axis(steps: Steps, solver: str | FixedPoint, gates: str, axis_name: str | None = None) -> int:
-    """The axis of time, counted from the front, in the steps and states of this solver."""
-    return 0 if is_sequential(solver, gates, axis_name) else steps.u.ndim - 2
-
-
-def moved(tree: Any, source: int, to: int) -> Any:
-    """The arrays of a tree with time moved from one axis to another; both are counted from the front."""
-    return jax.tree.map(lambda a: jnp.moveaxis(a, source, to), tree)
 
 
 def check_solver(solver: str | FixedPoint, gates: str, axis_name: str | None = None) -> None:
@@ -244,7 +231,7 @@ def states(
     solver: str | FixedPoint,
     axis_name: str | None = None,
 ) -> tuple[States, Result]:
-    """The states c_1 ... c_T from the state `c0`, and how they were solved; time is on `time_axis`."""
+    """The states c_1 ... c_T from the state `c0`, and how they were solved; time is the first axis."""
     solved = partial(_states, activation=activation, solver=solver, axis_name=axis_name)
     return automatic(solved, params, steps, c0, like=steps.u, others=(PartitionSpec(),))
 
@@ -269,8 +256,8 @@ def _states(
 
 def states_and_gates(
     params: Params, steps: Steps, c0: State, *, activation: str, solver: str | FixedPoint
-) -> tuple[States, StepGates]:
-    """The states and the gates, `(*batch, time, ...)`; gates that the solver does not store are recomputed."""
+) -> tuple[States, Gates]:
+    """The states and the gates, time first; gates that the solver does not return are recomputed."""
     *leading, feature = jax.typeof(steps.u).sharding.spec
     both = partial(_states_and_gates, activation=activation, solver=solver)
     return automatic(both, params, steps, c0, like=steps.u, others=(PartitionSpec(*leading, None, feature),))
@@ -279,14 +266,14 @@ def states_and_gates(
 @partial(jax.jit, static_argnames=("activation", "solver"), inline=True)
 def _states_and_gates(
     params: Params, steps: Steps, c0: State, *, activation: str, solver: str | FixedPoint
-) -> tuple[States, StepGates]:
-    gates, last = gates_of(params), steps.u.ndim - 2
+) -> tuple[States, Gates]:
+    gates = gates_of(params)
     if is_sequential(solver, gates):
-        return moved(sequential_scan(params, moved(steps, last, 0), c0, activation)[1], 0, last)
+        return sequential_scan(params, steps, c0, activation)[1]
     c, _ = states(params, steps, c0, activation=activation, solver=solver)
     if gates == "input":
         return c, jax.nn.sigmoid(steps.z)
-    earlier = seen(steps.z[..., 1, :], before(c, c0, -2))
+    earlier = seen(steps.z[..., 1, :], before(c, c0, 0))
     wide = jax.tree.map(lambda p: p.astype(c0.dtype), params)
     return c, jax.nn.sigmoid(steps.z + gates_of_state(wide, earlier, activation))
 
@@ -302,4 +289,5 @@ def _iteration(solver: str | FixedPoint, gates: str, axis_name: str | None) -> F
 def _linear_states(steps: Steps, c0: State, solver: str, axis_name: str | None) -> States:
     """The states where the gates read the input only: one linear recurrence."""
     i, f = jnp.moveaxis(jax.nn.sigmoid(steps.z), -2, 0)
-    return linear_recurrence(f, i * steps.u, c0, solver=solver, axis_name=axis_name)
+    decay, inputs = jnp.moveaxis(f, 0, -2), jnp.moveaxis(i * steps.u, 0, -2)
+    return jnp.moveaxis(linear_recurrence(decay, inputs, c0, solver=solver, axis_name=axis_name), -2, 0)

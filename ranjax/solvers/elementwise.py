@@ -18,13 +18,14 @@ from ranjax.solvers.masks import States, Steps, seen
 
 
 def fused(steps: Steps, c0: State, weights: Array | None, activation: str, solver: str) -> States:
-    """The states of elementwise gates, `(*batch, time, features)`."""
-    (*_, time, features), dtype = steps.u.shape, c0.dtype
-    z, u = steps.z.reshape(-1, time, 2, features), steps.u.reshape(-1, time, features)
+    """The states of elementwise gates, time first; the recurrence has the batch first."""
+    (time, *batch, features), dtype = steps.u.shape, c0.dtype
+    z = jnp.moveaxis(steps.z.reshape(time, -1, 2, features), 0, 1)
+    u = jnp.moveaxis(steps.u.reshape(time, -1, features), 0, 1)
     z, u, c0 = varying_as(z, (u,)), varying_as(u, (z,)), varying_as(c0, (z, u))
     constants = () if weights is None else tuple(varying_as(w, (z, u)) for w in weights.astype(dtype))
     c = cast(Array, _elementwise(c0.reshape(-1, features), constants, (z, u), activation, solver))
-    return c.reshape(steps.u.shape)
+    return jnp.moveaxis(c, 1, 0).reshape(time, *batch, features)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(3, 4))

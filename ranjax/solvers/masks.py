@@ -9,10 +9,9 @@ from jax.core import Tracer
 from jax.typing import ArrayLike
 from jaxtyping import Bool, Float
 
-# The shape is (*batch, time), or (time, *batch) for the sequential scan.
-States = Float[Array, "*shape features"]
-StepGates = Float[Array, "*shape 2 features"]
-Mask = Bool[Array, "*shape"]
+States = Float[Array, "time *batch features"]
+Gates = Float[Array, "time *batch 2 features"]
+Mask = Bool[Array, "time *batch"]
 
 
 class Steps(NamedTuple):
@@ -24,7 +23,7 @@ class Steps(NamedTuple):
     """
 
     u: States
-    z: StepGates
+    z: Gates
 
 
 def masked(steps: Steps, starts: Mask | None, padding: Mask | None) -> Steps:
@@ -54,13 +53,13 @@ def padding_after(seq_lengths: Array, shape: tuple[int, ...], time: int) -> Arra
 
 
 def filled(steps: Steps, time: int) -> Steps:
-    """The steps, `(*batch, time, ...)`, followed by steps that keep the state, `time` steps in all."""
-    *batch, known, features = steps.u.shape
-    if known == time:
+    """The steps, time first, followed by steps that keep the state: `time` steps in all."""
+    more = time - len(steps.u)
+    if more == 0:
         return steps
-    u = jnp.pad(steps.u, [*((0, 0),) * len(batch), (0, time - known), (0, 0)])
+    u = jnp.pad(steps.u, [(0, more), *((0, 0),) * (steps.u.ndim - 1)])
     keep = jnp.array([[-jnp.inf], [jnp.inf]], steps.z.dtype)  # input gate 0, forget gate 1
-    z = jnp.concatenate([steps.z, jnp.broadcast_to(keep, (*batch, time - known, 2, features))], axis=-3)
+    z = jnp.concatenate([steps.z, jnp.broadcast_to(keep, (more, *steps.z.shape[1:]))])
     return Steps(u, z)
 
 

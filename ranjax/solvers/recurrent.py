@@ -5,12 +5,13 @@ derivative with regard to c_{t-1}; r_t is the contribution of the weights and th
 all steps, so only c and the linear system of dc (in reverse mode, its transpose) are recurrences, and no loop over the
 steps accumulates the gradient of a weight.
 
-Both recurrences are solved by the same `Method`. Time is the first axis for the sequential scan, and the last but one
-for the iteration, which solves all steps at once, or one chunk after another.
+Both recurrences are solved by the same `Method`. Time is the first axis of the steps and the states; only inside the
+iteration, which solves all steps of a chunk at once, it is the last but one.
 """
 
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -43,31 +44,31 @@ KEPT = "ranjax.states"  # the values of a chunk that are stored for the backward
 
 
 def recurrent_states(params: Params, steps: Steps, c0: Array, activation: str, method: Method) -> tuple[Array, Result]:
-    """The states c_1 ... c_T from the state `c0`, and how they were solved; time is on `method.axis`.
+    """The states c_1 ... c_T from the state `c0`, time first, and how they were solved.
 
-    Chunks run one after another from the last state of the one before, all of one length: the last one is filled with
-    steps that keep the state. Of a chunk only the states are stored for the backward pass, which recomputes the rest.
+    Chunks run one after another, each from the last state of the one before. All have one length: the last one is
+    filled with steps that keep the state. Only the states of a chunk are stored for the backward pass, which recomputes
+    the rest.
     """
     params, number = _weights_on_h(params, c0, method), _chunk_count(steps, method)
     if number == 1:
-        return _solve_at_once(params, steps, c0, activation, method)
+        return _states_at_once(params, steps, c0, activation, method)
 
     def solve(c, steps):
-        states, result = _solve_at_once(params, steps, c, activation, method)
-        return states[..., -1, :], (states, result)
+        states, result = _states_at_once(params, steps, c, activation, method)
+        return states[-1], (states, result)
 
-    time, length = steps.u.shape[-2], _chunk_length(steps, number)
-    split = jax.tree.map(partial(_split, number=number, axis=c0.ndim - 1), filled(steps, number * length))
     stored = jax.checkpoint_policies.save_only_these_names(KEPT)
     c = varying_as(c0, (*steps, *jax.tree.leaves(params)))
-    _, (states, results) = lax.scan(jax.checkpoint(solve, policy=stored, prevent_cse=False), c, split)
-    return _join(states, c0.ndim - 1)[..., :time, :], worst(results)
+    chunks = _split(filled(steps, _filled_length(steps, number)), number)
+    _, (states, results) = lax.scan(jax.checkpoint(solve, policy=stored, prevent_cse=False), c, chunks)
+    return _joined_chunks(states, len(steps.u)), worst(results)
 
 
 def recurrent_adjoint(
     params: Params, steps: Steps, c0: Array, cotangents: Array, activation: str, method: Method
 ) -> tuple[Array, Result]:
-    """The solution of the gradient's system for `cotangents` of the states, and how it was solved.
+    """The solution of the gradient's system for `cotangents` of the states, time first, and how it was solved.
 
     Chunks run in reverse: the cotangent of the state that a chunk starts from is added to that of the chunk before.
     """
@@ -79,18 +80,18 @@ def recurrent_adjoint(
 
     def solve(carry, chunk):
         steps, states, c, cotangents = chunk
-        cotangents = cotangents.at[..., -1, :].add(carry)
+        cotangents = cotangents.at[-1].add(carry)
         v, result, carry = _adjoint_at_once(params, steps, states, c, cotangents, activation, method)
         return carry, (v, result)
 
-    time, length = steps.u.shape[-2], _chunk_length(steps, number)
-    fill = [(0, 0)] * (c0.ndim - 1) + [(0, number * length - time), (0, 0)]
-    arrays = filled(steps, number * length), jnp.pad(states, fill), jnp.pad(cotangents, fill)
-    steps, states, cotangents = jax.tree.map(partial(_split, number=number, axis=c0.ndim - 1), arrays)
-    starts = jnp.concatenate([c0[None], states[:-1, ..., -1, :]])
+    length = _filled_length(steps, number)
+    fill = [(0, length - len(steps.u)), *((0, 0),) * c0.ndim]
+    arrays = filled(steps, length), jnp.pad(states, fill), jnp.pad(cotangents, fill)
+    chunks, states, cotangents = _split(arrays, number)
+    starts = jnp.concatenate([c0[None], states[:-1, -1]])
     carry = varying_as(jnp.zeros_like(c0), (c0, cotangents, *steps, *jax.tree.leaves(params)))
-    _, (v, results) = lax.scan(solve, carry, (steps, states, starts, cotangents), reverse=True)
-    return _join(v, c0.ndim - 1)[..., :time, :], worst(results)
+    _, (v, results) = lax.scan(solve, carry, (chunks, states, starts, cotangents), reverse=True)
+    return _joined_chunks(v, len(steps.u)), worst(results)
 
 
 def _weights_on_h(params: Params, c0: Array, method: Method) -> Params:
@@ -106,33 +107,41 @@ def _weights_on_h(params: Params, c0: Array, method: Method) -> Params:
 
 def _chunk_count(steps: Steps, method: Method) -> int:
     """The number of chunks of a sequence; 1 where time is symbolic (`jax.export`) or spread over a mesh."""
-    time, chunk = steps.u.shape[-2], None if method.solver is None else method.solver.chunk
+    time, chunk = steps.u.shape[0], None if method.solver is None else method.solver.chunk
     if chunk is None or not isinstance(time, int) or method.axis_name is not None:
         return 1
     return -(-time // chunk)
 
 
-def _chunk_length(steps: Steps, number: int) -> int:
-    """The length of each of `number` chunks."""
-    return -(-steps.u.shape[-2] // number)
+def _filled_length(steps: Steps, number: int) -> int:
+    """The number of steps in `number` chunks of one length."""
+    return number * -(-len(steps.u) // number)
 
 
-def _split(array: Array, number: int, axis: int) -> Array:
-    """An array with time on `axis` as `number` chunks, stacked on a new first axis."""
-    chunks = array.reshape(*array.shape[:axis], number, -1, *array.shape[axis + 1 :])
-    return jnp.moveaxis(chunks, axis, 0)
+def _split(arrays: Any, number: int) -> Any:
+    """Arrays with time first as `number` chunks, stacked on a new first axis."""
+    return jax.tree.map(lambda a: a.reshape(number, -1, *a.shape[1:]), arrays)
 
 
-def _join(chunks: Array, axis: int) -> Array:
-    """The inverse of `_split`."""
-    chunks = jnp.moveaxis(chunks, 0, axis)
-    return chunks.reshape(*chunks.shape[:axis], -1, *chunks.shape[axis + 2 :])
+def _joined_chunks(chunks: Array, time: int) -> Array:
+    """The first `time` steps of the chunks, time first."""
+    return chunks.reshape(-1, *chunks.shape[2:])[:time]
 
 
-def _solve_at_once(params: Params, steps: Steps, c0: Array, activation: str, method: Method) -> tuple[Array, Result]:
-    """The states of all steps, and how they were solved."""
+def _with_time_on(axis: int, steps: Steps, *states: Array) -> tuple[Steps, *tuple[Array, ...]]:
+    """Steps and states with time moved from the first axis to `axis`, 0 or -2 of the states."""
+    if axis == 0:
+        return steps, *states
+    z, u = jnp.moveaxis(steps.z, 0, -3), jnp.moveaxis(steps.u, 0, -2)
+    return Steps(u, z), *(jnp.moveaxis(a, 0, -2) for a in states)
+
+
+def _states_at_once(params: Params, steps: Steps, c0: Array, activation: str, method: Method) -> tuple[Array, Result]:
+    """The states of all steps, time first, and how they were solved."""
+    (steps,) = _with_time_on(method.axis, steps)
     states, result = _differentiable_states(params, steps, c0, activation, method)
-    return states, Result(result.status.astype(jnp.int32), result.iterations.astype(jnp.int32), result.residual)
+    result = Result(result.status.astype(jnp.int32), result.iterations.astype(jnp.int32), result.residual)
+    return jnp.moveaxis(states, method.axis, 0), result
 
 
 @partial(jax.custom_jvp, nondiff_argnums=(3, 4))
@@ -177,14 +186,15 @@ def _differentiable_states_jvp(activation, method, primals, tangents):
 def _adjoint_at_once(
     params: Params, steps: Steps, states: Array, c0: Array, cotangents: Array, activation: str, method: Method
 ) -> tuple[Array, Result, Array]:
-    """The solution of the gradient's system, how it was solved, and the cotangent of `c0`."""
+    """The solution of the gradient's system, time first, how it was solved, and the cotangent of `c0`."""
+    steps, states, cotangents = _with_time_on(method.axis, steps, states, cotangents)
     earlier, gates = _earlier_and_gates(params, steps, states, c0, activation, method)
     jacobians = jacobians_of(steps, earlier, gates, activation)
     v, result = solve_system(params, jacobians, cotangents, method, reverse=True)
     axis = method.axis % v.ndim
     with method.precision():
         of_c0 = transposed_product(transposed(params), _first_of(jacobians, axis), first_step(v, axis))
-    return v, result, of_c0
+    return jnp.moveaxis(v, axis, 0), result, of_c0
 
 
 def _earlier_and_gates(

@@ -20,7 +20,7 @@ class Status(IntEnum):
     Attributes:
       SUCCESS: the residual is within the tolerance, or the solver does not iterate.
       MAX_ITERATIONS: the residual is above the tolerance after `max_iterations`.
-      NOT_FINITE: the residual is NaN or infinite.
+      NOT_FINITE: the residual is NaN or infinite, also where an earlier chunk failed with `on_failure="nan"`.
     """
 
     SUCCESS = 0
@@ -89,7 +89,8 @@ def _message(status: Status, count: int, residual: float) -> str:
         )
     return (
         f"Not converged: a residual became NaN or infinite, within {iterations}. {ON_FAILURE} Check inputs and "
-        "parameters for NaN and infinity; if all are finite, the iteration overflowed: use solver='sequential'."
+        "parameters for NaN and infinity. If all are finite, the iteration overflowed, or an earlier chunk failed with "
+        "on_failure='nan': use solver='sequential'."
     )
 
 

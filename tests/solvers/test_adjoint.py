@@ -194,9 +194,10 @@ def test_solve_adjoint_reports_failures(chunk, x64):
     g = jnp.ones((2, 30, FEATURES))
     run = partial(solve_adjoint, params, x, c0=c0, gates="recurrent")
     expected, _ = run(g, solver="sequential")
-    options = {"chunk": chunk, "max_iterations": 1, "rtol": 0.9}
-    found, result = run(g, solver=FixedPoint(on_failure="nan", **options))
-    assert int(result.status) == Status.MAX_ITERATIONS
+    options = {"chunk": chunk, "max_iterations": 1}
+    found, result = run(g, solver=FixedPoint(on_failure="nan", rtol=0.9, max_iterations=3, chunk=chunk))
+    # The states converge to that tolerance, the system does not; its NaN reaches the other chunks.
+    assert int(result.status) == (Status.MAX_ITERATIONS if chunk is None else Status.NOT_FINITE)
     assert bool(jnp.any(jnp.isnan(found)))
     found, result = run(g, solver=FixedPoint(**options))
     assert int(result.status) == Status.MAX_ITERATIONS

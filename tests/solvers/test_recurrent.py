@@ -121,7 +121,7 @@ def test_narrow_parameters_are_multiplied_in_the_dtype_of_the_states(most):
     narrow = jax.tree.map(lambda p: p.astype(jnp.bfloat16), params)
     wide = jax.tree.map(lambda p: p.astype(jnp.float32), narrow)
     u, z = content(wide, x), gates_of_input(wide, x)
-    steps = Steps(u, z)
+    steps = Steps(jnp.swapaxes(u, 0, 1), jnp.swapaxes(z, 0, 1))
     solver = FixedPoint(max_iterations=most)
     got, expected = (
         recurrent.recurrent_states(p, steps, c0, "tanh", adjoint.Method(solver))[0] for p in (narrow, wide)

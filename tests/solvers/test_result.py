@@ -35,8 +35,8 @@ def test_statuses_are_ordered():
             result_of(2, 1, np.nan),
             "Not converged: a residual became NaN or infinite, within 1 iteration. With on_failure='sequential' (the "
             "default) the returned values come from the sequential scan; with on_failure='nan' they are NaN. Check "
-            "inputs and parameters for NaN and infinity; if all are finite, the iteration overflowed: use "
-            "solver='sequential'.",
+            "inputs and parameters for NaN and infinity. If all are finite, the iteration overflowed, or an earlier "
+            "chunk failed with on_failure='nan': use solver='sequential'.",
         ),
     ],
 )
