@@ -23,9 +23,9 @@ if "JAX_COMPILATION_CACHE_DIR" not in os.environ:  # a program that several test
 from jaxtyping import install_import_hook
 
 install_import_hook(
-    [f"ranjax.{name}" for name in ("baselines", "cell", "layer", "lm", "scan", "sharding")], "beartype.beartype"
+    [f"ranjax.{name}" for name in ("baselines", "cell", "layer", "lm", "scan", "sharding", "solvers")],
+    "beartype.beartype",
 )
-install_import_hook([f"ranjax.solvers.{name}" for name in ("elementwise", "masks", "recurrent")], "beartype.beartype")
 
 from pathlib import Path  # noqa: E402
 

@@ -4,6 +4,7 @@ import math
 from functools import partial
 
 import jax.numpy as jnp
+import jaxtyping
 import numpy as np
 import pytest
 from networks import problem, solve
@@ -139,6 +140,7 @@ def test_a_looser_tolerance_takes_fewer_iterations(x64):
         ({"chunk": 10.5}, r"`chunk` must be a whole number, at least 1, or None; got 10.5"),
     ],
 )
-def test_bad_settings(setting, message):
+def test_bad_settings(setting, message, monkeypatch):
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)  # the types would refuse some of them first
     with pytest.raises(ValueError, match=message):
         FixedPoint(**setting)
