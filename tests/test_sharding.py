@@ -18,11 +18,8 @@ from jax.sharding import PartitionSpec as P
 from meshes import BATCH, FEATURES, TIME, assert_close, drawn, layer_problem, mesh, needs_devices, spread
 
 import ranjax
-from ranjax import FixedPoint, linear_recurrence
-from ranjax.cell import content, gates_of_input, gates_of_state
-from ranjax.sharding import before, largest
-from ranjax.solvers import adjoint
-from ranjax.solvers.masks import Steps
+from ranjax import linear_recurrence
+from ranjax.sharding import largest
 from ranjax.training.metrics import cross_entropy
 
 pytestmark = needs_devices
@@ -132,23 +129,6 @@ def test_a_layer_over_time_and_batch(x64, gates, projection, masks):
 
     gradients = (jax.jit(jax.grad(partial(loss, f), (0, 1, 2)))(params, x, c0) for f in (over, whole))
     assert_close(*gradients, 1e-9)
-
-
-def test_the_passes_of_the_gradient_are_those_of_one_device(x64):
-    """Averages and all, long before they end."""
-    _, params, x, c0 = layer_problem("recurrent")
-    params["gates"]["recurrent_kernel"] *= 4
-    states, _ = ranjax.solve(params, x, c0, gates="recurrent", solver="sequential")
-    steps, earlier = Steps(content(params, x), gates_of_input(params, x)), before(states, c0, -2)
-    gates = jax.nn.sigmoid(steps.z + gates_of_state(params, earlier, "tanh"))
-    arrays = adjoint.jacobians_of(steps, earlier, gates, "tanh"), drawn()[1]
-
-    def run(jacobians, g, axis_name=None):
-        method = adjoint.Method(FixedPoint(max_iterations=7, on_failure="ignore"), axis_name)
-        return jax.vjp(lambda r: adjoint.linear_solve(params, jacobians, r, method), g)[1](g)[0]
-
-    axes = P(None, "time")
-    assert_close(spread(partial(run, axis_name="time"), mesh(time=4), (axes, axes), axes)(*arrays), run(*arrays))
 
 
 @pytest.mark.parametrize("gates", [None, "recurrent", "diagonal", "input"])
