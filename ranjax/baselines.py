@@ -1,8 +1,8 @@
-"""The cells that a RAN is compared with, over a whole sequence: the LSTM, the GRU and the plain RNN of flax.
+"""The cells that a RAN is compared with, over a sequence: the LSTM, the GRU and the Elman network of flax.
 
-`nn.RNN` makes the product of each step with x inside the loop, and its autodiff adds to every weight at every step.
-Here the products with x are made for all steps at once, only the adjoints of the carries are walked through backwards,
-and the gradient of a weight is one product over all steps, as it is for the RAN.
+`nn.RNN` multiplies x inside the loop over time, and its autodiff adds to the gradient of every weight at every step.
+Here the products with x are computed for all steps at once, the loop of the backward pass computes the adjoints of the
+carries only, and the gradient of a weight is one product over all steps, as for the RAN.
 """
 
 import math
@@ -18,26 +18,36 @@ from jax.nn import sigmoid
 from jax.typing import ArrayLike
 
 from ranjax.cell import Params, plus_bias, promoted
-from ranjax.sharding import varying_as
 from ranjax.scan import state_dtype, unroll
+from ranjax.sharding import varying_as
 
 
 class Stepwise(nn.Module):
-    """`nn.RNN(cell, time_major=True, return_carry=True)`: the same parameters, outputs and, in reverse mode, gradients.
+    """`nn.RNN(cell, time_major=True, return_carry=True)`, with faster gradients, in reverse mode only.
+
+    Parameters, outputs and gradients are those of `nn.RNN`.
 
     Attributes:
-      cell: an `nn.OptimizedLSTMCell`, `nn.GRUCell` or `nn.SimpleCell`, with flax's own activations.
+      cell: an `nn.OptimizedLSTMCell`, `nn.GRUCell` or `nn.SimpleCell`, with flax's default activations.
 
     Raises:
       TypeError: for another cell.
-      ValueError: for activations, or a residual connection, that are not flax's default; for a carry of other shapes.
+      ValueError: for activations or a residual connection that are not flax's default; for a carry of other shapes.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, flax.linen as nn
+      >>> from ranjax.baselines import Stepwise
+      >>> layer, x = Stepwise(nn.GRUCell(features=4)), jnp.ones((50, 2, 3))  # (time, batch, in)
+      >>> carry, h = layer.apply(layer.init(jax.random.key(0), x), x)
+      >>> carry.shape, h.shape
+      ((2, 4), (50, 2, 4))
     """
 
     cell: nn.RNNCellBase
 
     def __post_init__(self):
-        if type(self.cell) not in CELLS:
-            names = ", ".join(f"nn.{cell.__name__}" for cell in CELLS)
+        if type(self.cell) not in EQUATIONS:
+            names = ", ".join(f"nn.{cell.__name__}" for cell in EQUATIONS)
             raise TypeError(f"`cell` must be one of {names}; got a {type(self.cell).__name__}. Use nn.RNN for it.")
         for name in ("gate_fn", "activation_fn", "residual"):
             if getattr(self.cell, name, None) != getattr(type(self.cell), name, None):
@@ -55,14 +65,14 @@ class Stepwise(nn.Module):
         if got != expected:
             raise ValueError(f"`initial_carry` must have the shapes {expected}, as a call returns it; got {got}.")
         if self.is_initializing():
-            self.cell(carry, jnp.zeros(x.shape[1:], x.dtype))  # there may be no step at all
+            self.cell(carry, jnp.zeros(x.shape[1:], x.dtype))  # creates the parameters; x may have no steps
         params, x = promoted(self.cell.variables["params"], x, self.cell.dtype)
-        weights_and_rows, step = CELLS[type(self.cell)]
+        weights_and_rows, step = EQUATIONS[type(self.cell)]
         weights, rows = weights_and_rows(params, x.reshape(math.prod(x.shape[:-1]), x.shape[-1]))
         rows = rows.reshape(*x.shape[:-1], rows.shape[-1])
-        carry = jax.tree.map(lambda c: jnp.asarray(c, state_dtype(c, rows)), carry)  # as wide as what it will hold
+        carry = jax.tree.map(lambda c: jnp.asarray(c, state_dtype(c, rows)), carry)  # at least as wide as its summands
         weights, carry = jax.tree.map(lambda a: varying_as(a, (rows,)), (weights, carry))
-        return _walk(step, weights, carry, rows)
+        return _scan_steps(step, weights, carry, rows)
 
 
 def _joined(params: Params, layers: str, leaf: str) -> Array:
@@ -105,31 +115,31 @@ def _rnn_step(kernel, h, row):
     return h, h
 
 
-# What x contributes to all steps, with the weights that h meets; a step from these, `(weights, carry, row)`.
-CELLS = {nn.OptimizedLSTMCell: (_lstm, _lstm_step), nn.GRUCell: (_gru, _gru_step), nn.SimpleCell: (_rnn, _rnn_step)}
+# For each cell: the weights on h and the contribution of x to all steps; one step, `(weights, carry, row)`.
+EQUATIONS = {nn.OptimizedLSTMCell: (_lstm, _lstm_step), nn.GRUCell: (_gru, _gru_step), nn.SimpleCell: (_rnn, _rnn_step)}
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _walk(step: Callable, weights: Any, carry: Any, rows: Array) -> tuple[Any, Array]:
-    """`step(weights, carry, row) -> (carry, h)`, one row after another: the last carry and the outputs."""
+def _scan_steps(step: Callable, weights: Any, carry: Any, rows: Array) -> tuple[Any, Array]:
+    """A scan of `step(weights, carry, row) -> (carry, h)` over the rows: the last carry and the outputs."""
     return lax.scan(partial(step, weights), carry, rows, unroll=unroll())
 
 
-def _walk_forward(step, weights, carry, rows):
+def _scan_steps_forward(step, weights, carry, rows):
     def advance(before, row_and_added):
         row, added = row_and_added
         after, h = step(weights, before, row)
         return jax.tree.map(jnp.add, after, added), (before, h)
 
-    def walk(carry, added):
+    def scan(carry, added):
         return lax.scan(advance, carry, (rows, added), unroll=unroll())
 
-    nothing = jax.tree.map(lambda c: varying_as(jnp.zeros((len(rows), *c.shape), c.dtype), (c,)), carry)
-    (last, (before, h)), back = jax.vjp(walk, carry, nothing)  # the gradient of `nothing`: the adjoint of each carry
+    zeros = jax.tree.map(lambda c: varying_as(jnp.zeros((len(rows), *c.shape), c.dtype), (c,)), carry)
+    (last, (before, h)), back = jax.vjp(scan, carry, zeros)  # the gradient of `zeros` is the adjoint of each carry
     return (last, h), (weights, before, rows, back)
 
 
-def _walk_backward(step, kept, cotangents):
+def _scan_steps_backward(step, kept, cotangents):
     (weights, before, rows, back), (d_last, d_h) = kept, cotangents
     d_carry, d_after = back((d_last, (jax.tree.map(jnp.zeros_like, before), d_h)))
     flat = partial(jax.tree.map, lambda a: a.reshape(math.prod(a.shape[:-1]), a.shape[-1]))
@@ -138,4 +148,4 @@ def _walk_backward(step, kept, cotangents):
     return d_weights, d_carry, d_rows
 
 
-_walk.defvjp(_walk_forward, _walk_backward)
+_scan_steps.defvjp(_scan_steps_forward, _scan_steps_backward)

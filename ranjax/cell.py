@@ -2,7 +2,7 @@
 
 The letters are those of the paper: x input, c state, h output, i and f the input and the forget gate.
 `u` is the content W_c x, `z` the pre-activation of both gates, `(..., 2, features)`: index 0 is the input
-gate, 1 the forget gate. Parameters are the tree that `RANCell` makes:
+gate, 1 the forget gate. The parameters of a `RANCell` are this tree:
 
     content/kernel            (in, features)
     gates/kernel              (in, 2, features)
@@ -37,18 +37,18 @@ ACTIVATIONS: dict[str, Callable[[Array], Array]] = {"tanh": jnp.tanh, "identity"
 
 
 def content(params: Params, x: Array) -> Vector:
-    """u = W_c x: what a step offers to the state; linear, without bias, blind to the state."""
+    """The content u = W_c x: linear in x, without bias, independent of the state."""
     return jnp.dot(x, params["content"]["kernel"])
 
 
 def gates_of_input(params: Params, x: Array) -> Gates:
-    """W_x x + b: the part of both gates' pre-activations that the input gives."""
+    """W_x x + b: the contribution of the input to both gates' pre-activations."""
     gates = params["gates"]
     return plus_bias(jnp.tensordot(x, gates["kernel"], 1), gates["bias"])
 
 
 def gates_of_state(params: Params, c: Vector, activation: str) -> Gates:
-    """W_h h: the part that the last output gives, where the gates read it."""
+    """W_h h_{t-1}: the contribution of the last output, for gates that read it; `c` is c_{t-1}."""
     kernel = params["gates"]["recurrent_kernel"]
     h = output(params, c, activation).astype(kernel.dtype)
     if kernel.ndim == 2:
@@ -58,7 +58,7 @@ def gates_of_state(params: Params, c: Vector, activation: str) -> Gates:
 
 
 def update(c: Vector, u: Vector, gates: Gates) -> Vector:
-    """c_t = i_t * u_t + f_t * c_{t-1}: the sum is never squashed."""
+    """c_t = i_t * u_t + f_t * c_{t-1}; no nonlinearity is applied to the sum."""
     return gates[..., 0, :] * u + gates[..., 1, :] * c
 
 
@@ -72,7 +72,7 @@ def output(params: Params, c: Vector, activation: str) -> Array:
 
 
 def plus_bias(products: Array, bias: Array) -> Array:
-    """Products with a bias added, in their dtype; it is added, and its gradient summed, in float32 or wider."""
+    """Products plus a bias, in their dtype; the sum, and the bias's gradient, are computed in float32 or wider."""
     dtype = state_dtype(products, bias)
     return (products.astype(dtype) + lax.broadcast_to_rank(bias, products.ndim).astype(dtype)).astype(products.dtype)
 
@@ -84,7 +84,7 @@ def step(params: Params, c: Vector, x: Array, activation: str = "tanh") -> Vecto
         i_t, f_t = \sigma(W_x x_t + W_h h_{t-1} + b), \qquad c_t = i_t \, (W_c x_t) + f_t \, c_{t-1}
 
     Args:
-      params: the parameters as a `RANCell` makes them; which gates they are is read off their shapes.
+      params: the parameters of a `RANCell`; their shapes determine the kind of gates.
       c: state `(*batch, features)`, float32 or wider.
       x: input `(*batch, in)`.
       activation: `"tanh"` or `"identity"`, the g of h = g(c).
@@ -114,7 +114,7 @@ def step(params: Params, c: Vector, x: Array, activation: str = "tanh") -> Vecto
 
 
 class RANCell(nn.RNNCellBase):
-    r"""The cell of a recurrent additive network; a drop-in for `nn.LSTMCell`, but for `gate_fn` and `activation_fn`.
+    r"""The cell of a recurrent additive network, with the interface of `nn.LSTMCell`.
 
     .. math::
         u_t &= W_c x_t \\
@@ -123,29 +123,31 @@ class RANCell(nn.RNNCellBase):
         c_t &= i_t * u_t + f_t * c_{t-1} \\
         h_t &= g(c_t)
 
-    The carry is the one array c. It is float32 or wider and keeps its dtype; only h takes `dtype`.
-    The recurrence is linear in c once the gates are known, and the gates are known beforehand only with
-    `gates="input"`; the paper's gates read h_{t-1}.
+    The carry is the array c alone. It is float32 or wider and keeps its dtype; only h has the dtype `dtype`.
+
+    The recurrence is linear in c for given gates. With `gates="input"` the gates of all steps can be computed before
+    the states; the gates of the paper read h_{t-1}.
+
+    `gate_fn` and `activation_fn` of flax's cells do not exist: the gates are sigmoids, and `activation` selects g.
 
     Attributes:
       features: size of the state.
-      gates: `"recurrent"` (the paper: a full matrix on h_{t-1}), `"diagonal"` (each gate sees its own
-        h_{t-1} only) or `"input"` (x only, no matrix on h).
+      gates: `"recurrent"` (the paper: a full matrix on h_{t-1}), `"diagonal"` (each gate reads its own
+        feature of h_{t-1} only) or `"input"` (x only, no matrix on h).
       activation: `"tanh"` or `"identity"`, the g of h = g(c).
       projection: size of the output, h = W_p g(c) + b_p; the gates then read the projected h. None: no
         projection.
       dtype: dtype of the products and of h (default: from the input and the parameters).
       param_dtype: dtype of the parameters.
       kernel_init: initialiser of the kernels that read the input, and of the projection.
-      recurrent_kernel_init: initialiser of the weights on h, called for each gate on its own (default:
-        orthogonal; for diagonal gates, whose weights have the shape `(features,)`, uniform in
-        +-1/sqrt(features)).
+      recurrent_kernel_init: initialiser of the weights on h, called separately for each gate. Default: orthogonal; for
+        diagonal gates, whose weights have the shape `(features,)`, uniform in +-1/sqrt(features).
       bias_init: initialiser of the biases.
       carry_init: initialiser of the carry.
 
     Raises:
       ValueError: for unknown `gates` or `activation`, sizes that are not whole numbers of at least 1, diagonal gates
-        with a projection, and, where it is called, parameters of other gates or of inputs of another size.
+        with a projection; in a call, for parameters of other gates or for inputs of another size.
 
     Example:
       >>> import jax, jax.numpy as jnp, flax.linen as nn, ranjax
@@ -197,7 +199,7 @@ class RANCell(nn.RNNCellBase):
         if inputs.ndim < 1:
             raise ValueError(f"`inputs` must have the axes (*batch, in); got the shape {inputs.shape}.")
         size, out = inputs.shape[-1], self.projection or self.features
-        if self.has_variable("params", "content"):  # otherwise flax speaks of initialisers
+        if self.has_variable("params", "content"):  # flax's own message would be about initialisers
             width = meta.unbox(self.get_variable("params", "content"))["kernel"].shape[0]
             if size != width:
                 raise ValueError(
@@ -219,7 +221,7 @@ class RANCell(nn.RNNCellBase):
         }
         if self.projection is not None:
             tree["projection"] = self.param("projection", _drawn, projection, self.param_dtype)
-        check_gates(self.gates, tree)  # flax does not: it compares what both trees have
+        check_gates(self.gates, tree)  # flax compares only the leaves that both trees have
         return promoted(tree, inputs, self.dtype)
 
     @nn.nowrap
@@ -233,13 +235,13 @@ class RANCell(nn.RNNCellBase):
 
 
 def gates_of(params: Params) -> str:
-    """What the gates of these parameters see: `"recurrent"`, `"diagonal"` or `"input"`."""
+    """The kind of gates of these parameters: `"recurrent"`, `"diagonal"` or `"input"`."""
     weights = params["gates"].get("recurrent_kernel")
     return "input" if weights is None else "diagonal" if weights.ndim == 2 else "recurrent"
 
 
 def check_gates(gates: str, params: Params) -> None:
-    """Raises a ValueError for gates that are not those of the parameters."""
+    """Raises a ValueError if the gates are not those of the parameters."""
     if gates != gates_of(params):
         raise ValueError(f"`gates` must be {gates_of(params)!r}, which these parameters are for; got {gates!r}.")
 
@@ -252,12 +254,12 @@ def promoted(params: Params, x: Array, dtype: Dtype | None = None) -> tuple[Para
 
 
 def checked_inputs(params: Params, x: ArrayLike) -> tuple[Params, Array]:
-    """The parameters without boxes and the inputs of a sequence, once they are seen to be a cell's and to fit."""
+    """The unboxed parameters and the inputs of a sequence, after a check that they are a cell's and fit."""
     params = meta.unbox(params)
     parts = params.get("content"), params.get("gates")
     if not all(isinstance(part, Mapping) and "kernel" in part for part in parts):
         raise ValueError(
-            "`params` must be those that a RANCell makes: variables['params'] of a cell, variables['params']['cell'] "
+            "`params` must be those of a RANCell: variables['params'] of a cell, variables['params']['cell'] "
             "of a layer, variables['params']['stack_0']['cell'] of a LanguageModel; "
             f"got {', '.join(params) or 'nothing'}."
         )
@@ -278,7 +280,7 @@ def check_real(name: str, x: Array) -> None:
 
 
 def checked_carry(name: str, carry: ArrayLike, shape: tuple[int, ...]) -> Array:
-    """A carry as an array, once it is seen to be one float32-or-wider state per sequence."""
+    """A carry as an array, after a check that it is one state per sequence, in float32 or wider."""
     if not isinstance(carry, jax.Array | np.ndarray):
         raise TypeError(f"`{name}` must be the one array c, of shape {shape}; got a {type(carry).__name__}.")
     c = jnp.asarray(carry)
@@ -289,26 +291,27 @@ def checked_carry(name: str, carry: ArrayLike, shape: tuple[int, ...]) -> Array:
         )
     if not jnp.issubdtype(c.dtype, jnp.floating) or c.dtype != state_dtype(c.dtype):
         raise TypeError(
-            f"`{name}` must be float32 or wider, for a sum over many steps loses narrower digits; got {c.dtype}. "
-            f"Convert it with `{name}.astype(jnp.float32)`."
+            f"`{name}` must be float32 or wider, since sums over many steps lose digits in narrower types; got "
+            f"{c.dtype}. Convert it with `{name}.astype(jnp.float32)`."
         )
     return c
 
 
 def _drawn(key: Array, shapes: Mapping[str, tuple[Initializer, tuple[int, ...]]], dtype: Dtype) -> Params:
+    """Arrays drawn by their initialisers, with one key each."""
     keys = jax.random.split(key, len(shapes))
     return {name: init(k, shape, dtype) for k, (name, (init, shape)) in zip(keys, shapes.items(), strict=True)}
 
 
 def _drawn_for_both_gates(key: Array, shapes: Mapping, dtype: Dtype) -> Params:
-    """Each gate's block drawn by itself (its fan is its own), then stacked on an axis before the features."""
+    """The blocks of both gates drawn separately, since the fan is that of one gate, and stacked before the features."""
     i, f = (_drawn(k, shapes, dtype) for k in jax.random.split(key))
     both = jax.tree.map(lambda i, f: jnp.stack([i, f], axis=-2), i, f)
     return meta.add_axis(both, -1, {meta.PARTITION_NAME: None})
 
 
 def _orthogonal(key: Array, shape: tuple[int, ...], dtype: Dtype = jnp.float32) -> Array:
-    """Orthogonal, drawn in float32 or wider: there is no QR in bfloat16."""
+    """Orthogonal, drawn in float32 or wider, since there is no QR decomposition in bfloat16."""
     return nn.initializers.orthogonal()(key, shape, state_dtype(dtype)).astype(dtype)
 
 

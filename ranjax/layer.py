@@ -11,11 +11,11 @@ from jax import Array, lax
 from jax.typing import ArrayLike
 
 from ranjax.cell import RANCell, checked_carry, output
-from ranjax.solvers.fixed_point import FixedPoint
-from ranjax.solvers import check_solver, states, steps_of
-from ranjax.solvers.masks import checked, checked_lengths, padding_after
-from ranjax.sharding import last_state, steps_before
 from ranjax.scan import state_dtype
+from ranjax.sharding import last_state, steps_before
+from ranjax.solvers import check_solver, states, steps_of
+from ranjax.solvers.fixed_point import FixedPoint
+from ranjax.solvers.masks import checked, checked_lengths, padding_after
 
 
 class RAN(nn.Module):
@@ -24,39 +24,48 @@ class RAN(nn.Module):
     .. math::
         c_t = i_t * (W_c x_t) + f_t * c_{t-1}, \qquad h_t = g(c_t)
 
-    The parameters are those of `nn.RNN(cell)`, so either loads the other's; the attributes of `nn.RNN` that say how it
-    loops (`unroll`, `variable_axes`, `split_rngs`, ...) are not there. The products with x are made for
-    the whole sequence at once. With `gates="input"` the states are one linear recurrence; the other gates read
-    h_{t-1} and are walked through step by step. Those of the paper, `gates="recurrent"`, can be solved for many steps
-    at once with `solver="fixed_point"`, by iterating linear recurrences: the same states and gradients to rounding,
-    but for gradients that have faded (see `ranjax.FixedPoint`).
+    The parameters are those of `nn.RNN(cell)`, so either module loads the parameters of the other. The attributes of
+    `nn.RNN` about its loop (`unroll`, `variable_axes`, `split_rngs`, ...) do not exist here.
 
-    With `solver="auto"` or `"pallas"`, gates that see the input or their own feature of h only go from their
-    pre-activations straight to the states, and no gate is stored: the gradient (reverse mode, once) recomputes
-    them. Forward mode and higher derivatives of these gates take an explicit solver, such as `"sequential"`.
+    The products with x are computed for the whole sequence at once. With `gates="input"` the states are one linear
+    recurrence; the other gates read h_{t-1} and run sequentially. The gates of the paper, `gates="recurrent"`, can be
+    solved for many steps at once with `solver="fixed_point"`, by iterating linear recurrences. States and gradients
+    match those of the sequential scan to rounding, except vanishing gradients (below 1e-3 of the largest; see
+    `ranjax.FixedPoint`).
+
+    With `solver="auto"` or `"pallas"`, input and diagonal gates are not stored: the gradient recomputes them. Only one
+    derivative in reverse mode is supported then. For forward mode and higher derivatives of these gates, select a
+    solver explicitly, such as `"sequential"`.
 
     Attributes:
-      cell: a `RANCell`, or a subclass with the same `__call__`, whose equations are solved. `nn.remat` and `nn.jit`
-        belong around the layer.
-      solver: for `gates="input"` a solver of `ranjax.linear_recurrence`; for `"diagonal"` `"auto"`, `"pallas"`,
-        `"sequential"` or `"newton"`; for `"recurrent"` `"auto"` (which is `"sequential"`), `"sequential"` or
-        `"fixed_point"`. `"newton"` and `"fixed_point"` solve windows of 1024 time steps at once, by the same iteration;
-        a `ranjax.FixedPoint` in their place has settings of one's own. What that solver did is sown as `record` in the
-        collection `"solver"`. On several GPUs XLA does not split the kernel that `"auto"` takes for input and diagonal
-        gates: put the layer inside `jax.shard_map` over the batch, with `check_vma=False`, or take `"associative"`
-        (`"sequential"` for diagonal gates).
+      cell: a `RANCell`, or a subclass with the same `__call__`. Apply `nn.remat` and `nn.jit` to the layer, not to the
+        cell.
+      solver: how the states are computed, by the gates of the cell.
+
+        - `"input"`: a solver of `ranjax.linear_recurrence`.
+        - `"diagonal"`: `"auto"`, `"pallas"`, `"sequential"` or `"newton"`.
+        - `"recurrent"`: `"auto"` (the same as `"sequential"`), `"sequential"` or `"fixed_point"`.
+
+        `"newton"` and `"fixed_point"` solve chunks of 1024 time steps at once, by the same iteration; a
+        `ranjax.FixedPoint` in their place changes its settings. The `Result` of the solver is sown as `result` in the
+        collection `"solver"`.
+
+        On several GPUs XLA does not split the kernel that `"auto"` selects for input and diagonal gates. Run the layer
+        inside `jax.shard_map` over the batch with `check_vma=False`, or use `"associative"` (`"sequential"` for
+        diagonal gates).
       time_major: axes are `(time, *batch, in)` instead of `(*batch, time, in)`.
       return_carry: return `(carry, outputs)` instead of the outputs alone.
-      reverse: process from the last step to the first; the outputs come in the order of processing.
+      reverse: process from the last step to the first; the outputs are in the order of processing.
       keep_order: with `reverse`, return the outputs in the order of the inputs.
-      axis_name: inside `jax.shard_map`, the mesh axis that time is spread over: inputs, masks and outputs are a
-        device's part, all of the same number of steps; carries and lengths are those of the whole, the same on all of
-        them. `"auto"` is then the solver that needs no device to walk through all steps. None: time is whole.
+      axis_name: inside `jax.shard_map`, the mesh axis that time is spread over. Inputs, masks and outputs are then one
+        device's part, with the same number of steps on every device; carries and lengths are those of the whole
+        sequence, the same on every device. `"auto"` then selects a solver that needs no device to have all steps.
+        None: time is not spread.
 
     Raises:
       TypeError: for a `cell` that is not a `RANCell`, or has a `__call__` of its own.
-      ValueError: for a `solver` that does not fit the gates, `reverse` with `axis_name`, or inputs that this does not
-        spread.
+      ValueError: for a `solver` that does not fit the gates, `reverse` with `axis_name`, or inputs that are not spread
+        over it.
 
     Example:
       >>> import jax, jax.numpy as jnp, ranjax
@@ -105,18 +114,19 @@ class RAN(nn.Module):
 
         Args:
           inputs: `(*batch, time, in)`, or `(time, *batch, in)` if time-major.
-          initial_carry: the state before the first step, `(*batch, features)`, float32 or wider. Default:
-            what the cell's `initialize_carry` makes, zeros unless told otherwise.
+          initial_carry: the state before the first step, `(*batch, features)`, float32 or wider. Default: that of the
+            cell's `initialize_carry`, zeros unless `carry_init` is set.
           init_key: key for `initialize_carry`; zeros need none.
-          seq_lengths: integers `(*batch)`, the number of valid steps of each sequence, from 0 to all. The rest is
-            padding, whatever it holds: the state passes through it and its outputs repeat the last valid one.
-          segment_starts: bool, `(*batch, time)` or `(time, *batch)` as the inputs: True where a new segment
-            begins, which sees nothing of what came before it. With `reverse` each segment is processed from
-            its own end, and sees nothing of what comes after it. A start is encoded as a forget gate's pre-activation
-            of -inf, so weights that make one begin a segment, too. A state that is not finite stays in its segment with
-            input and diagonal gates and the solvers `"auto"`, on a CPU, a TPU, or a GPU with the kernel, and
-            `"pallas"`, without `axis_name`. Elsewhere it reaches the gradients of earlier segments, and with input
-            gates the states of later ones.
+          seq_lengths: integers `(*batch)`, the number of valid steps of each sequence, at most `time`. Later steps are
+            padding and may hold any value, also NaN: they keep the state, and their outputs repeat the last valid one.
+          segment_starts: bool, `(*batch, time)` or `(time, *batch)` as the inputs: True where a new segment begins,
+            which is independent of earlier steps. With `reverse` each segment is processed from its own end,
+            independent of later steps. A start is encoded as a forget gate's pre-activation of -inf; parameters that
+            produce -inf start a segment, too.
+
+            A state that is not finite stays in its segment with input and diagonal gates, without `axis_name`, and with
+            `"pallas"` or `"auto"` (on a CPU, a TPU, or a GPU with the kernel). Otherwise it reaches the gradients of
+            earlier segments, and with input gates the states of later ones.
           return_carry, time_major, reverse, keep_order: as the attributes.
 
         Returns:
@@ -124,7 +134,7 @@ class RAN(nn.Module):
           `(*batch, features)` is the state after the last valid step.
 
         Raises:
-          ValueError, TypeError: for a shape or a dtype that does not fit.
+          ValueError, TypeError: for a shape, a dtype or a length that does not fit.
         """
         time_major = self.time_major if time_major is None else time_major
         reverse = self.reverse if reverse is None else reverse
@@ -153,9 +163,9 @@ class RAN(nn.Module):
         c0 = self._initial(initial_carry, init_key, (*batch, x.shape[-1]), x.dtype)
         steps = steps_of(params, x, time, segment_starts, padding)
         options: dict = {"activation": self.cell.activation, "solver": self.solver, "axis_name": self.axis_name}
-        c, record = states(params, steps, c0, **options)
+        c, result = states(params, steps, c0, **options)
         if not self.is_initializing():
-            self.sow("solver", "record", record, init_fn=lambda: record, reduce_fn=lambda _, new: new)
+            self.sow("solver", "result", result, init_fn=lambda: result, reduce_fn=lambda _, new: new)
         c = jnp.moveaxis(c, 0, time)
         h = output(params, c, self.cell.activation).astype(x.dtype)
 
@@ -165,7 +175,7 @@ class RAN(nn.Module):
         return (carry, h) if (self.return_carry if return_carry is None else return_carry) else h
 
     def _initial(self, carry: ArrayLike | None, key: Array | None, shape: tuple[int, ...], dtype: Dtype) -> Array:
-        """The carry given, checked, or the cell's own, as wide as what it will sum."""
+        """The given carry, checked, or the cell's initial one, in a dtype at least as wide as that of its summands."""
         if carry is not None:
             return checked_carry("initial_carry", carry, (*shape[:-1], self.cell.features))
         c0 = self.cell.initialize_carry(jax.random.key(0) if key is None else key, shape)
@@ -173,6 +183,6 @@ class RAN(nn.Module):
 
 
 def _starts_in_reverse(flipped: Array, time: int) -> Array:
-    """Where segments start for a walk from the end: right after the step that began one."""
+    """Where segments start in reverse: right after the step that began one."""
     first = lax.broadcasted_iota(jnp.int32, flipped.shape, time) == 0
     return jnp.roll(flipped, 1, axis=time) & ~first

@@ -13,45 +13,44 @@ from flax.typing import Dtype
 from jax import Array
 from jax.typing import ArrayLike
 
+from ranjax.baselines import Stepwise
 from ranjax.cell import ACTIVATIONS, GATES, RANCell, checked_carry, uniform
 from ranjax.errors import check_choice, check_size
-from ranjax.solvers.fixed_point import FixedPoint
-from ranjax.solvers import check_solver
 from ranjax.layer import RAN
-from ranjax.baselines import Stepwise
+from ranjax.solvers import check_solver, is_sequential
+from ranjax.solvers.fixed_point import FixedPoint
 
-State = tuple  # one carry per layer
+Carries = tuple  # one carry per layer
 
 CELLS = ("ran", "lstm", "gru", "rnn")
 RAN_ONLY = ("projection", "gates", "activation", "solver", "axis_name")
 
 
 class LanguageModel(nn.Module):
-    r"""Predicts every next token of a text from the ones before it.
+    r"""Predicts every next token of a text from the tokens before it.
 
     .. math::
         h^0_t = E_{w_t}, \qquad h^l = \text{layer}_l(h^{l-1}), \qquad
         p(w_{t+1} \mid w_{\le t}) = \text{softmax}(W_o h^L_t + b_o)
 
-    Dropout falls on the embedding and on the output of every layer, on each step anew (the masks of all steps are drawn
-    at once, outside the loop over time); never on the recurrence.
+    Dropout applies to the embedding and to the output of every layer, with independent masks for every step. It never
+    applies to the recurrence. The masks of all steps are drawn outside the loop over time.
 
     Attributes:
       vocabulary: number of tokens.
-      cell: `"ran"`, `"lstm"`, `"gru"` or `"rnn"` (an Elman network); the last three have gradients in reverse mode
+      cell: `"ran"`, `"lstm"`, `"gru"` or `"rnn"` (an Elman network). The last three have gradients in reverse mode
         only.
       features: size of the state, one number for all layers or one for each.
-      layers: number of layers (default: that of the sizes given, or 2 for a single one).
-      embedding: size of the embedding (default: the size of the last output where tied, else of the first
-        layer).
+      layers: number of layers (default: the number of sizes in `features`, or 2 for a single size).
+      embedding: size of the embedding (default: that of the last output with `tie`, else that of the first layer).
       projection, gates, activation, solver: of the RAN's cells and layers; see `RANCell` and `RAN`.
       dropout: rate, in [0, 1).
       tie: the output layer is the embedding's transpose; the last output must have the embedding's size.
-      init_scale: every weight is uniform in +-init_scale. None: embedding uniform in +-0.1, the cells' own
-        initialisers, LeCun's for the output layer.
+      init_scale: every weight is drawn uniformly from +-init_scale. None: embedding uniform in +-0.1, the default
+        initialisers of the cells, LeCun's for the output layer.
       dtype: dtype of the products; the logits are float32 or wider.
-      axis_name: inside `jax.shard_map`, the mesh axis that time is spread over; see `RAN`. Tokens and logits are a
-        device's part, the state is that of the whole text. Every device needs a key of its own for dropout.
+      axis_name: inside `jax.shard_map`, the mesh axis that time is spread over; see `RAN`. Tokens and logits are one
+        device's part, the state is that of the whole text. Every device needs its own dropout key.
 
     Raises:
       ValueError: for an unknown cell, gates or activation, a solver that does not fit them, a number of sizes that is
@@ -124,8 +123,8 @@ class LanguageModel(nn.Module):
         return sizes * (layers // len(sizes))
 
     @nn.nowrap
-    def carries(self, state: State | None, batch: tuple[int, ...]) -> State:
-        """One carry, or None, for each layer, once they are seen to fit as many sequences."""
+    def carries(self, state: Carries | None, batch: tuple[int, ...]) -> Carries:
+        """One carry, or None, for each layer, after a check of the shapes for this batch."""
         if state is None:
             return (None,) * len(self.sizes)
         if len(state) != len(self.sizes):
@@ -155,9 +154,10 @@ class LanguageModel(nn.Module):
 
     @property
     def _time_major(self) -> bool:
-        """Whether the layers run with time first: where they walk through full matrices step by step."""
-        walked = self.solver == "sequential" or (self.solver == "auto" and self.axis_name is None)
-        return self.cell != "ran" or (self.gates == "recurrent" and walked)
+        """Whether the layers run with time as the first axis: where they scan over it with full matrices."""
+        return self.cell != "ran" or (
+            self.gates == "recurrent" and is_sequential(self.solver, "recurrent", self.axis_name)
+        )
 
     def setup(self):
         init = uniform(self.init_scale or 0.1)
@@ -183,8 +183,8 @@ class LanguageModel(nn.Module):
         cells: dict[str, Callable] = {"lstm": nn.OptimizedLSTMCell, "gru": nn.GRUCell, "rnn": nn.SimpleCell}
         return Stepwise(cells[self.cell](features, **options))
 
-    def hidden(self, tokens: ArrayLike, state: State | None = None, *, deterministic: bool) -> tuple[Array, State]:
-        """The last layer's outputs, `(batch, time, out)`, and the state; see `__call__`."""
+    def hidden(self, tokens: ArrayLike, state: Carries | None = None, *, deterministic: bool) -> tuple[Array, Carries]:
+        """The outputs of the last layer, `(batch, time, out)`, and the state; see `__call__`."""
         tokens = checked_ids(tokens)
         if tokens.ndim != 2:
             raise ValueError(f"`tokens` must have the axes (batch, time); got the shape {tokens.shape}.")
@@ -198,37 +198,39 @@ class LanguageModel(nn.Module):
 
     def logits(self, hidden: Array) -> Array:
         """The output layer: `(..., vocabulary)` in float32 or wider."""
-        rows = hidden.reshape(-1, hidden.shape[-1])  # with two axes XLA on a CPU copies their gradients, turned
+        rows = hidden.reshape(-1, hidden.shape[-1])  # with two axes, XLA transposes a copy of their gradients on a CPU
         logits = self.embed.attend(rows) + self.bias[None] if self.tie else self.decode(rows)
         return logits.astype(jnp.result_type(jnp.float32, logits)).reshape(*hidden.shape[:-1], self.vocabulary)
 
-    def __call__(self, tokens: ArrayLike, state: State | None = None, *, deterministic: bool) -> tuple[Array, State]:
+    def __call__(
+        self, tokens: ArrayLike, state: Carries | None = None, *, deterministic: bool
+    ) -> tuple[Array, Carries]:
         """The logits of the next token after each token.
 
         Args:
           tokens: ids, `(batch, time)`.
-          state: one carry per layer, as an earlier call returned it; None for the beginning of a text.
-          deterministic: no dropout; otherwise a key named `"dropout"` is needed.
+          state: one carry per layer, as returned by an earlier call; None at the beginning of a text.
+          deterministic: no dropout; otherwise pass a key named `"dropout"`.
 
         Returns:
           Logits `(batch, time, vocabulary)`, and the state after the last token.
 
         Raises:
-          ValueError, TypeError: for tokens of another shape or that are no integers, a number of carries that is not
-            that of the layers, a carry that does not fit.
+          ValueError, TypeError: for tokens of another shape or that are not integers, a number of carries other than
+            the number of layers, a carry that does not fit.
         """
         hidden, state = self.hidden(tokens, state, deterministic=deterministic)
         return self.logits(hidden), state
 
 
 def _promoted_but_bias(*arrays: Array | None, dtype: Dtype | None = None, inexact: bool = True) -> list[Array | None]:
-    """The operands of a product in its dtype; the bias, whose gradient is a sum over all rows, stays as it is."""
+    """The operands of a product in its dtype; the bias keeps its own, since its gradient is a sum over all rows."""
     *operands, bias = arrays
     return [*promote_dtype(*operands, dtype=dtype, inexact=inexact), bias]
 
 
 def checked_ids(tokens: ArrayLike) -> Array:
-    """Tokens as an array, once they are seen to be ids."""
+    """Tokens as an array, after a check that they are ids."""
     tokens = jnp.asarray(tokens)
     if not jnp.issubdtype(tokens.dtype, jnp.integer):
         raise ValueError(f"`tokens` must be ids, which are integers; got {tokens.dtype}.")
@@ -247,7 +249,7 @@ def checked_text(name: str, ids: Any, vocabulary: int) -> np.ndarray:
     return text.astype(np.int32)
 
 
-def zero_state(model: LanguageModel, params: Any, batch_size: int) -> State:
+def zero_state(model: LanguageModel, params: Any, batch_size: int) -> Carries:
     """The state before the first token.
 
     Example:

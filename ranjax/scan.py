@@ -1,8 +1,7 @@
-"""Linear recurrences, solved one step after another or all at once.
+"""Linear recurrences, solved sequentially or in parallel over time.
 
-Every solver answers the same equation, h_t = a_t * h_{t-1} + b_t, and all of them share one derivative
-rule: the derivative of a linear recurrence is a linear recurrence, so no solver is ever differentiated.
-Axes are `(*batch, time, features)` throughout.
+Every solver computes h_t = a_t * h_{t-1} + b_t. All solvers share one derivative rule: the derivative of a linear
+recurrence is a linear recurrence, so no solver is differentiated itself. Axes are `(*batch, time, features)`.
 """
 
 from functools import partial
@@ -16,9 +15,9 @@ from jax.typing import ArrayLike
 from jaxtyping import Float
 
 from ranjax.errors import check_choice
-from ranjax.kernels.base import Rows, Solver, Step, Walk, mapped
+from ranjax.kernels.base import Recurrence, Rows, Solver, Step, mapped
 from ranjax.kernels.reference import associative, chunked, sequential
-from ranjax.sharding import at_the_edge, automatic, before, check_spread, varying_as, varying_axes
+from ranjax.sharding import at_boundary, automatic, before, check_spread, varying_as, varying_axes
 
 Sequence = Float[Array, "*batch time features"]
 State = Float[Array, "*batch features"]
@@ -38,30 +37,38 @@ def linear_recurrence(
     .. math::
         h_t = \text{decay}_t \, h_{t-1} + \text{inputs}_t, \qquad h_{-1} = \text{initial}
 
-    With `reverse=True` time runs backwards: h_t = decay_t * h_{t+1} + inputs_t, and `initial` stands
-    after the last step. Reverse mode, forward mode and `vmap` work with every solver, in all three
-    arrays; the cotangent is one more recurrence, run the other way. Solvers agree while the states, and the products of
-    decays, are finite. Beyond that a NaN or an infinity may be lost by those that take several steps at once, or made:
-    `"associative"` makes one of every product of decays that overflows.
+    With `reverse=True` the recurrence is h_t = decay_t * h_{t+1} + inputs_t, and `initial` is the state after the last
+    step.
 
-    Inside `jax.shard_map` the sequence may be spread over the devices of a mesh axis, each of which has as many steps
-    as the others: with `axis_name` every device solves its part, and they exchange two states each, the product of
-    the decays and the last state from zero.
+    Reverse mode, forward mode and `vmap` work with every solver, in all three arrays. The cotangent is one more
+    recurrence, run in the other direction.
+
+    Solvers agree as long as the states and the products of decays are finite. Otherwise the parallel solvers may lose
+    or introduce NaN and infinity: `"associative"` does so wherever a product of decays overflows.
+
+    Inside `jax.shard_map` the sequence may be spread over the devices of a mesh axis, with the same number of steps on
+    each. With `axis_name` every device solves its part; devices exchange two states each, the product of the decays and
+    the last state from zero.
 
     Args:
       decay: floating array `(*batch, time, features)`.
       inputs: floating array of the same shape.
       initial: floating array `(*batch, features)`; None is the same as zeros.
       reverse: run from the last step to the first.
-      solver: `"auto"`, the default, takes one of the others by platform, when the program is lowered; the kernel only
-        if there was a GPU for it when it was traced; `"sequential"` where time is symbolic (`jax.export`).
-        `"sequential"`: a loop, one step after another. `"associative"`: `jax.lax.associative_scan`.
-        `"chunked"`: all chunks of 64 steps at once, with a pass over the chunks between two over the sequence;
-        memory grows with the length only. `"pallas"`: a kernel for GPU or TPU; without one, its interpretation,
-        which is slow. Under `jit` alone XLA does not split a kernel over devices; inside `shard_map` each has its own.
-      axis_name: name of the mesh axis that the time is spread over; `decay`, `inputs` and the states are then a
-        device's part, `initial` is the same on all of them and stands before the first step of the whole. Inside
-        `shard_map` the kernel needs `check_vma=False`; without that `"auto"` does without the kernel on a GPU.
+      solver: how the states are computed.
+
+        - `"auto"`, the default, selects one of the others by platform when the program is lowered. It selects the
+          kernel only if a supported GPU was present at tracing, and `"sequential"` where time is symbolic
+          (`jax.export`).
+        - `"sequential"`: a loop over the steps.
+        - `"associative"`: `jax.lax.associative_scan`.
+        - `"chunked"`: all chunks of 64 steps in parallel, with a loop over the chunks between two loops over their
+          steps. Memory grows linearly with the length.
+        - `"pallas"`: a kernel for GPU or TPU; elsewhere it is interpreted, which is slow. Under `jit` alone XLA does
+          not split a kernel over devices; inside `shard_map` each device runs its own.
+      axis_name: name of the mesh axis that time is spread over. `decay`, `inputs` and the states are then one device's
+        part; `initial` is the same on all devices and precedes the first step of the whole sequence. Inside `shard_map`
+        the kernel needs `check_vma=False`; otherwise `"auto"` does not select it.
 
     Returns:
       The states h, `(*batch, time, features)`, in float32, or in float64 where one of the arrays is.
@@ -95,7 +102,7 @@ def linear_recurrence(
 def _recurrence(
     decay: Sequence, inputs: Sequence, initial: State, solver: str, reverse: bool, axis_name: str | None
 ) -> Sequence:
-    return _solved(_step, decay, inputs, initial, solver, reverse, axis_name)
+    return _run_recurrence(_linear_step, decay, inputs, initial, solver, reverse, axis_name)
 
 
 @_recurrence.defjvp
@@ -105,27 +112,27 @@ def _recurrence_jvp(solver, reverse, axis_name, primals, tangents):
     states = _recurrence(*primals, solver, reverse, axis_name)
     first = -1 if reverse else 0
     source = d_inputs + d_decay * before(states, initial, -2, reverse, axis_name)
-    source = source.at[..., first, :].add(decay[..., first, :] * at_the_edge(d_initial, reverse, axis_name))
+    source = source.at[..., first, :].add(decay[..., first, :] * at_boundary(d_initial, reverse, axis_name))
     return states, _linear_solve(decay, source, solver, reverse, axis_name)
 
 
-# Outside `jit` a loop is compiled at every call, and what was compiled is kept: so once for a shape. By number, for
-# what has a name is passed by it, which JAX's own checks (`jax_enable_checks`) refuse around a `custom_jvp`.
+# Without this `jit` a call outside of `jit` would compile its loop every time. Static arguments are given by number:
+# `jax_enable_checks` refuses arguments by name around a `custom_jvp`.
 _compiled = jax.jit(_recurrence, static_argnums=(3, 4, 5))
 
 
 def _linear_solve(decay: Sequence, source: Sequence, solver: str, reverse: bool, axis_name: str | None) -> Sequence:
     """The recurrence from a zero state, as a linear system that JAX can transpose.
 
-    The transpose of h_t - a_t h_{t-1} = b_t is g_t - a_{t+1} g_{t+1} = d_t: a recurrence the other way.
+    The transpose of h_t - a_t h_{t-1} = b_t is g_t - a_{t+1} g_{t+1} = d_t: a recurrence in the other direction.
     """
     zero = jnp.zeros_like(source[..., 0, :])
 
     def solve(_, b):
-        return _solved(_step, decay, b, zero, solver, reverse, axis_name)
+        return _run_recurrence(_linear_step, decay, b, zero, solver, reverse, axis_name)
 
     def transpose_solve(_, d):
-        return _solved(_transposed_step, decay, d, zero, solver, not reverse, axis_name)
+        return _run_recurrence(_transposed_step, decay, d, zero, solver, not reverse, axis_name)
 
     def matvec(h):
         return h - decay * before(h, zero, -2, reverse, axis_name)
@@ -133,42 +140,45 @@ def _linear_solve(decay: Sequence, source: Sequence, solver: str, reverse: bool,
     return lax.custom_linear_solve(matvec, source, solve, transpose_solve)
 
 
-def _solved(
+def _run_recurrence(
     step: Step, decay: Sequence, inputs: Sequence, initial: State, solver: str, reverse: bool, axis_name: str | None
 ) -> Sequence:
-    """What a walk over the sequences writes."""
+    """The states of the recurrence with this step."""
     time, features = inputs.shape[-2:]
     decay, inputs, initial = (varying_as(a, (decay, inputs, initial)) for a in (decay, inputs, initial))
     arrays, carry = tuple(a.reshape(-1, time, features) for a in (decay, inputs)), initial.reshape(-1, features)
-    walk = Walk(step, (carry,), arrays, ((1, inputs.dtype),), backwards=reverse)
-    walk = walk._replace(affine=True, in_place=step is _step)
+    recurrence = Recurrence(step, (carry,), arrays, ((1, inputs.dtype),), reverse=reverse)
+    recurrence = recurrence._replace(affine=True, in_place=step is _linear_step)
     if axis_name is not None:
-        to_the_end = walk._replace(step=_unwritten(step), carry=(jnp.zeros_like(carry),), outs=(), in_place=False)
-        (last,), _ = SOLVERS[solver](to_the_end)
-        walk = walk._replace(carry=(_carry_in(jnp.prod(arrays[0], axis=1), last, carry, reverse, axis_name),))
-    _, (states,) = SOLVERS[solver](walk)
+        zero, carry_only = jnp.zeros_like(carry), _without_outputs(step)
+        (last,), _ = SOLVERS[solver](recurrence._replace(step=carry_only, carry=(zero,), outs=(), in_place=False))
+        carry = _carry_in(jnp.prod(arrays[0], axis=1), last, carry, reverse, axis_name)
+        recurrence = recurrence._replace(carry=(carry,))
+    _, (states,) = SOLVERS[solver](recurrence)
     return states.reshape(inputs.shape)
 
 
 def _carry_in(product: Array, last: Array, initial: Array, reverse: bool, axis_name: str) -> Array:
-    """The carry that a device's part of an affine walk starts from.
+    """The carry that a device's part of an affine recurrence starts from.
 
     Args:
-      product: of the walk's slopes over this device's steps.
-      last: the carry that this device's part ends with when it starts from 0.
-      initial: the carry that the whole starts from.
+      product: the product of the slopes over this device's steps.
+      last: the carry after this device's steps, started from 0.
+      initial: the carry that the whole sequence starts from.
+      reverse: whether the recurrence runs from the last step to the first.
+      axis_name: the mesh axis that time is spread over.
     """
     products, lasts = lax.all_gather((product, last), axis_name)
 
     def fold(carry, part):
         slope, offset = part
-        return jnp.where(carry == 0, offset, mapped(offset, slope, carry)), carry  # infinity times nothing
+        return jnp.where(carry == 0, offset, mapped(offset, slope, carry)), carry  # an infinite slope times 0 is NaN
 
     _, starts = lax.scan(fold, varying_as(initial, (lasts,)), (products, lasts), reverse=reverse)
     return lax.dynamic_index_in_dim(starts, lax.axis_index(axis_name), keepdims=False)
 
 
-def _step(carry: Rows, _: Rows, rows: Rows) -> tuple[Rows, Rows]:
+def _linear_step(carry: Rows, _: Rows, rows: Rows) -> tuple[Rows, Rows]:
     """h_t = a_t h_{t-1} + b_t."""
     (h,), (a, b) = carry, rows
     h = a * h + b
@@ -176,51 +186,54 @@ def _step(carry: Rows, _: Rows, rows: Rows) -> tuple[Rows, Rows]:
 
 
 def _transposed_step(carry: Rows, _: Rows, rows: Rows) -> tuple[Rows, Rows]:
-    """g_t = a_{t+1} g_{t+1} + d_t, in a walk the other way that carries the product."""
+    """g_t = a_{t+1} g_{t+1} + d_t, run in the other direction; the carry is a_{t+1} g_{t+1}."""
     (ag,), (a, d) = carry, rows
     g = ag + d
     return (a * g,), (g,)
 
 
-def _unwritten(step: Step) -> Step:
-    """The step of a walk of which only the last carry is wanted."""
+def _without_outputs(step: Step) -> Step:
+    """The step of a recurrence of which only the last carry is used."""
     return lambda carry, constants, rows: (step(carry, constants, rows)[0], ())
 
 
-def _auto(walk: Walk) -> tuple[Rows, Rows]:
-    """What `CHOICES` has for the platform."""
-    kernel = _has_gpu() and not any(map(varying_axes, walk.arrays))  # a kernel cannot tell that its results vary
-    known = isinstance(walk.sizes[1], int)  # a symbolic time, of `jax.export`, can only be walked through
+def _auto(recurrence: Recurrence) -> tuple[Rows, Rows]:
+    """The solver that `CHOICES` has for the platform."""
+    varies = any(map(varying_axes, recurrence.arrays))  # the results of a kernel cannot be typed as varying
+    kernel = _has_gpu() and not varies
+    known = isinstance(recurrence.sizes[1], int)  # with a symbolic time (`jax.export`) only the loop works
     found = CHOICES if known else dict.fromkeys(CHOICES, "sequential")
-    return _by_platform(walk, {name: SOLVERS[one] for name, one in found.items() if one != "pallas" or kernel})
+    return _by_platform(recurrence, {name: SOLVERS[one] for name, one in found.items() if one != "pallas" or kernel})
 
 
 def _has_gpu() -> bool:
-    """Whether there is a GPU that the kernel compiles for, Ampere or newer: otherwise nobody waits for its tracing."""
+    """Whether a GPU is present that the kernel compiles for (Ampere or newer); otherwise it need not be traced."""
     if jax.default_backend() != "gpu" or find_spec("jax.experimental.pallas.triton") is None:
         return False
-    capability = str(getattr(jax.local_devices()[0], "compute_capability", ""))  # of AMD's: another name
+    capability = str(getattr(jax.local_devices()[0], "compute_capability", ""))  # AMD GPUs have a name instead
     return capability.replace(".", "").isdecimal() and float(capability) >= 8
 
 
-def _pallas(walk: Walk) -> tuple[Rows, Rows]:
-    """The kernel of the platform; without one, the GPU's, interpreted."""
-    from ranjax.kernels import gpu, tpu  # not at the top: a second's work that most programs never need
+def _pallas(recurrence: Recurrence) -> tuple[Rows, Rows]:
+    """The kernel of the platform; on others the GPU kernel, interpreted."""
+    from ranjax.kernels import gpu, tpu  # importing Pallas takes a second, and few programs need it
 
-    return _by_platform(walk, {"tpu": tpu.solve, "cuda": gpu.solve, "default": partial(gpu.solve, interpret=True)})
+    return _by_platform(recurrence, {"tpu": tpu.run, "cuda": gpu.run, "default": partial(gpu.run, interpret=True)})
 
 
-def _by_platform(walk: Walk, solvers: dict[str, Solver]) -> tuple[Rows, Rows]:
-    """The choice by platform, made at lowering: one traced program serves every platform."""
+def _by_platform(recurrence: Recurrence, solvers: dict[str, Solver]) -> tuple[Rows, Rows]:
+    """The solver is selected when the program is lowered, so one traced program serves every platform."""
 
     def on(solver):
         def solve(carry, arrays, constants, ahead):
-            return solver(walk._replace(carry=carry, arrays=arrays, constants=constants, ahead=ahead))
+            return solver(recurrence._replace(carry=carry, arrays=arrays, constants=constants, ahead=ahead))
 
         return solve
 
     branches = {platform: on(solver) for platform, solver in solvers.items()}
-    return lax.platform_dependent(walk.carry, walk.arrays, walk.constants, walk.ahead, **branches)
+    return lax.platform_dependent(
+        recurrence.carry, recurrence.arrays, recurrence.constants, recurrence.ahead, **branches
+    )
 
 
 SOLVERS: dict[str, Solver] = {
@@ -232,26 +245,26 @@ SOLVERS: dict[str, Solver] = {
 }
 
 
-# What `"auto"` takes on a platform, and why: milliseconds of a gradient, from benchmarks/results/. Other shapes are
-# there for the CPU: chunked wins by a tenth at 4 x 16,384 x 64. A kernel that has not run on its device is not a
-# default: the GPU's was timed as of e6eaacf, and has passed its tests there since it was rearranged. How it fills a
-# chip by shape is in kernels/gpu.py, chosen on the same H100 on the same day. Gates that read all of h_{t-1} are walked
-# through everywhere: 213 against 748 ms on that CPU, 2 x 8192 x 200; on a GPU that has not been measured.
+# What `"auto"` selects by platform, with milliseconds of a gradient from benchmarks/results/. On the CPU chunked is
+# faster by a tenth at 4 x 16,384 x 64. A kernel is a default only if it has run on its device: the GPU kernel was timed
+# as of e6eaacf and has passed its tests on the device since it was rearranged. Its tiling by shape (kernels/gpu.py) was
+# chosen on the same H100 on the same day. Gates that read all of h_{t-1} run sequentially everywhere: 213 against 748
+# ms on that CPU at 2 x 8192 x 200; this has not been measured on a GPU.
 CHOICES = {
     "cpu": "sequential",  # AMD EPYC, 2 cores, 2026-11-23, 8 x 1024 x 512: 14.1; chunked 18.2, associative 48.6
     "cuda": "pallas",  # H100, 2026-11-23, 32 x 1024 x 512: 0.255; associative 0.798
     "tpu": "sequential",  # not measured; associative_scan is slower there, De et al. 2024 (Griffin)
-    "default": "associative",  # not measured: log2(T) sweeps instead of T turns of a loop
+    "default": "associative",  # not measured: log2(T) sweeps instead of T loop iterations
 }
 
 
-# On a GPU a turn of a loop has costs of its own, beside those of its steps: with 8 steps a turn a training step takes
-# 2.0 ms instead of 3.2 at 2 x 650 (H100, 2026-11-27, benchmarks/README.md). On a CPU nothing is gained.
+# On a GPU a loop iteration has a fixed cost: with 8 steps per iteration a training step takes 2.0 ms instead of 3.2 at
+# 2 x 650 (H100, 2026-11-27, benchmarks/README.md). On a CPU unrolling has no effect.
 UNROLL = 8
 
 
 def unroll() -> int:
-    """How many steps a turn makes of a loop with products of matrices."""
+    """The number of steps per loop iteration, for loops with matrix products."""
     return UNROLL if jax.default_backend() == "gpu" else 1
 
 

@@ -48,14 +48,32 @@ hypothesis.settings.load_profile("ranjax")
 
 
 @pytest.fixture(autouse=True, scope="session")
-def a_smaller_machine():
-    """Chunks that a short sequence has several of, and fewer loads and lanes of a GPU: its kernel's interpretation
-    compiles for a time that grows with them."""
+def small_kernels():
+    """Short chunks, of which short sequences have several, and few loads and lanes of the GPU kernel, whose
+    interpretation compiles in less time then. Returns the shipped values."""
     from ranjax.kernels import gpu, reference
 
-    reference.CHUNK = 3
+    small = [(reference, "CHUNK", 3)]
     if jax.default_backend() == "cpu":
-        gpu.LOADS, gpu.LANES = 4, 4
+        small += [(gpu, "LOADS", 4), (gpu, "LANES", 4)]
+    shipped = [(module, name, getattr(module, name)) for module, name, _ in small]
+    for module, name, value in small:
+        setattr(module, name, value)
+    return shipped
+
+
+@pytest.fixture(autouse=True)
+def shipped_kernels(request, small_kernels):
+    """The shipped values again, for tests marked `shipped`."""
+    if request.node.get_closest_marker("shipped") is None:
+        yield
+        return
+    with pytest.MonkeyPatch.context() as patch:
+        for module, name, value in small_kernels:
+            patch.setattr(module, name, value)
+        jax.clear_caches()
+        yield
+    jax.clear_caches()
 
 
 @pytest.fixture

@@ -1,4 +1,4 @@
-"""The cell: the contract every Flax cell keeps, and the equations."""
+"""The cell: the contract of Flax's cells, and the equations."""
 
 import jax
 import jax.numpy as jnp
@@ -6,31 +6,13 @@ import numpy as np
 import oracle
 import pytest
 from flax import linen as nn
+from networks import inputs, randomised, variants
 
 import ranjax
 from ranjax import RAN, RANCell
-from ranjax.cell import ACTIVATIONS, GATES
 
 pytestmark = pytest.mark.quick
-VARIANTS = [
-    {"gates": gates, "activation": activation, "projection": projection}
-    for gates in GATES
-    for activation in ACTIVATIONS
-    for projection in (None, 5)
-    if not (gates == "diagonal" and projection)
-]
-variants = pytest.mark.parametrize("options", VARIANTS, ids=lambda o: "-".join(map(str, o.values())))
 any_cell = pytest.mark.parametrize("cell", [nn.LSTMCell(4), nn.GRUCell(4), RANCell(4)], ids=lambda c: type(c).__name__)
-
-
-def randomised(variables, seed=0, scale=1.0):
-    """Every leaf drawn anew, biases included."""
-    rng = np.random.default_rng(seed)
-    return jax.tree.map(lambda a: jnp.asarray(scale * rng.normal(size=a.shape), a.dtype), variables)
-
-
-def inputs(*shape, seed=1, dtype=np.float32):
-    return np.random.default_rng(seed).normal(size=shape).astype(dtype)
 
 
 @any_cell
@@ -68,8 +50,8 @@ def test_contract_inside_bidirectional(cell):
     variables = randomised(layer.init(jax.random.key(0), x))
     h = layer.apply(variables, x)
     assert h.shape == (2, 5, 8)
-    backwards = nn.RNN(cell).apply({"params": variables["params"]["backward_rnn"]}, x[:, ::-1])[:, ::-1]
-    np.testing.assert_allclose(h[..., 4:], backwards, rtol=1e-5, atol=1e-6)
+    reverse = nn.RNN(cell).apply({"params": variables["params"]["backward_rnn"]}, x[:, ::-1])[:, ::-1]
+    np.testing.assert_allclose(h[..., 4:], reverse, rtol=1e-5, atol=1e-6)
 
 
 @any_cell
@@ -98,7 +80,7 @@ def test_equals_the_equations(options, x64):
 
 
 @variants
-def test_parameters(options):
+def test_shapes_of_the_parameters(options):
     cell = RANCell(4, **options)
     x = inputs(2, 3)
     params = cell.init(jax.random.key(0), cell.initialize_carry(jax.random.key(0), x.shape), x)["params"]
@@ -113,7 +95,7 @@ def test_parameters(options):
     assert jnp.all(params["gates"]["bias"] == 0)
 
 
-def test_each_gate_is_drawn_on_its_own():
+def test_each_gate_is_initialised_separately():
     cell = RANCell(64)
     params = cell.init(jax.random.key(0), jnp.zeros((1, 64)), jnp.ones((1, 64)))["params"]["gates"]
     for gate in (0, 1):
@@ -191,7 +173,7 @@ def test_complex_inputs_are_refused():
         RANCell(4).init(jax.random.key(0), np.zeros((2, 4), np.float32), 1j * inputs(2, 3))
 
 
-def test_inputs_that_do_not_fit_are_named():
+def test_inputs_of_another_size_are_refused():
     cell, c = RANCell(4), np.zeros((2, 4), np.float32)
     variables = cell.init(jax.random.key(0), c, inputs(2, 3))
     with pytest.raises(ValueError, match=r"`inputs` must have 3 features, .*; got the shape \(2, 5\)"):

@@ -8,10 +8,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import linen as nn
-from test_cell import randomised
+from networks import randomised
 
 from ranjax import LanguageModel
-from ranjax.lm import CELLS, cross_entropy
+from ranjax.lm import CELLS
+from ranjax.training.metrics import cross_entropy
 
 TOKENS = np.random.default_rng(0).integers(0, 11, (2, 9))
 
@@ -22,7 +23,7 @@ def model_and_variables(**options):
 
 
 @pytest.mark.parametrize("cell", CELLS)
-def test_the_state_goes_on(cell):
+def test_the_state_continues_a_text(cell):
     model, variables = model_and_variables(cell=cell)
     whole, last = model.apply(variables, TOKENS, deterministic=True)
     assert (whole.shape, whole.dtype) == ((2, 9, 11), jnp.float32)
@@ -71,8 +72,8 @@ def test_tied_output_is_the_embedding():
 
 @pytest.mark.skipif(jax.default_backend() != "cpu", reason="reads a CPU's program")
 @pytest.mark.parametrize("tie", [False, True])
-def test_the_gradient_of_the_output_layer_makes_no_turned_copy_of_the_logits(tie):
-    """Such a copy, of the largest array of a step, costs up to a sixth of it."""
+def test_the_gradient_of_the_output_layer_transposes_no_copy_of_the_logits(tie):
+    """Such a copy, of the largest array of a training step, costs up to a sixth of its time."""
     model, variables = model_and_variables(tie=tie)
 
     @jax.jit
@@ -86,7 +87,7 @@ def test_the_gradient_of_the_output_layer_makes_no_turned_copy_of_the_logits(tie
 
 
 @pytest.mark.parametrize("cell", CELLS)
-def test_loops_on_a_gpu_make_several_steps_a_turn(cell, patch):
+def test_loops_on_a_gpu_are_unrolled(cell, patch):
     model, variables = model_and_variables(cell=cell)
     tokens = np.tile(TOKENS, 2)  # 18 steps: two turns, and two steps more
 
@@ -100,7 +101,7 @@ def test_loops_on_a_gpu_make_several_steps_a_turn(cell, patch):
     jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-4), differentiated()(variables), expected)
 
 
-def test_dropout_falls_on_embedding_and_layers_only_in_training():
+def test_dropout_applies_only_in_training():
     model, variables = model_and_variables(dropout=0.5, features=200, layers=1)
     hidden, state = model.apply(
         variables, TOKENS, deterministic=False, rngs={"dropout": jax.random.key(1)}, method="hidden"
@@ -112,7 +113,7 @@ def test_dropout_falls_on_embedding_and_layers_only_in_training():
 
 
 @pytest.mark.parametrize("cell", CELLS)
-def test_weights_of_the_papers_are_uniform(cell):
+def test_init_scale_draws_uniform_weights(cell):
     model = LanguageModel(50, cell=cell, features=40, init_scale=0.05)
     params = model.init(jax.random.key(0), TOKENS, deterministic=True)["params"]
     for path, leaf in jax.tree_util.tree_leaves_with_path(params):
@@ -159,7 +160,7 @@ def test_bad_options(options, message):
         LanguageModel(**{"vocabulary": 11, "features": 6, "layers": 2} | options)
 
 
-def test_sizes_in_a_list_are_hashed():
+def test_sizes_in_a_list_are_hashable():
     assert hash(LanguageModel(11, features=[4, 6])) == hash(LanguageModel(11, features=(4, 6)))
 
 
@@ -181,7 +182,7 @@ def test_bad_arguments(arguments, message):
 
 
 @pytest.mark.parametrize("tie", [True, False])
-def test_all_products_are_in_the_dtype_asked_for(tie):
+def test_all_products_are_in_dtype(tie):
     model, variables = model_and_variables(dtype=jnp.bfloat16, tie=tie)
     program = str(jax.make_jaxpr(partial(model.apply, deterministic=True))(variables, TOKENS))
     products = re.findall(r":(\w+)\[[\d,]*\] = dot_general", program)
@@ -221,7 +222,7 @@ def test_gradients_of_biases_are_summed_in_float32_with_bfloat16_products(option
 
 
 @pytest.mark.parametrize("cell", ["ran", "lstm", "gru", "rnn"])
-def test_no_tokens_and_states_of_another_model(cell):
+def test_no_tokens_and_states_of_another_size(cell):
     model = LanguageModel(11, cell=cell, features=6)
     variables = model.init(jax.random.key(0), np.zeros((2, 0), np.int32), deterministic=True)
     logits, state = model.apply(variables, np.zeros((2, 0), np.int32), deterministic=True)
@@ -266,8 +267,23 @@ def test_dropout_is_on_the_embedding_and_on_every_layer():
 
 
 @pytest.mark.parametrize("gates", ["recurrent", "input"])
-def test_dropout_is_drawn_anew_for_each_step_and_each_text(gates):
+def test_dropout_masks_differ_by_step_and_text(gates):
     model = LanguageModel(11, features=20, layers=1, dropout=0.5, gates=gates)
     variables = model.init(jax.random.key(0), TOKENS, deterministic=True)
     h, _ = model.apply(variables, TOKENS, deterministic=False, rngs={"dropout": jax.random.key(1)}, method="hidden")
     assert len({out.tobytes() for out in np.asarray(h == 0).reshape(-1, 20)}) == TOKENS.size
+
+
+def test_fixed_point_equals_sequential_and_sows_its_results():
+    tokens = jnp.asarray(np.random.default_rng(0).integers(0, 20, (2, 30)))
+    plain = LanguageModel(20, features=8, init_scale=0.5)
+    variables = plain.init(jax.random.key(0), tokens, deterministic=True)
+    assert set(variables) == {"params"}
+    model = LanguageModel(20, features=8, init_scale=0.5, solver="fixed_point")
+    expected, state = plain.apply(variables, tokens, deterministic=True)
+    (logits, found), sown = model.apply(variables, tokens, deterministic=True, mutable="solver")
+    np.testing.assert_allclose(logits, expected, atol=1e-5)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), found, state)
+    results = [layer["result"] for layer in sown["solver"].values()]
+    assert len(results) == 2
+    assert all(bool(result.converged) and int(result.iterations) > 2 for result in results)

@@ -14,7 +14,7 @@ from jax.test_util import check_grads
 
 import ranjax
 import ranjax.scan
-from ranjax.kernels import reference as plain
+from ranjax.kernels import reference
 from ranjax.scan import SOLVERS
 
 linear_recurrence = jax.jit(ranjax.linear_recurrence, static_argnames=("reverse", "solver"))  # one compilation a call
@@ -203,7 +203,7 @@ def test_states_are_float32_or_wider(solver, x64):
 )
 def test_memory_of_the_gradient_does_not_grow_with_the_logarithm_of_the_length(solver, most, odd, patch):
     """Temporaries beside inputs, states and results, in arrays of their size; autodiff of a scan has 8 and more."""
-    patch(plain, "CHUNK", 64)
+    patch(reference, "CHUNK", 64)
 
     def temporaries(time):
         arrays = [jnp.asarray(a) for a in problem((2,), time, 8, dtype=np.float32)]
@@ -223,7 +223,7 @@ def test_one_traced_program_serves_every_platform():
     assert "stablehlo.while" not in lowered["cuda"]
 
 
-def test_the_kernel_is_taken_where_there_is_a_gpu_for_it(patch):
+def test_auto_selects_the_kernel_on_supported_gpus(patch):
     def taken(capability):
         device = types.SimpleNamespace(**({"compute_capability": capability} if capability else {}))
         patch(jax, "local_devices", lambda: [device])
@@ -242,8 +242,8 @@ def test_the_kernel_is_taken_where_there_is_a_gpu_for_it(patch):
     assert not taken("9.0")
 
 
-def test_inside_shard_map_the_kernel_waits_to_be_told(patch):
-    """Its results cannot be marked as varying between devices, which `check_vma` wants."""
+def test_inside_shard_map_the_kernel_needs_check_vma_off(patch):
+    """The results of a kernel cannot be typed as varying over devices, as `check_vma` requires."""
     patch(ranjax.scan, "_has_gpu", lambda: True)
     mesh = jax.make_mesh((2,), ("batch",), axis_types=(jax.sharding.AxisType.Auto,))
     arrays = problem((2,), dtype=np.float32)
@@ -277,7 +277,7 @@ def test_bad_input(change, kind, message):
 
 
 @pytest.mark.parametrize("solver", ["sequential", "associative"])
-def test_solved_under_the_checks_of_jax(solver):
+def test_works_under_enable_checks(solver):
     decay, inputs, initial = map(jnp.asarray, problem(dtype=np.float32))
     f = jax.value_and_grad(lambda *a: jnp.sum(jnp.sin(linear_recurrence(*a, solver=solver))), (0, 1, 2))
     with jax.enable_checks(True):
@@ -285,10 +285,26 @@ def test_solved_under_the_checks_of_jax(solver):
     jax.tree.map(np.testing.assert_array_equal, found, f(decay, inputs, initial))
 
 
-def test_chunks_are_walked_through_one_after_another():
+def test_chunked_has_more_loops_than_sequential():
     a = jnp.ones((1, 200, 2))
     loops = {
         solver: jax.jit(partial(ranjax.linear_recurrence, solver=solver)).lower(a, a).as_text().count("stablehlo.while")
         for solver in ("sequential", "chunked")
     }
     assert loops["sequential"] == 1 < loops["chunked"]
+
+
+@pytest.mark.shipped
+@directions
+@pytest.mark.parametrize("time", [1, 63, 64, 65, 200])
+def test_chunked_with_the_shipped_length(reverse, time, x64):
+    assert reference.CHUNK == 64
+    arrays = problem(time=time)
+    solve = partial(ranjax.linear_recurrence, reverse=reverse, solver="chunked")
+    assert_close(jax.jit(solve)(*arrays), oracle.recurrence(*arrays, reverse), np.finfo(np.float64).eps)
+    gradients = (
+        jax.jit(jax.grad(lambda *a, f=f: jnp.sum(jnp.sin(f(*a))), (0, 1, 2)))(*arrays)
+        for f in (solve, partial(ranjax.linear_recurrence, reverse=reverse, solver="sequential"))
+    )
+    for got, want in zip(*gradients):
+        assert_close(got, want, np.finfo(np.float64).eps)

@@ -33,7 +33,7 @@ from jax.typing import ArrayLike
 from ranjax.cell import Params, content, gates_of, output
 from ranjax.errors import check_size
 from ranjax.interpret.decomposition import Decomposition, checked_index, decompose
-from ranjax.lm import LanguageModel, State, checked_ids
+from ranjax.lm import Carries, LanguageModel, checked_ids
 from ranjax.scan import linear_recurrence, state_dtype
 from ranjax.solvers import solve
 
@@ -58,7 +58,7 @@ class Shares(NamedTuple):
 
 
 def decompositions(
-    model: LanguageModel, params: Params, tokens: ArrayLike, state: State | None = None
+    model: LanguageModel, params: Params, tokens: ArrayLike, state: Carries | None = None
 ) -> list[Decomposition]:
     """Decomposes the states of every layer over a text; see `ranjax.weights.decompose`.
 
@@ -98,7 +98,7 @@ def shares(
     tokens: ArrayLike,
     target: ArrayLike,
     step: ArrayLike,
-    state: State | None = None,
+    state: Carries | None = None,
 ) -> Shares:
     """The shares of a text's words in the logit of a next word.
 
@@ -181,7 +181,7 @@ def integrated_gradients(
     tokens: ArrayLike,
     target: ArrayLike,
     step: ArrayLike,
-    state: State | None = None,
+    state: Carries | None = None,
     *,
     nodes: int = 32,
 ) -> Shares:
@@ -224,7 +224,7 @@ def integrated_gradients(
     sizes = zip(model.carries(state, ()), model.sizes, strict=True)
     state = tuple(jnp.zeros(size, state_dtype(x)) if c is None else c for c, size in sizes)
 
-    def logit(scale: Array, x: Array, state: State) -> Array:
+    def logit(scale: Array, x: Array, state: Carries) -> Array:
         h = scale * x
         for n, c0 in enumerate(state):
             cell, options = params[f"stack_{n}"]["cell"], {"gates": model.gates, "activation": model.activation}

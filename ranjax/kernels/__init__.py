@@ -1,1 +1,1 @@
-"""What runs a recurrence: the contract in `base`, plain JAX in `reference`, a kernel each in `gpu` and `tpu`."""
+"""What runs a recurrence: the contract in `base`, plain JAX in `reference`, Pallas kernels in `gpu` and `tpu`."""

@@ -1,8 +1,10 @@
-"""The states of a whole sequence, from what its inputs contribute to each step.
+"""The states of a RAN over a sequence: `solve`, and which solver computes them for which gates.
 
-Where each gate sees the input, or its own feature of h_{t-1} besides, a step is elementwise: one walk goes from the
-pre-activations and the content straight to the states, and one walk backwards makes the gradients. Neither stores a
-gate. Where the gates read all of h_{t-1}, see `recurrent`.
+- Gates on the input only, or also on their own feature of h_{t-1} (`elementwise`): every step is elementwise. One
+  recurrence computes the states from the pre-activations, one in reverse the gradients.
+- Gates on all of h_{t-1} (`recurrent`): the sequential scan, or an iteration over all steps at once (`fixed_point`).
+
+Public names: `solve`, `solve_adjoint`, `FixedPoint`, `Result`, `Status`.
 """
 
 from functools import partial
@@ -27,15 +29,19 @@ from ranjax.cell import (
     promoted,
 )
 from ranjax.errors import check_choice
-from ranjax.solvers.fixed_point import FixedPoint, Record, exact
-from ranjax.solvers.elementwise import fused
-from ranjax.solvers.masks import Gates, States, Steps, masked, seen
-from ranjax.sharding import automatic, before, check_spread
-from ranjax.solvers.recurrent import Way, recurrent_states, walk_through
 from ranjax.scan import SOLVERS, State, linear_recurrence, state_dtype
+from ranjax.sharding import automatic, before, check_spread
+from ranjax.solvers.adjoint import Method
+from ranjax.solvers.elementwise import fused
+from ranjax.solvers.fixed_point import FixedPoint as FixedPoint
+from ranjax.solvers.masks import Gates, States, Steps, masked, seen
+from ranjax.solvers.recurrent import recurrent_adjoint, recurrent_states, sequential_scan
+from ranjax.solvers.result import Result as Result
+from ranjax.solvers.result import Status as Status
+from ranjax.solvers.result import exact
 
-FUSED = ("auto", "pallas")  # solvers that go from the pre-activations straight to the states
-ITERATED = {"recurrent": "fixed_point", "diagonal": "newton"}  # names of the iteration over all steps, by the gates
+FUSED = ("auto", "pallas")  # solvers that compute the states of elementwise gates straight from the pre-activations
+ITERATED = {"recurrent": "fixed_point", "diagonal": "newton"}  # the name of the iteration, by the gates
 
 
 def solve(
@@ -47,32 +53,36 @@ def solve(
     activation: str = "tanh",
     solver: str | FixedPoint = "auto",
     axis_name: str | None = None,
-) -> tuple[Array, Record]:
-    """The states of a recurrent additive network over a sequence, and what the solver did.
+) -> tuple[Array, Result]:
+    r"""Computes the states of a recurrent additive network over a sequence.
+
+    .. math::
+        i_t, f_t = \sigma(W_x x_t + W_h h_{t-1} + b), \qquad c_t = i_t \, (W_c x_t) + f_t \, c_{t-1}
 
     Args:
-      params: the parameters as a `RANCell` makes them.
+      params: the parameters of a `RANCell`.
       x: inputs `(*batch, time, in)`.
-      c0: state before the first step, `(*batch, features)`, float32 or wider; None is the same as zeros.
-      gates: what the gates of these parameters see: `"recurrent"`, `"diagonal"` or `"input"`.
-      activation: `"tanh"` or `"identity"`, the g of h = g(c). It is not in the parameters: give that of the cell.
-      solver, axis_name: as for `RAN`, whose limits in forward mode and higher derivatives hold here too.
+      c0: state before the first step, `(*batch, features)`, float32 or wider; None: zeros.
+      gates: what the gates of these parameters read: `"recurrent"`, `"diagonal"` or `"input"`.
+      activation: `"tanh"` or `"identity"`, the g of h = g(c). The parameters do not contain it: pass that of the cell.
+      solver: as for `RAN`, with the same limits in forward mode and higher derivatives.
+      axis_name: as for `RAN`.
 
     Returns:
-      The states c, `(*batch, time, features)`, and a `Record`: iterations, residual, converged.
+      The states c, `(*batch, time, features)`, and a `Result`: status, iterations and residual of the solver.
 
     Raises:
       TypeError: for complex inputs.
-      ValueError: for parameters that are not a cell's, for gates that are not those of the parameters, for a solver or
-        an activation that does not fit them, for inputs or a state of another shape, for inputs that `axis_name` does
-        not spread.
+      ValueError: for parameters that are not a cell's; for gates that are not those of the parameters; for a solver or
+        an activation that does not fit them; for inputs or a state of another shape; for inputs that are not spread
+        over `axis_name`.
 
     Example:
       >>> import jax, jax.numpy as jnp, ranjax
       >>> cell, x = ranjax.RANCell(features=4), jnp.ones((2, 50, 3))
       >>> params = cell.init(jax.random.key(0), jnp.zeros((2, 4)), x[:, 0])["params"]
-      >>> states, record = ranjax.solve(params, x, gates="recurrent", solver="fixed_point")
-      >>> states.shape, bool(record.converged)
+      >>> states, result = ranjax.solve(params, x, gates="recurrent", solver="fixed_point")
+      >>> states.shape, bool(result.converged)
       ((2, 50, 4), True)
     """
     check_choice("activation", activation, ACTIVATIONS)
@@ -80,8 +90,88 @@ def solve(
     check_gates(gates, params)
     check_solver(solver, gates, axis_name)
     params, steps, first = prepared(params, x, c0)
-    c, record = states(params, steps, first, activation=activation, solver=solver, axis_name=axis_name)
-    return jnp.moveaxis(c, 0, -2), record
+    c, result = states(params, steps, first, activation=activation, solver=solver, axis_name=axis_name)
+    return jnp.moveaxis(c, 0, -2), result
+
+
+def solve_adjoint(
+    params: Params,
+    x: ArrayLike,
+    cotangents: ArrayLike,
+    c0: ArrayLike | None = None,
+    *,
+    gates: str,
+    activation: str = "tanh",
+    solver: str | FixedPoint = "auto",
+    axis_name: str | None = None,
+) -> tuple[Array, Result]:
+    r"""Solves the linear system of the gradient, and reports how it was solved.
+
+    .. math::
+        \lambda_t = g_t + J_{t+1}^\top \lambda_{t+1}, \qquad J_t = \frac{\partial c_t}{\partial c_{t-1}}
+
+    With the cotangents g of the states, the derivative of a loss with regard to c_t where it enters the loss directly,
+    lambda_t is its total derivative, through all later states. Every gradient of the network follows from lambda by
+    products over all steps. Reverse-mode differentiation solves the same system in the same way, but cannot return a
+    `Result`. Call this function to check that the system converges for the gradients of a given loss.
+
+    Args:
+      params: the parameters of a `RANCell`.
+      x: inputs `(*batch, time, in)`.
+      cotangents: g, `(*batch, time, features)`.
+      c0: state before the first step, `(*batch, features)`, float32 or wider; None: zeros.
+      gates: what the gates of these parameters read: `"recurrent"` or `"diagonal"`. With `"input"` gates the system is
+        one linear recurrence, which no solver iterates.
+      activation: `"tanh"` or `"identity"`, the g of h = g(c). The parameters do not contain it: pass that of the cell.
+      solver: as for `RAN`. A solver that does not iterate solves the system by a sequential scan.
+      axis_name: as for `RAN`.
+
+    Returns:
+      lambda, `(*batch, time, features)`, in the dtype of the states, and the `Result` of the system. The states have
+      a result of their own; see `solve`.
+
+    Raises:
+      TypeError, ValueError: as for `solve`; for cotangents that have not the shape of the states.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, ranjax
+      >>> from ranjax.solvers import solve_adjoint
+      >>> cell, x = ranjax.RANCell(features=4), jax.random.normal(jax.random.key(1), (2, 50, 3))
+      >>> params = cell.init(jax.random.key(0), jnp.zeros((2, 4)), x[:, 0])["params"]
+      >>> solver = ranjax.FixedPoint(on_failure="nan")
+      >>> loss = lambda c: jnp.sum(c[:, -1] ** 2)
+      >>> states, _ = ranjax.solve(params, x, gates="recurrent", solver=solver)
+      >>> adjoint, result = solve_adjoint(params, x, jax.grad(loss)(states), gates="recurrent", solver=solver)
+      >>> adjoint.shape, bool(result.converged)
+      ((2, 50, 4), True)
+    """
+    check_choice("activation", activation, ACTIVATIONS)
+    check_choice("gates", gates, tuple(ITERATED))
+    params, x = checked_inputs(params, x)
+    check_gates(gates, params)
+    check_solver(solver, gates, axis_name)
+    params, steps, first = prepared(params, x, c0)
+    g, shape = jnp.asarray(cotangents), (*x.shape[:-1], first.shape[-1])
+    if g.shape != shape:
+        raise ValueError(
+            f"`cotangents` must have the shape of the states, (*batch, time, features) = {shape}; got {g.shape}."
+        )
+    g = jnp.moveaxis(g.astype(first.dtype), -2, 0)
+    options: dict = {"activation": activation, "method": Method(_iteration(solver, gates, axis_name), axis_name)}
+    adjoint = partial(_adjoint, **options)
+    v, result = automatic(adjoint, params, steps, first, g, like=steps.u, others=(PartitionSpec(),))
+    return jnp.moveaxis(v, 0, -2), result
+
+
+@partial(jax.jit, static_argnames=("activation", "method"), inline=True)
+def _adjoint(
+    params: Params, steps: Steps, c0: State, g: States, *, activation: str, method: Method
+) -> tuple[States, Result]:
+    check_spread("The inputs", steps, method.axis_name)
+    if g.size == 0:
+        return g, exact(c0.dtype)
+    steps = Steps(*(a.astype(c0.dtype) for a in steps))
+    return recurrent_adjoint(params, steps, c0, g, activation, method)
 
 
 def prepared(
@@ -92,7 +182,7 @@ def prepared(
     padding: Array | None = None,
     dtype: Dtype | None = None,
 ) -> tuple[Params, Steps, State]:
-    """The parameters in the dtype of the products, the masked steps, the first state."""
+    """The parameters in the dtype of the products, the masked steps with time first, the initial state."""
     params, x = promoted(params, x, dtype)
     steps = steps_of(params, x, x.ndim - 2, starts, padding)
     shape = steps.u.shape[1:]
@@ -101,28 +191,34 @@ def prepared(
 
 
 def steps_of(params: Params, x: Array, time: int, starts: Array | None, padding: Array | None) -> Steps:
-    """The masked steps, time first; `time` is the axis that it has in the inputs and the masks."""
+    """The masked steps with time first; `time` is its axis in the inputs and the masks."""
     steps, masks = Steps(content(params, x), gates_of_input(params, x)), (starts, padding)
     steps, masks = jax.tree.map(lambda a: jnp.moveaxis(a, time, 0), (steps, masks))
     return masked(steps, *masks)
 
 
+def is_sequential(solver: str | FixedPoint, gates: str, axis_name: str | None = None) -> bool:
+    """Whether the solver is the sequential scan."""
+    fused = solver in FUSED and gates == "diagonal" and axis_name is None
+    return gates != "input" and not fused and _iteration(solver, gates, axis_name) is None
+
+
 def check_solver(solver: str | FixedPoint, gates: str, axis_name: str | None = None) -> None:
     """Raises a ValueError where a solver does not fit the gates, or time that is spread over a mesh axis."""
-    walks = ("auto", "sequential") if axis_name is None else ("auto",)
-    fused = () if axis_name is not None else ("pallas",)
+    scans = ("auto", "sequential") if axis_name is None else ("auto",)
+    kernels = () if axis_name is not None else ("pallas",)
     allowed = {
         "input": tuple(SOLVERS),
-        "diagonal": (*walks, *fused, "newton"),
-        "recurrent": (*walks, "fixed_point"),
+        "diagonal": (*scans, *kernels, "newton"),
+        "recurrent": (*scans, "fixed_point"),
     }[gates]
     if isinstance(solver, FixedPoint) and gates in ITERATED:
         return
     why = f" with gates={gates!r}"
     if axis_name is not None:
-        why += f" and axis_name={axis_name!r}, where no device can walk through all steps"
+        why += f" and axis_name={axis_name!r}, where no device has all steps"
     if gates != "input":
-        why += ". Gates that read h_{t-1} make no linear recurrence; gates='input' do"
+        why += ". Gates that read h_{t-1} make the recurrence nonlinear; with gates='input' it is linear"
     check_choice("solver", solver, allowed, why)
 
 
@@ -134,17 +230,17 @@ def states(
     activation: str,
     solver: str | FixedPoint,
     axis_name: str | None = None,
-) -> tuple[States, Record]:
-    """The states c_1 ... c_T from the state `c0`, and what the solver did."""
+) -> tuple[States, Result]:
+    """The states c_1 ... c_T from the state `c0`, and how they were solved; time is the first axis."""
     solved = partial(_states, activation=activation, solver=solver, axis_name=axis_name)
     return automatic(solved, params, steps, c0, like=steps.u, others=(PartitionSpec(),))
 
 
-# Compiled once for a shape where it is called outside `jit`; inside, nothing is left of this one.
+# Compiled once per shape where it is called outside of `jit`; inlined inside.
 @partial(jax.jit, static_argnames=("activation", "solver", "axis_name"), inline=True)
 def _states(
     params: Params, steps: Steps, c0: State, *, activation: str, solver: str | FixedPoint, axis_name: str | None
-) -> tuple[States, Record]:
+) -> tuple[States, Result]:
     check_spread("The inputs", steps, axis_name)
     if steps.u.size == 0:
         return steps.u.astype(c0.dtype), exact(c0.dtype)
@@ -155,14 +251,13 @@ def _states(
     steps = Steps(*(a.astype(c0.dtype) for a in steps))
     if gates == "input":
         return _linear_states(steps, c0, str(solver), axis_name), exact(c0.dtype)
-    return recurrent_states(params, steps, c0, activation, Way(_iteration(solver, gates, axis_name), axis_name))
+    return recurrent_states(params, steps, c0, activation, Method(_iteration(solver, gates, axis_name), axis_name))
 
 
 def states_and_gates(
     params: Params, steps: Steps, c0: State, *, activation: str, solver: str | FixedPoint
 ) -> tuple[States, Gates]:
-    """The states and the gates that made them: those of the walk; of a solver that keeps none, made anew from its
-    states."""
+    """The states and the gates, time first; gates that the solver does not return are recomputed."""
     *leading, feature = jax.typeof(steps.u).sharding.spec
     both = partial(_states_and_gates, activation=activation, solver=solver)
     return automatic(both, params, steps, c0, like=steps.u, others=(PartitionSpec(*leading, None, feature),))
@@ -173,19 +268,18 @@ def _states_and_gates(
     params: Params, steps: Steps, c0: State, *, activation: str, solver: str | FixedPoint
 ) -> tuple[States, Gates]:
     gates = gates_of(params)
-    if gates == "input":
-        return states(params, steps, c0, activation=activation, solver=solver)[0], jax.nn.sigmoid(steps.z)
-    iterated, fused = _iteration(solver, gates, None), solver in FUSED and gates == "diagonal"
-    if iterated is None and not fused:
-        return walk_through(params, steps, c0, activation)[1]
+    if is_sequential(solver, gates):
+        return sequential_scan(params, steps, c0, activation)[1]
     c, _ = states(params, steps, c0, activation=activation, solver=solver)
+    if gates == "input":
+        return c, jax.nn.sigmoid(steps.z)
     earlier = seen(steps.z[..., 1, :], before(c, c0, 0))
     wide = jax.tree.map(lambda p: p.astype(c0.dtype), params)
     return c, jax.nn.sigmoid(steps.z + gates_of_state(wide, earlier, activation))
 
 
 def _iteration(solver: str | FixedPoint, gates: str, axis_name: str | None) -> FixedPoint | None:
-    """The settings of the iteration over all steps, if it is what solves these gates."""
+    """The settings of the iteration, or None for a solver that does not iterate."""
     if isinstance(solver, FixedPoint):
         return solver
     spread = axis_name is not None and solver == "auto"
@@ -193,7 +287,7 @@ def _iteration(solver: str | FixedPoint, gates: str, axis_name: str | None) -> F
 
 
 def _linear_states(steps: Steps, c0: State, solver: str, axis_name: str | None) -> States:
-    """The states where the gates see the input only, as one linear recurrence."""
+    """The states where the gates read the input only: one linear recurrence."""
     i, f = jnp.moveaxis(jax.nn.sigmoid(steps.z), -2, 0)
     decay, inputs = jnp.moveaxis(f, 0, -2), jnp.moveaxis(i * steps.u, 0, -2)
     return jnp.moveaxis(linear_recurrence(decay, inputs, c0, solver=solver, axis_name=axis_name), -2, 0)

@@ -1,65 +1,74 @@
-"""Recurrences that are not linear, solved for all time steps at once: settings, and the iteration.
+"""Recurrences that are not linear, solved for all time steps at once: the settings, and the iteration.
 
-A recurrence c_t = F_t(c_{t-1}) is solved by iterating linear ones. With any D_t in place of the Jacobian dF_t/dc_{t-1},
+A recurrence c_t = F_t(c_{t-1}) is solved by iterating linear recurrences. With any D_t in place of the Jacobian
+dF_t/dc_{t-1}, the states of the sequential scan are the only fixed point of
 
-    c_t <- D_t c_{t-1} + (F_t(p_{t-1}) - D_t p_{t-1}),    p the states of the pass before,
+    c_t <- D_t c_{t-1} + (F_t(p_{t-1}) - D_t p_{t-1}),    p the states of the previous iteration.
 
-has the states of the sequential walk for its only fixed point: every pass makes a further step exact, whatever D is,
-and how much sooner all of them are depends on how near D is to the Jacobian.
+Every iteration makes at least one more step exact, whatever D is. The nearer D is to the Jacobian, the fewer iterations
+are needed.
 """
 
 from collections.abc import Callable
 from dataclasses import dataclass
 from numbers import Real
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Any, Literal, get_args
 
 import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
 from ranjax.errors import check_choice, check_size
-from ranjax.sharding import chained, largest, largest_anywhere, steps_walked, summed, varying_as
 from ranjax.scan import SOLVERS
+from ranjax.sharding import chained, largest, largest_anywhere, steps_done, summed, varying_as
+from ranjax.solvers.result import Result, Status
 
-Splitting = Literal["diagonal", "frozen"]
-OnFailure = Literal["sequential", "nan", "ignore"]
-Precision = Literal["default", "high", "highest"]
+OnFailure = Literal["sequential", "nan"]
 
 
 @dataclass(frozen=True)
 class FixedPoint:
-    """How a RAN whose gates read h_{t-1} is solved for all time steps of a window at once.
+    r"""Solves a RAN whose gates read h_{t-1} for all time steps of a chunk at once.
 
-    A pass is one product over all steps and one linear recurrence; passes that would overshoot are averaged. They end
-    when at every step the residual max |F(c_{t-1}) - c_t| is at most `rtol` times the larger of max |c_{t-1}| and
-    max |F(c_{t-1})|: where one feature is much larger than the others, these have its tolerance. Gradients solve the
-    transposed linear system, with the full Jacobian, by the same iteration in reverse, to a tolerance of their own.
-    Cotangents below a thousandth of the largest of their sequence and window have the tolerance of that thousandth:
-    what a loss on late states gives to much earlier ones has few digits or none. Where that itself is wanted (how far
-    a memory reaches, the gradient of a first state) use `"sequential"`. Products are in the dtype of the states. A
-    residual bounds what a step is off by; where the model amplifies it, states and gradients are off by more.
+    .. math::
+        c_t \leftarrow D_t c_{t-1} + (F_t(p_{t-1}) - D_t p_{t-1})
 
-    Batch by the leading axes. On a mesh each device makes its own passes and has a record of them, unless time is
-    spread. Under `vmap` `on_failure="sequential"` always walks, for both branches of a condition that is batched are
-    computed; `"nan"` does not.
+    F is one step of the network, p the states of the previous iteration, and D the diagonal of the Jacobian of F,
+    clipped to [-1, 1]. An iteration is one matrix product over all steps and one linear recurrence. Iterations that
+    would overshoot are averaged. Products are in the dtype of the states, at JAX's precision `"highest"`.
+
+    **Tolerance.** Iterations end when at every step the residual max |F(c_{t-1}) - c_t| is at most `rtol` times the
+    larger of max |c_{t-1}| and max |F(c_{t-1})|, with maxima over the features. The tolerance of small features is
+    therefore that of the largest one. The residual bounds the error of one step; where the model amplifies it, states
+    and gradients have larger errors.
+
+    **Gradients** solve the transposed linear system, with the full Jacobian, by the same iteration in reverse, with a
+    tolerance of its own. Cotangents below a thousandth of the largest of their sequence and chunk are accurate only to
+    that thousandth: the gradient of a loss on late states with regard to much earlier ones has few or no digits. Use
+    `"sequential"` where that gradient matters (the reach of a memory, the gradient of the initial state).
+
+    **Failure.** An iteration fails at `max_iterations`, or as soon as the residual is not finite. `on_failure` then
+    applies to states and gradients alike: they are computed by the sequential scan, or are NaN. They are never the
+    result of an iteration that has not converged. The `Result` beside the states reports on the states only; that of
+    the gradient's system is returned by `ranjax.solvers.solve_adjoint`.
+
+    **Batches.** Batch with leading axes. On a mesh each device iterates separately and has its own `Result`, unless
+    time is spread over the devices. Under `vmap`, `on_failure="sequential"` always runs the sequential scan as well,
+    because both branches of a batched condition are computed; `"nan"` avoids this.
 
     Attributes:
-      splitting: what stands for the Jacobian in a pass. `"diagonal"`: its diagonal, clipped to [-1, 1]; `"frozen"`: the
-        forget gate, as if the gates did not answer to the state.
-      recurrence: solver of the linear recurrences; see `linear_recurrence`. Those that take several steps at once round
-        by the states some steps back: where a state of hundreds of times the next one is cancelled within a step, not
-        forgotten, they leave a residual above the default tolerance.
-      window: most time steps solved at once. Longer sequences are solved window after window, each from the last
-        state: fewer passes where a memory is long, and the gradient keeps the states alone, making all else anew a
-        window at a time. None, or with time spread over a mesh: all at once. A gradient of a gradient needs None where
-        there would be windows (JAX cannot transpose that twice inside a scan); forward over reverse mode does not.
-      rtol: tolerance of the states. None: 32 times the eps of their dtype.
-      adjoint_rtol: tolerance of the gradient's system. None: 8 times eps.
-      max_iterations: passes after which the iteration has failed.
-      precision: of the products on a GPU or TPU until the residual is below 1e-2; the last passes always run at
-        `"highest"`, for with rounded products the residual stalls near 1e-3.
-      on_failure: `"sequential"`: the states, or the gradient's system, are solved by the sequential walk; `"nan"`: they
-        are NaN; `"ignore"`: they are what the last pass left, which for a gradient nothing tells.
+      recurrence: solver of the linear recurrences; see `linear_recurrence`. The parallel solvers round relative to
+        states some steps earlier: if a state hundreds of times larger than the next one is cancelled within a step
+        (rather than forgotten), the residual stays above the default tolerance.
+      chunk: the largest number of time steps solved at once. Longer sequences are solved chunk by chunk, each from the
+        last state of the one before. A long memory then needs fewer iterations, and the gradient stores only the
+        states and recomputes the rest one chunk at a time. None, or time spread over a mesh: all steps at once. Second
+        reverse-mode derivatives need None (JAX cannot transpose a scan twice); forward over reverse mode does not.
+      rtol: relative tolerance of the states. None: 32 times the machine epsilon of their dtype.
+      adjoint_rtol: relative tolerance of the gradient's system. None: 8 times the machine epsilon.
+      max_iterations: the number of iterations after which a solve has failed.
+      on_failure: `"sequential"`: compute the states, or solve the gradient's system, by the sequential scan; `"nan"`:
+        return NaN.
 
     Raises:
       ValueError: for a setting out of its range.
@@ -67,10 +76,10 @@ class FixedPoint:
     Example:
       >>> import jax, jax.numpy as jnp, ranjax
       >>> x = jax.random.normal(jax.random.key(0), (2, 300, 3))
-      >>> layer = ranjax.RAN(ranjax.RANCell(features=4), solver=ranjax.FixedPoint(window=100))
+      >>> layer = ranjax.RAN(ranjax.RANCell(features=4), solver=ranjax.FixedPoint(chunk=100))
       >>> variables = layer.init(jax.random.key(1), x)
-      >>> walked = ranjax.RAN(ranjax.RANCell(features=4), solver="sequential").apply(variables, x)
-      >>> bool(jnp.allclose(layer.apply(variables, x), walked, atol=1e-4))
+      >>> expected = ranjax.RAN(ranjax.RANCell(features=4), solver="sequential").apply(variables, x)
+      >>> bool(jnp.allclose(layer.apply(variables, x), expected, atol=1e-4))
       True
 
     References:
@@ -78,75 +87,51 @@ class FixedPoint:
       2024 (quasi-DEER).
     """
 
-    splitting: Splitting = "diagonal"
     recurrence: str = "auto"
-    window: int | None = 1024
+    chunk: int | None = 1024
     rtol: float | None = None
     adjoint_rtol: float | None = None
     max_iterations: int = 100
-    precision: Precision = "highest"
     on_failure: OnFailure = "sequential"
 
     def __post_init__(self):
-        for name, choices in (
-            ("splitting", get_args(Splitting)),
-            ("recurrence", tuple(SOLVERS)),
-            ("precision", get_args(Precision)),
-            ("on_failure", get_args(OnFailure)),
-        ):
-            check_choice(name, getattr(self, name), choices)
+        check_choice("recurrence", self.recurrence, tuple(SOLVERS))
+        check_choice("on_failure", self.on_failure, get_args(OnFailure))
         for name in ("rtol", "adjoint_rtol"):
             value = getattr(self, name)
             if value is not None and not (isinstance(value, Real) and 0 < float(value) < 1):
                 raise ValueError(f"`{name}` must be a number above 0 and below 1, or None; got {value!r}.")
         check_size("max_iterations", self.max_iterations)
-        check_size("window", self.window, optional=True)
+        check_size("chunk", self.chunk, optional=True)
 
 
-class Record(NamedTuple):
-    """What a solver did to find the states; of the gradient's system nothing is recorded.
-
-    Attributes:
-      iterations: passes, the most that a window took; 0 for a solver that does not iterate.
-      residual: largest one-step residual, relative to the larger of the two states that it lies between; where the
-        passes came to an end before it was within the tolerance, that of the pass before the last.
-      converged: whether the residual is within the tolerance.
-    """
-
-    iterations: Array
-    residual: Array
-    converged: Array
-
-
-def exact(dtype: jnp.dtype) -> Record:
-    """The record of a solver that does not iterate."""
-    return Record(jnp.int32(0), jnp.zeros((), dtype), jnp.bool(True))
-
-
-Pass = Callable[[Array], tuple[Array, Array]]
+Iteration = Callable[[Array], tuple[Array, Array]]
 
 
 def averaged(
     x: Array, after: Array, step_before: Array, residual: Array, settled: Array, axis_name: str | None = None
 ) -> tuple[Array, Array]:
-    """What the next pass starts from: what this one made, or an average of that and of what it started from.
+    """The start of the next iteration: the output of this one, or an average of its output and its start.
 
-    An error that changes its sign from pass to pass fades sooner when two passes are averaged. With a_k what pass k
-    makes of x_k = a_{k-1}, r_k = a_k - x_k, and where <r_k, r_{k-1}> < 0,
+    An error that alternates in sign fades sooner when two iterates are averaged. With a_k the output of iteration k,
+    started from x_k = a_{k-1}, with r_k = a_k - x_k, and where <r_k, r_{k-1}> < 0,
 
         x_{k+1} = a_k - w r_k,    w = <r_k, r_k - r_{k-1}> / |r_k - r_{k-1}|^2, but at most 1/2,
 
-    a w for each sequence: Anderson's mixing of depth 1, at every other pass at most, never extrapolating. Not as long
-    as there is a state that is off by more than its own size, nor where the squares of steps are no normal numbers, nor
-    where a_k is exact.
+    with one w for each sequence. This is Anderson's mixing of depth 1, at most every other iteration, and it never
+    extrapolates. There is no average while the residual of a state is at least its own size, nor where the squares of
+    r overflow, nor at steps where a_k is exact.
 
     Args:
-      step_before: r_{k-1}; zeros if x_k is not what the pass before made.
-      residual: the largest of all x_k, relative.
-      settled: `(time, 1)`, the steps that so many passes make exact.
+      x: x_k, `(*batch, time, features)`.
+      after: a_k.
+      step_before: r_{k-1}; zeros if x_k is not the output of the previous iteration.
+      residual: the largest relative residual of x_k.
+      settled: `(time, 1)`, the steps that are exact after this many iterations.
+      axis_name: the mesh axis that time is spread over.
 
     Returns:
-      x_{k+1}, and r_k or, after an average, zeros, for the next pass.
+      x_{k+1}, and r_k for the next call; zeros instead of r_k after an average.
 
     References:
       Walker, Ni, "Anderson acceleration for fixed-point iterations", SIAM Journal on Numerical Analysis, 2011.
@@ -154,71 +139,81 @@ def averaged(
     step = after - x
     products = step * step, step * step_before, step_before * step_before
     sums = jnp.stack([jnp.sum(p, axis=(-2, -1), keepdims=True) for p in products])
-    square, turned, square_before = summed(sums, axis_name)  # one exchange between devices
-    size = square - 2 * turned + square_before
-    usable = (turned < 0) & jnp.isfinite(size) & (residual < 1)
-    weight = jnp.minimum((square - turned) / jnp.where(usable, size, 1), 0.5)
+    square, mixed, square_before = summed(sums, axis_name)  # one exchange between devices
+    size = square - 2 * mixed + square_before
+    usable = (mixed < 0) & jnp.isfinite(size) & (residual < 1)
+    weight = jnp.minimum((square - mixed) / jnp.where(usable, size, 1), 0.5)
     moves = usable & ~lax.broadcast_to_rank(settled, x.ndim)
     return jnp.where(moves, after - weight * step, after), jnp.where(usable, 0, step)
 
 
 def iterate(
-    apply: Pass,
+    apply: Iteration,
     first: Array,
     rtol: float,
-    record: Record | None = None,
     *,
     most: int,
     average: bool = True,
     reverse: bool = False,
     axis_name: str | None = None,
-) -> tuple[Array, Record]:
-    """Applies passes until one finds a relative residual of at most `rtol`, or is the `most`-th.
+) -> tuple[Array, Result]:
+    """Iterates until the relative residual is at most `rtol`, is not finite, or `most` iterations have run.
 
     Args:
-      apply: x -> the next x, and the relative residual of this one.
-      first: `(*batch, time, features)` to start from.
-      record: of the iteration that this one goes on with.
-      average: whether passes that would overshoot are averaged.
+      apply: x -> the next x, and the relative residual of this x.
+      first: the initial x, `(*batch, time, features)`.
+      rtol: relative tolerance.
+      most: the largest number of iterations.
+      average: whether iterations that would overshoot are averaged.
       reverse: whether each step depends on the one after it.
       axis_name: the mesh axis that time is spread over.
 
     Returns:
-      The x whose residual the record tells, or, if that is above the tolerance, what the next pass would start from; a
-      residual that is not finite ends the iteration at once.
+      The x whose residual the result reports, if it converged; otherwise the x that the next iteration would start
+      from. The result's status is that of the last residual.
     """
 
-    def going(loop):
-        _, _, record = loop
-        return ~record.converged & (record.iterations < most) & jnp.isfinite(record.residual)
+    def proceed(loop):
+        _, _, result = loop
+        return (result.status == Status.MAX_ITERATIONS) & (result.iterations < most)
 
-    def turn(loop):
-        x, step, record = loop
+    def advance(loop):
+        x, step, result = loop
         after, residual = apply(x)
         x_next = after
         if average:
-            settled = (steps_walked(x.shape[-2], reverse, axis_name) <= record.iterations)[:, None]
+            settled = (steps_done(x.shape[-2], reverse, axis_name) <= result.iterations)[:, None]
             x_next, step = averaged(x, after, step, residual, settled, axis_name)
-        converged = residual <= rtol
-        return jnp.where(converged, x, x_next), step, Record(record.iterations + 1, residual, converged)
+        result = Result(_status(residual, rtol), result.iterations + 1, residual)
+        return jnp.where(result.converged, x, x_next), step, result
 
-    begun = record or Record(jnp.int32(0), jnp.asarray(jnp.finfo(first.dtype).max, first.dtype), jnp.bool(False))
-    begun = begun._replace(converged=jnp.bool(False))
-    begun = jax.tree.map(lambda a: varying_as(a, () if axis_name else (first,)), begun)
-    x, _, ended = lax.while_loop(going, turn, (first, jnp.zeros_like(first), begun))
-    return x, ended
+    unsolved = Result(
+        jnp.int32(Status.MAX_ITERATIONS), jnp.int32(0), jnp.asarray(jnp.finfo(first.dtype).max, first.dtype)
+    )
+    unsolved = jax.tree.map(lambda a: varying_as(a, () if axis_name else (first,)), unsolved)
+    x, _, result = lax.while_loop(proceed, advance, (first, jnp.zeros_like(first), unsolved))
+    return x, result
+
+
+def _status(residual: Array, rtol: float) -> Array:
+    """The status of an iteration that ends with this residual."""
+    failed = jnp.where(jnp.isfinite(residual), jnp.int32(Status.MAX_ITERATIONS), jnp.int32(Status.NOT_FINITE))
+    return jnp.where(residual <= rtol, jnp.int32(Status.SUCCESS), failed)
 
 
 def relative(difference: Array, to: tuple[Array, Array], share: float = 0.0, axis_name: str | None = None) -> Array:
-    """The largest, over all steps, of max |difference| / max |to|, the maxima over the features.
+    """The largest value, over all steps, of max |difference| / max |to|, with maxima over the features.
 
-    Where all are so small that their roundings are flushed to 0, it is relative to the least that has digits.
+    The divisor is at least the smallest number whose rounding error is a normal number: below it all digits are lost.
 
     Args:
       difference: `(*batch, time, features)`.
-      to: what a step comes from, and what it makes of that.
-      share: of the largest of a sequence, against which smaller ones are measured.
+      to: the two arrays that the difference is measured against: the states before and after each step.
+      share: lower bound of the divisor, as a share of the largest one of the sequence.
       axis_name: the mesh axis that time is spread over.
+
+    Returns:
+      One number, the same on all devices that time is spread over.
     """
     scale = jnp.maximum(*(jnp.max(jnp.abs(a), axis=-1, keepdims=True) for a in to))
     if share:
@@ -227,29 +222,34 @@ def relative(difference: Array, to: tuple[Array, Array], share: float = 0.0, axi
     return largest_anywhere(jnp.max(jnp.abs(difference) / jnp.maximum(scale, finfo.tiny / finfo.eps)), axis_name)
 
 
-def or_walked(
+def or_sequential(
     found: Array,
-    record: Record,
-    walk: Callable[[Array, Any], tuple[Array, Array]],
+    result: Result,
+    scan: Callable[[Array, Any], tuple[Array, Array]],
     first: Array,
     steps: Any,
     solver: FixedPoint,
     reverse: bool = False,
     axis_name: str | None = None,
 ) -> Array:
-    """What the iteration found; where it has failed, what stands for it.
+    """The values of an iteration if it converged; otherwise the sequential scan, or NaN, by `solver.on_failure`.
 
     Args:
-      walk: carry, steps with time first -> last carry, values with time first.
-      first: the carry to walk from, `(*batch, features)`.
+      found: the values of the iteration, `(*batch, time, features)`.
+      result: its result.
+      scan: carry, steps with time first -> last carry, values with time first.
+      first: the carry that the scan starts from, `(*batch, features)`.
       steps: arrays `(*batch, time, ...)`.
+      solver: the settings.
+      reverse: whether the scan runs from the last step to the first.
+      axis_name: the mesh axis that time is spread over.
     """
+    if solver.on_failure == "nan":
+        return jnp.where(result.converged, found, jnp.nan)
 
-    def walked():
+    def sequential():
         rows = jax.tree.map(lambda a: jnp.moveaxis(a, first.ndim - 1, 0), steps)
         with jax.default_matmul_precision("highest"):
-            return jnp.moveaxis(chained(lambda carry: walk(carry, rows), first, reverse, axis_name), 0, -2)
+            return jnp.moveaxis(chained(lambda carry: scan(carry, rows), first, reverse, axis_name), 0, -2)
 
-    if solver.on_failure == "sequential":
-        return lax.cond(record.converged, lambda: found, walked)
-    return found if solver.on_failure == "ignore" else jnp.where(record.converged, found, jnp.nan)
+    return lax.cond(result.converged, lambda: found, sequential)

@@ -1,4 +1,4 @@
-"""What each step of a sequence is given, and how segment starts and padding are told to it."""
+"""The inputs of every step of a sequence, and how segment starts and padding are encoded in them."""
 
 from typing import Any, NamedTuple
 
@@ -15,11 +15,11 @@ Mask = Bool[Array, "time *batch"]
 
 
 class Steps(NamedTuple):
-    """What each step is given, all of it known before the walk.
+    """The inputs of all steps, computed for the whole sequence at once.
 
     Attributes:
       u: content W_c x.
-      z: the inputs' part of both gates' pre-activations.
+      z: the inputs' part of both gates' pre-activations, W_x x + b.
     """
 
     u: States
@@ -27,10 +27,10 @@ class Steps(NamedTuple):
 
 
 def masked(steps: Steps, starts: Mask | None, padding: Mask | None) -> Steps:
-    """The steps with masks, told by gates that are shut or open for certain.
+    """The steps with the masks encoded as infinite pre-activations of the gates.
 
-    Where a segment starts, the forget gate's pre-activation is -inf: nothing of c_{t-1} gets through, and the gates do
-    not see it (`seen`). In the padding it is +inf and the input gate's -inf: c_{t-1} passes unchanged.
+    Where a segment starts, the forget gate's pre-activation is -inf: c_{t-1} has no effect on c_t, nor on the gates
+    (`seen`). In the padding it is +inf and the input gate's -inf: c_t = c_{t-1}.
     """
     if starts is None and padding is None:
         return steps
@@ -43,28 +43,28 @@ def masked(steps: Steps, starts: Mask | None, padding: Mask | None) -> Steps:
 
 
 def seen(z_f: Array, c: Array) -> Array:
-    """c_{t-1} as a step sees it: nothing where a forget gate of -inf starts a segment."""
+    """c_{t-1} as the step reads it: 0 where a forget gate of -inf starts a segment."""
     return jnp.where(z_f == -jnp.inf, 0.0, c)
 
 
 def padding_after(seq_lengths: Array, shape: tuple[int, ...], time: int) -> Array:
-    """Where steps are padding: beyond the length of their sequence; `time` is the axis that counts them."""
+    """True where a step is padding, beyond the length of its sequence; `time` is the axis of the steps."""
     return lax.broadcasted_iota(jnp.int32, shape, time) >= jnp.expand_dims(seq_lengths, time)
 
 
 def filled(steps: Steps, time: int) -> Steps:
-    """The steps and after them, up to so many in all, steps that leave the state as it is; time is the first axis."""
+    """The steps, time first, followed by steps that keep the state: `time` steps in all."""
     more = time - len(steps.u)
     if more == 0:
         return steps
     u = jnp.pad(steps.u, [(0, more), *((0, 0),) * (steps.u.ndim - 1)])
-    still = jnp.array([[-jnp.inf], [jnp.inf]], steps.z.dtype)  # no input, all of the state
-    z = jnp.concatenate([steps.z, jnp.broadcast_to(still, (more, *steps.z.shape[1:]))])
+    keep = jnp.array([[-jnp.inf], [jnp.inf]], steps.z.dtype)  # input gate 0, forget gate 1
+    z = jnp.concatenate([steps.z, jnp.broadcast_to(keep, (more, *steps.z.shape[1:]))])
     return Steps(u, z)
 
 
 def checked_lengths(value: ArrayLike | None, batch: tuple[int, ...], time: int | None) -> Array | None:
-    """Lengths of sequences of `time` steps, if there are any; traced ones, or of an unknown time, as they come."""
+    """Checked lengths of sequences of `time` steps, or None; traced ones, or of an unknown time, are not compared."""
     lengths = checked("seq_lengths", value, jnp.integer, batch)
     if value is None or time is None or isinstance(value, Tracer) or not np.size(value):
         return lengths
@@ -75,7 +75,7 @@ def checked_lengths(value: ArrayLike | None, batch: tuple[int, ...], time: int |
 
 
 def checked(name: str, value: ArrayLike | None, kind: Any, shape: tuple[int, ...]) -> Array | None:
-    """A mask or a list of lengths, if there is one, with the kind of dtype and the shape that the inputs ask for."""
+    """A mask or lengths as an array, or None, after a check of its dtype and shape."""
     if value is None:
         return None
     array = jnp.asarray(value)

@@ -182,5 +182,5 @@ def make_loss(model: LanguageModel, config: Config, constrain: Constraint = unco
 
 def mean_iterations(sown: Any) -> Array | float:
     """Of the fixed point solver in a forward pass, the mean over the layers; 0 where nothing was iterated."""
-    results = [layer["record"] for layer in sown.get("solver", {}).values()]
+    results = [layer["result"] for layer in sown.get("solver", {}).values()]
     return jnp.mean(jnp.stack([result.iterations for result in results])) if results else 0.0

@@ -1,4 +1,4 @@
-"""Sequences spread over the devices of a mesh give the states and the gradients of whole ones. Eight CPU devices."""
+"""Sequences spread over the devices of a mesh give the states and gradients of whole ones. Eight CPU devices."""
 
 import contextlib
 import os
@@ -15,50 +15,19 @@ import oracle
 import pytest
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
+from meshes import BATCH, FEATURES, TIME, assert_close, drawn, layer_problem, mesh, needs_devices, spread
 
 import ranjax
-from ranjax import FixedPoint, linear_recurrence
-from ranjax.solvers import adjoint as jacobian
-from ranjax.cell import content, gates_of_input, gates_of_state
-from ranjax.solvers.fixed_point import averaged, iterate
-from ranjax.lm import cross_entropy
-from ranjax.solvers.masks import Steps
-from ranjax.sharding import before, largest
+from ranjax import linear_recurrence
+from ranjax.sharding import largest
+from ranjax.training.metrics import cross_entropy
 
-pytestmark = pytest.mark.skipif(
-    jax.device_count() < 8, reason="needs 8 devices: XLA_FLAGS=--xla_force_host_platform_device_count=8"
-)
-BATCH, TIME, SIZE, FEATURES = 4, 48, 5, 6
-
-
-def mesh(**sizes):
-    count = int(np.prod(tuple(sizes.values())))
-    kinds = (AxisType.Auto,) * len(sizes)
-    return jax.make_mesh(tuple(sizes.values()), tuple(sizes), axis_types=kinds, devices=jax.devices()[:count])
-
-
-def spread(function, devices, in_specs, out_specs):
-    return jax.jit(jax.shard_map(function, mesh=devices, in_specs=in_specs, out_specs=out_specs))
-
-
-def drawn(seed=0):
-    keys = jax.random.split(jax.random.key(seed), 3)
-    decay = jax.nn.sigmoid(jax.random.normal(keys[0], (BATCH, TIME, FEATURES), jnp.float64))
-    inputs = jax.random.normal(keys[1], (BATCH, TIME, FEATURES), jnp.float64)
-    return decay, inputs, jax.random.normal(keys[2], (BATCH, FEATURES), jnp.float64)
-
-
-def gradient(solve, *arrays):
-    return jax.jit(jax.grad(lambda *arrays: jnp.sum(jnp.sin(solve(*arrays)[0])), (0, 1, 2)))(*arrays)
-
-
-def assert_close(a, b, tolerance=1e-11):
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=tolerance), a, b)
+pytestmark = needs_devices
 
 
 @pytest.mark.quick
 @pytest.mark.parametrize("cell", ["lstm", "gru", "rnn"])
-def test_a_batch_of_another_cell_over_devices(x64, cell):
+def test_baselines_over_the_batch(x64, cell):
     model = ranjax.LanguageModel(11, cell=cell, features=FEATURES)
     tokens = np.random.default_rng(0).integers(0, 11, (BATCH, 7))
     params = model.init(jax.random.key(0), tokens, deterministic=True)["params"]
@@ -108,8 +77,8 @@ def test_the_kernel_over_time(x64):
     assert_close(jax.jit(lambda: both(over))(), jax.jit(lambda: both(linear_recurrence))(), 1e-5)
 
 
-def test_one_exchange_whatever_the_number_of_devices(x64):
-    """Two states a device are gathered, once; nothing else of the sequence leaves its device."""
+def test_one_exchange_for_any_number_of_devices(x64):
+    """Two states per device are gathered once; nothing else of the sequence is exchanged."""
     decay, inputs, _ = drawn()
     for devices in (2, 8):
         over = spread(
@@ -132,18 +101,6 @@ def test_batch_and_features_need_no_exchange(x64):
     assert_close(compiled(*placed), linear_recurrence(decay, inputs))
 
 
-def layer_problem(gates, activation="tanh", projection=None):
-    cell = ranjax.RANCell(FEATURES, gates, activation, projection, param_dtype=jnp.float64)
-    keys = jax.random.split(jax.random.key(0), 4)
-    x = jax.random.normal(keys[0], (BATCH, TIME, SIZE), jnp.float64)
-    c0 = jax.random.normal(keys[1], (BATCH, FEATURES), jnp.float64)
-    leaves, tree = jax.tree.flatten(jax.eval_shape(cell.init, keys[2], c0, x[:, 0])["params"])
-    leaves = [
-        0.5 * jax.random.normal(k, p.shape, p.dtype) for k, p in zip(jax.random.split(keys[3], len(leaves)), leaves)
-    ]
-    return cell, jax.tree.unflatten(tree, leaves), x, c0
-
-
 @pytest.mark.parametrize(
     ("gates", "projection", "masks"),
     [("input", None, True), ("diagonal", None, True), ("recurrent", None, True), ("recurrent", 4, False)],
@@ -154,128 +111,28 @@ def test_a_layer_over_time_and_batch(x64, gates, projection, masks):
         jnp.array([TIME, 7, 30, 0]),
         jnp.zeros((BATCH, TIME), bool).at[0, 20].set(True).at[2, 24].set(True),
     )
-    told = {"seq_lengths": lengths, "segment_starts": starts} if masks else {}
+    masked = {"seq_lengths": lengths, "segment_starts": starts} if masks else {}
 
-    def run(layer, params, x, c0, told):
-        return layer.apply({"params": {"cell": params}}, x, initial_carry=c0, **told)
+    def run(layer, params, x, c0, masked):
+        return layer.apply({"params": {"cell": params}}, x, initial_carry=c0, **masked)
 
     axes = P("batch", "time")
     specs = {"seq_lengths": P("batch"), "segment_starts": axes} if masks else {}
     layer = ranjax.RAN(cell, return_carry=True, axis_name="time")
     over = spread(partial(run, layer), mesh(time=4, batch=2), (P(), axes, P("batch"), specs), (P("batch"), axes))
     whole = partial(run, ranjax.RAN(cell, "sequential", return_carry=True))
-    assert_close(over(params, x, c0, told), whole(params, x, c0, told))
+    assert_close(over(params, x, c0, masked), whole(params, x, c0, masked))
 
     def loss(f, params, x, c0):
-        carry, h = f(params, x, c0, told)
+        carry, h = f(params, x, c0, masked)
         return jnp.sum(jnp.sin(h)) + jnp.sum(carry**2)
 
     gradients = (jax.jit(jax.grad(partial(loss, f), (0, 1, 2)))(params, x, c0) for f in (over, whole))
     assert_close(*gradients, 1e-9)
 
 
-@pytest.mark.quick
-def test_an_average_is_of_the_whole_sequence(x64):
-    """Every device alone would say something else: on one the step has turned, on the other it has not."""
-    _, step, _ = drawn()
-    before = jnp.where(jnp.arange(TIME)[None, :, None] < TIME // 2, -3.0, 0.3) * step
-    arrays, axes = (jnp.zeros_like(step), step, before), P(None, "time")
-    others = jnp.float64(0.1), jnp.bool(False)
-    over = spread(lambda *a: averaged(*a, *others, "time"), mesh(time=2), (axes,) * 3, (axes, axes))
-    found, expected = over(*arrays), averaged(*arrays, *others)
-    assert_close(found, expected)
-    half, _ = averaged(*(a[:, : TIME // 2] for a in arrays), *others)
-    assert float(jnp.abs(half - expected[0][:, : TIME // 2]).max()) > 0.01
-    assert float(jnp.abs(expected[0] - step).max()) > 0.01
-
-
-@pytest.mark.parametrize("reverse", [False, True])
-def test_the_steps_that_no_average_may_touch_are_counted_over_the_whole_sequence(x64, reverse):
-    """x_t = b_t - 0.9 x_{t-1}, 12 steps a device: 15 passes make all of one device's exact, and 3 of another's."""
-    b, zero = 0.1 * drawn()[1], jnp.zeros((BATCH, FEATURES))
-
-    def run(b, axis_name=None):
-        def apply(x):
-            after = b - 0.9 * before(x, zero, -2, reverse, axis_name)
-            return after, largest(jnp.max(jnp.abs(after - x)), axis_name)
-
-        return iterate(apply, jnp.zeros_like(b), 1e-12, most=15, reverse=reverse, axis_name=axis_name)[0]
-
-    axes = P(None, "time")
-    assert_close(spread(partial(run, axis_name="time"), mesh(time=4), axes, axes)(b), run(b), 1e-14)
-
-
-def test_the_passes_of_the_gradient_are_those_of_one_device(x64):
-    """Averages and all, long before they end."""
-    _, params, x, c0 = layer_problem("recurrent")
-    params["gates"]["recurrent_kernel"] *= 4
-    states, _ = ranjax.solve(params, x, c0, gates="recurrent", solver="sequential")
-    steps, earlier = Steps(content(params, x), gates_of_input(params, x)), before(states, c0, -2)
-    gates = jax.nn.sigmoid(steps.z + gates_of_state(params, earlier, "tanh"))
-    arrays = jacobian.jacobians_of(steps, earlier, gates, "tanh"), drawn()[1]
-
-    def run(jacobians, g, axis_name=None):
-        way = jacobian.Way(FixedPoint(max_iterations=7, on_failure="ignore"), axis_name)
-        return jax.vjp(lambda r: jacobian.linear_solve(params, jacobians, r, way), g)[1](g)[0]
-
-    axes = P(None, "time")
-    assert_close(spread(partial(run, axis_name="time"), mesh(time=4), (axes, axes), axes)(*arrays), run(*arrays))
-
-
-def test_the_record_is_one_for_the_whole_mesh(x64):
-    """One of the sequences takes more passes than the others: all devices make as many, and say so."""
-    _, params, x, c0 = layer_problem("recurrent")
-    x = x.at[0].multiply(3.0)
-    axes = P("batch", "time")
-    function = partial(ranjax.solve, gates="recurrent", solver=FixedPoint(), axis_name="time")
-    states, record = spread(function, mesh(time=4, batch=2), (P(), axes, P("batch")), (axes, P()))(params, x, c0)
-    expected, alone = ranjax.solve(params, x, c0, gates="recurrent", solver="fixed_point")
-    assert_close(states, expected)
-    assert int(record.iterations) == int(alone.iterations)
-    assert bool(record.converged)
-    np.testing.assert_allclose(record.residual, alone.residual, rtol=0.5)
-
-
-@pytest.mark.parametrize("gates", ["recurrent", "diagonal"])
-def test_devices_wait_for_each_other_without_types_too(x64, gates):
-    """One half of the batch takes more passes than the other; `check_vma=False` must not leave a device alone."""
-    _, params, x, c0 = layer_problem(gates)
-    x = x.at[: BATCH // 2].multiply(0.01).at[BATCH // 2 :].multiply(4.0)
-    axes = P("batch", "time")
-    function = partial(ranjax.solve, gates=gates, solver=FixedPoint(), axis_name="time")
-    over = jax.shard_map(
-        function, mesh=mesh(time=4, batch=2), in_specs=(P(), axes, P("batch")), out_specs=(axes, P()), check_vma=False
-    )
-    states, record = jax.jit(over)(params, x, c0)
-    expected, alone = ranjax.solve(params, x, c0, gates=gates, solver=FixedPoint())
-    assert_close(states, expected, 1e-10)
-    assert int(record.iterations) == int(alone.iterations)
-    whole = partial(ranjax.solve, gates=gates, solver=FixedPoint())
-    assert_close(gradient(over, params, x, c0), gradient(whole, params, x, c0), 1e-9)
-
-
-def test_without_a_name_no_device_waits_for_another(x64):
-    """Batch alone over the mesh: each half makes its own passes, and the gradients are those of one device."""
-    _, params, x, c0 = layer_problem("recurrent")
-    x = x.at[: BATCH // 2].multiply(0.01).at[BATCH // 2 :].multiply(4.0)
-
-    def run(params, x, c0):
-        states, record = ranjax.solve(params, x, c0, gates="recurrent", solver=FixedPoint(window=30))
-        return states, record.iterations[None]
-
-    axes = P("batch")
-    over = spread(run, mesh(batch=2), (P(), axes, axes), (axes, axes))
-    assert "all-reduce" not in over.lower(params, x, c0).compile().as_text()
-    states, iterations = over(params, x, c0)
-    halves = [run(params, x[n : n + 2], c0[n : n + 2]) for n in (0, 2)]
-    assert_close(states, jnp.concatenate([states for states, _ in halves]))
-    assert list(iterations) == [int(count[0]) for _, count in halves]
-    assert iterations[0] < iterations[1]
-    assert_close(gradient(over, params, x, c0), gradient(run, params, x, c0), 1e-9)
-
-
 @pytest.mark.parametrize("gates", [None, "recurrent", "diagonal", "input"])
-def test_inputs_that_are_not_spread_are_told(x64, gates):
+def test_inputs_that_are_not_spread_are_refused(x64, gates):
     cell, _, x, _ = layer_problem(gates or "input")
     if gates is None:
         name, run = "`decay` or `inputs`", lambda x: linear_recurrence(x, x, axis_name="time")
@@ -283,22 +140,6 @@ def test_inputs_that_are_not_spread_are_told(x64, gates):
         name, run = "The inputs", lambda x: ranjax.RAN(cell, axis_name="time").init_with_output(jax.random.key(0), x)[0]
     with pytest.raises(ValueError, match=f"^{name} must be spread over the mesh axis 'time' along time; got the same"):
         spread(run, mesh(time=2), P(), P(None, "time"))(x)
-
-
-@pytest.mark.parametrize("gates", ["recurrent", "diagonal"])
-def test_a_state_that_is_not_finite_is_told(x64, gates):
-    _, params, x, c0 = layer_problem(gates)
-    x = x.at[1, 20].set(jnp.nan)
-    axes = P("batch", "time")
-    found = {}
-    for failure in ("sequential", "nan"):
-        function = partial(ranjax.solve, gates=gates, solver=FixedPoint(on_failure=failure), axis_name="time")
-        over = spread(function, mesh(time=4, batch=2), (P(), axes, P("batch")), (axes, P()))
-        found[failure], record = over(params, x, c0)
-        assert not bool(record.converged)
-    expected, _ = ranjax.solve(params, x, c0, gates=gates, solver="sequential")
-    np.testing.assert_array_equal(jnp.isnan(found["sequential"]), jnp.isnan(expected))
-    assert bool(jnp.all(jnp.isnan(found["nan"])))
 
 
 @pytest.mark.parametrize(("gates", "solver"), [(g, s) for g in ranjax.cell.GATES for s in ("auto", "sequential")])
@@ -318,30 +159,11 @@ def test_a_layer_over_the_batch_alone(x64, gates, solver):
     assert_close(jax.jit(lambda: both(over))(), jax.jit(lambda: both(run))())
 
 
-def test_nothing_is_made_of_nothing():
+def test_overflowing_products_keep_a_zero_carry():
     """Products of decays that overflow leave a carry of 0 as it is."""
     inputs = jnp.zeros((1, 512, 1)).at[0, 500].set(1.0)
     over = spread(partial(linear_recurrence, axis_name="time"), mesh(time=8), P(None, "time"), P(None, "time"))
     assert_close(over(jnp.full((1, 512, 1), 10.0), inputs), linear_recurrence(jnp.full((1, 512, 1), 10.0), inputs), 0)
-
-
-def test_where_the_passes_fail_the_devices_walk_in_turn(x64):
-    _, params, x, c0 = layer_problem("recurrent")
-    kernel = params["gates"]["recurrent_kernel"]
-    params = params | {"gates": params["gates"] | {"recurrent_kernel": 16 * kernel}}
-    settings = FixedPoint(max_iterations=2)
-    axes = P("batch", "time")
-    function = partial(ranjax.solve, gates="recurrent", solver=settings, axis_name="time")
-    over = spread(function, mesh(time=4, batch=2), (P(), axes, P("batch")), (axes, P()))
-    whole = partial(ranjax.solve, gates="recurrent", solver="sequential")
-    states, record = over(params, x, c0)
-    assert not bool(record.converged)
-    assert_close(states, whole(params, x, c0)[0], 1e-10)
-    found, expected = (
-        jax.jit(jax.grad(lambda *a, f=f: jnp.sum(jnp.sin(f(*a)[0])), (1, 2)))(params, x, c0) for f in (over, whole)
-    )
-    scale = max(float(jnp.max(jnp.abs(g))) for g in expected)
-    assert_close(found, expected, 1e-9 * scale)
 
 
 def test_a_language_model_over_time_and_batch(x64):
@@ -420,8 +242,10 @@ def test_across_two_processes(tmp_path):
     assert [out.strip().splitlines()[-1:] for out, _ in said] == [["same 4"]] * 2, said
 
 
-def test_what_cannot_be_spread_is_refused():
-    with pytest.raises(ValueError, match=r"got 'sequential' with .* and axis_name='time', where no device can walk"):
+def test_options_without_all_steps_are_refused():
+    with pytest.raises(
+        ValueError, match=r"got 'sequential' with .* and axis_name='time', where no device has all steps"
+    ):
         ranjax.RAN(ranjax.RANCell(4), "sequential", axis_name="time")
     with pytest.raises(ValueError, match="got 'pallas'"):
         ranjax.RAN(ranjax.RANCell(4, "diagonal"), "pallas", axis_name="time")
@@ -432,16 +256,7 @@ def test_what_cannot_be_spread_is_refused():
         layer.init(jax.random.key(0), jnp.zeros((2, 3, 4)))
 
 
-@pytest.mark.parametrize("gates", ["recurrent", "diagonal"])
-def test_with_time_spread_there_are_no_windows(x64, gates):
-    _, params, x, c0 = layer_problem(gates)
-    axes = P("batch", "time")
-    function = partial(ranjax.solve, gates=gates, solver=FixedPoint(window=5), axis_name="time")
-    over = spread(function, mesh(time=4, batch=2), (P(), axes, P("batch")), (axes, P()))
-    assert_close(over(params, x, c0)[0], ranjax.solve(params, x, c0, gates=gates, solver="sequential")[0])
-
-
-def test_one_of_the_two_that_is_spread_is_enough(x64):
+def test_decay_or_inputs_alone_may_be_spread(x64):
     decay, inputs, _ = drawn()
     axes, function = P(None, "time"), partial(linear_recurrence, axis_name="time")
     over = spread(function, mesh(time=4), (P(), axes), axes)
@@ -452,14 +267,14 @@ def test_one_of_the_two_that_is_spread_is_enough(x64):
 
 @pytest.fixture(params=[jax.set_mesh, contextlib.nullcontext], ids=["set", "named by arrays"])
 def explicit(request):
-    """A mesh whose axes are explicit, which JAX's are unless told otherwise: the one in force, or not."""
+    """A mesh with explicit axes, JAX's default: set for the context, or named by the arrays only."""
     explicit = jax.make_mesh((4,), ("batch",), axis_types=(AxisType.Explicit,), devices=jax.devices()[:4])
     with request.param(explicit):
         yield explicit
 
 
 @pytest.mark.parametrize("solver", ["sequential", "chunked"])
-def test_types_that_name_the_sharding_of_a_batch(x64, explicit, solver):
+def test_a_recurrence_on_an_explicit_mesh(x64, explicit, solver):
     decay, inputs, initial = (np.asarray(a) for a in drawn())
     solve = partial(linear_recurrence, solver=solver)
     expected = oracle.recurrence(decay, inputs, initial)
@@ -473,7 +288,7 @@ def test_types_that_name_the_sharding_of_a_batch(x64, explicit, solver):
 
 
 @pytest.mark.parametrize("manual", ["batch", "time"])
-def test_a_mesh_whose_axes_are_explicit_but_for_the_one_that_is_manual(x64, manual):
+def test_a_mesh_with_explicit_axes_and_one_manual_axis(x64, manual):
     decay, inputs, _ = (np.asarray(a) for a in drawn())
     both = jax.make_mesh((2, 2), ("batch", "time"), axis_types=(AxisType.Explicit,) * 2, devices=jax.devices()[:4])
     axis_name, spec = ("time", P(None, "time")) if manual == "time" else (None, P("batch"))
@@ -483,7 +298,7 @@ def test_a_mesh_whose_axes_are_explicit_but_for_the_one_that_is_manual(x64, manu
         assert_close(over(decay, inputs), oracle.recurrence(decay, inputs))
 
 
-def test_the_largest_of_values_that_are_not_numbers_is_infinite():
+def test_the_largest_of_nan_is_infinite():
     over = spread(lambda a: largest(jnp.max(a), "time"), mesh(time=2), P("time"), P())
     assert float(over(jnp.array([1.0, 2.0]))) == 2
     assert np.isinf(over(jnp.array([jnp.nan, 1.0])))
@@ -493,7 +308,7 @@ def test_the_largest_of_values_that_are_not_numbers_is_infinite():
     ("gates", "solver"),
     [("recurrent", "auto"), ("recurrent", "fixed_point"), ("diagonal", "auto"), ("input", "auto")],
 )
-def test_a_layer_where_types_name_the_sharding_of_a_batch(x64, explicit, gates, solver):
+def test_a_layer_on_an_explicit_mesh(x64, explicit, gates, solver):
     params, x, _ = jax.tree.map(np.asarray, layer_problem(gates)[1:])
     layer = ranjax.RAN(ranjax.RANCell(FEATURES, gates, param_dtype=jnp.float64), solver)
 
@@ -506,10 +321,10 @@ def test_a_layer_where_types_name_the_sharding_of_a_batch(x64, explicit, gates, 
     params, x = (jax.device_put(a, NamedSharding(explicit, spec)) for a, spec in ((params, P()), (x, P("batch"))))
     (_, spread_h), spread_gradient = found(params, x)
     solved, _ = ranjax.solve(params, x, gates=gates, solver=solver)
-    made = ranjax.weights.decompose(params, x, solver=solver)
-    assert {jax.typeof(a).sharding.spec[0] for a in (spread_h, solved, *made[:4])} == {"batch"}
+    parts = ranjax.weights.decompose(params, x, solver=solver)
+    assert {jax.typeof(a).sharding.spec[0] for a in (spread_h, solved, *parts[:4])} == {"batch"}
     assert_close(spread_h, h, 1e-11)
     assert_close(np.tanh(solved), h, 1e-11)
-    assert_close(made.c, solved, 1e-11)
-    assert_close(made.i[:, 0] * made.u[:, 0], made.c[:, 0], 1e-11)
+    assert_close(parts.c, solved, 1e-11)
+    assert_close(parts.i[:, 0] * parts.u[:, 0], parts.c[:, 0], 1e-11)
     assert_close(spread_gradient, gradient, 1e-9)

@@ -1,0 +1,81 @@
+"""Input and diagonal gates, fused: dtypes, what is stored for the gradient, which solver runs."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import oracle
+import pytest
+from networks import ELEMENTWISE, inputs, layer_and_variables
+
+from ranjax import RAN, RANCell, weights
+from ranjax.scan import SOLVERS
+from ranjax.solvers.elementwise import _elementwise
+
+
+@pytest.mark.parametrize("gates", ELEMENTWISE)
+@pytest.mark.parametrize("solver", ["auto", "pallas"])
+def test_sigmoids_of_bfloat16_pre_activations_are_float32(gates, solver):
+    """States to rounding in float32, gradients to one rounding in bfloat16, of the same narrow numbers."""
+    rng = np.random.default_rng(0)
+    z, u = (jnp.asarray(rng.normal(size=shape), jnp.bfloat16) for shape in ((2, 12, 2, 4), (2, 12, 4)))
+    weights = () if gates == "input" else tuple(jnp.asarray(rng.normal(size=(2, 4)), jnp.float32))
+    c0 = jnp.zeros((2, 4))
+
+    def total(z, u):
+        c = _elementwise(c0, weights, (z, u), "tanh", solver)
+        return jnp.sum(jnp.sin(c)), c
+
+    def looped(z, u):
+        c, states = c0, []
+        for t in range(12):
+            z_i, z_f = (z[:, t, n] + (weights[n][None] * jnp.tanh(c) if weights else 0) for n in range(2))
+            c = jax.nn.sigmoid(z_i) * u[:, t] + jax.nn.sigmoid(z_f) * c
+            states.append(c)
+        states = jnp.stack(states, axis=1)
+        return jnp.sum(jnp.sin(states)), states
+
+    (_, got), found = jax.jit(jax.value_and_grad(total, (0, 1), has_aux=True))(z, u)
+    wide = (a.astype(jnp.float32) for a in (z, u))
+    (_, expected), gradients = jax.jit(jax.value_and_grad(looped, (0, 1), has_aux=True))(*wide)
+    np.testing.assert_allclose(got, expected, rtol=0, atol=32 * 2**-23 * np.abs(expected).max())
+    for a, b in zip(found, gradients, strict=True):
+        assert a.dtype == jnp.bfloat16
+        np.testing.assert_allclose(np.asarray(a, np.float32), b, rtol=2**-8, atol=1e-5)
+
+
+@pytest.mark.parametrize("gates", ELEMENTWISE)
+def test_no_gate_is_stored_for_the_gradient(gates):
+    """Stored for the backward pass: x, pre-activations, content and states, nothing else of their size."""
+    layer, variables = layer_and_variables({"gates": gates, "activation": "identity"})
+    _, pullback = jax.vjp(lambda v, x: layer.apply(v, x)[1], variables, inputs(2, 500, 3))
+    words = sum(leaf.size for leaf in jax.tree.leaves(pullback) if leaf.size >= 1000) / (2 * 500)
+    assert words == 3 + 2 * 4 + 4 + 4
+
+
+@pytest.mark.parametrize("gates", ELEMENTWISE)
+@pytest.mark.parametrize("solver", ["pallas", "auto", "sequential"])
+def test_the_selected_solver_runs(gates, solver):
+    layer, x = RAN(RANCell(4, gates), solver), jnp.ones((1, 9, 3))
+    program = jax.make_jaxpr(layer.apply)(layer.init(jax.random.key(0), x), x)
+    assert ("pallas_call" in str(program)) == (
+        solver == "pallas" or (solver == "auto" and jax.default_backend() == "gpu")
+    )
+
+
+@pytest.mark.parametrize("solver", SOLVERS)
+def test_input_gates_with_every_solver(solver):
+    x = inputs(2, 33, 3)
+    layer, variables = layer_and_variables({"gates": "input"}, solver=solver)
+    states, outputs = oracle.ran(variables["params"]["cell"], x, np.zeros((2, 4)), "tanh")
+    carry, h = layer.apply(variables, x)
+    np.testing.assert_allclose(h, outputs, atol=2e-6)
+    np.testing.assert_allclose(carry, states[:, -1], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("solver", ["auto", "sequential", "associative", "chunked"])
+def test_states_are_float32_with_bfloat16_products_and_every_solver(solver):
+    cell, x = RANCell(32, "input", dtype=jnp.bfloat16), inputs(2, 50, 8)
+    variables = RAN(cell).init(jax.random.key(1), x)
+    carry, _ = RAN(cell, solver, return_carry=True).apply(variables, x)
+    parts = weights.decompose(variables["params"]["cell"], x, dtype=jnp.bfloat16)
+    np.testing.assert_allclose(carry, parts.c[:, -1], rtol=0, atol=3e-6)
