@@ -30,15 +30,14 @@ if TYPE_CHECKING:
     from ranjax import generate as generate
     from ranjax import train as train
     from ranjax.cell import RANCell as RANCell
-    from ranjax.solvers.fixed_point import FixedPoint as FixedPoint
-    from ranjax.solvers import solve as solve
     from ranjax.interpret import attribution as attribution
     from ranjax.interpret import memory as memory
     from ranjax.interpret import weights as weights
     from ranjax.layer import RAN as RAN
     from ranjax.lm import LanguageModel as LanguageModel
     from ranjax.scan import linear_recurrence as linear_recurrence
-
+    from ranjax.solvers import solve as solve
+    from ranjax.solvers.fixed_point import FixedPoint as FixedPoint
     from ranjax.training import config as config
 
     __version__: str
@@ -52,7 +51,8 @@ _NAMES = {
     "solve": "solvers",
 }
 _MODULES = {
-    name: name for name in ("cell", "data", "evaluate", "explain", "generate", "kernels", "layer", "lm", "scan", "train")
+    name: name
+    for name in ("cell", "data", "evaluate", "explain", "generate", "kernels", "layer", "lm", "scan", "train")
 } | {
     "attribution": "interpret.attribution",
     "config": "training.config",

@@ -87,7 +87,9 @@ def main() -> None:
             print(f"{number:3}  {name:10} -> {', '.join(below) or 'nothing'}")
     pairs = {(room(above), room(below)) for above, below in arrows()}
     print(f"{len(modules())} modules in {len(rooms)} rooms, {max(map(floor, rooms))} floors, {len(pairs)} arrows")
-    print(f"module by module: {max(map(height, modules()))} floors, {sum(len(imports(n)[0]) for n in modules())} arrows")
+    print(
+        f"module by module: {max(map(height, modules()))} floors, {sum(len(imports(n)[0]) for n in modules())} arrows"
+    )
 
 
 if __name__ == "__main__":

@@ -1,11 +1,11 @@
 """The Python of the README and the docs runs, and the names and flags they use exist."""
 
 import re
+import tomllib
 from dataclasses import fields
 from pathlib import Path
 
 import pytest
-import tomllib
 
 import ranjax
 from ranjax import evaluate, explain, generate

@@ -73,7 +73,9 @@ class Checkpoints:
                     continue  # a training that goes on has put a newer one in its place
                 if isinstance(error, UserError):
                     raise
-                raise UserError(f"{folder} is damaged: its arrays cannot be read. Restore it, or train again.") from None
+                raise UserError(
+                    f"{folder} is damaged: its arrays cannot be read. Restore it, or train again."
+                ) from None
 
     def _open(self, kind: str, **options: Any):
         from orbax.checkpoint import v1 as ocp
