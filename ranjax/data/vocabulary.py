@@ -41,7 +41,7 @@ class Vocabulary(Protocol):
         ...
 
     def content(self) -> object:
-        """What `load_vocabulary` needs to make the same vocabulary again, as JSON."""
+        """What `load_vocabulary` needs to build the same vocabulary again, as JSON."""
         ...
 
 
@@ -225,13 +225,13 @@ def load_vocabulary(path: Path) -> Vocabulary:
         case "bpe", str() if _is_bpe(content):
             return BytePairs(content)
         case name, _ if name in TOKENIZERS:
-            raise UserError(f"{path} must hold what `{name}` reads; got {content!r:.40}. Restore it, or train anew.")
+            raise UserError(f"{path} must hold what `{name}` reads; got {content!r:.40}. Restore it, or train again.")
         case other, _:
             raise UserError(f"{path} names the tokenizer {other!r}; expected one of {', '.join(TOKENIZERS)}.")
 
 
 def _is_bpe(content: str) -> bool:
-    """Whether it is what the library `tokenizers` writes; its own error has no type to tell it by."""
+    """Whether it is what the library `tokenizers` writes; its own error has no type of its own."""
     try:
         model = json.loads(content)["model"]
         return bool(model["vocab"]) and isinstance(model["merges"], list)

@@ -51,7 +51,7 @@ class Checkpoints:
         out = shlex.quote(str(self.run))
         why = {
             "best": f"no epoch of it has been validated. Go on with: python -m ranjax.train --out {out} --resume",
-            "latest": "it had one from its beginning. Restore it, or train anew.",
+            "latest": "it had one from its beginning. Restore it, or train again.",
         }
         none = UserError(f"{self.run} has no {kind} checkpoint: {why[kind]}")
         folder = self.directory / kind
@@ -73,7 +73,9 @@ class Checkpoints:
                     continue  # a training that goes on has put a newer one in its place
                 if isinstance(error, UserError):
                     raise
-                raise UserError(f"{folder} is damaged: its arrays cannot be read. Restore it, or train anew.") from None
+                raise UserError(
+                    f"{folder} is damaged: its arrays cannot be read. Restore it, or train again."
+                ) from None
 
     def _open(self, kind: str, **options: Any):
         from orbax.checkpoint import v1 as ocp
@@ -103,9 +105,9 @@ def _check_shapes(path: Path, saved: list, expected: list) -> None:
     """Orbax's own message for a tree that does not fit does not say what differs."""
     have, want = sorted(a.shape for a in saved), sorted(a.shape for a in expected)
     if not have:
-        raise UserError(f"{path} is damaged: it holds no arrays. Restore it, or train anew.")
+        raise UserError(f"{path} is damaged: it holds no arrays. Restore it, or train again.")
     if have != want:
         raise UserError(
             f"{path} does not fit the configuration beside it: expected arrays of {want}, got {have}. "
-            "Restore the config.json the run was made with."
+            "Restore the config.json that the run began with."
         )
