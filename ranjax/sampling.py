@@ -59,7 +59,7 @@ def sample(key: Array, logits: Array, sampling: Sampling) -> Array:
     if sampling.top_p < 1:
         sums = jnp.cumsum(jax.nn.softmax(jnp.where(kept, logits[order], -jnp.inf)))
         kept &= jnp.concatenate([jnp.zeros(1), sums[:-1]]) < sampling.top_p  # a token counts if those above fall short
-        kept = kept.at[0].set(True)  # whatever float32 makes of the sum
+        kept = kept.at[0].set(True)  # however float32 rounds the sum
     return jax.random.categorical(key, jnp.where(kept[jnp.argsort(order)], logits, -jnp.inf))
 
 
@@ -123,7 +123,7 @@ def prompt_ids(vocabulary: Any, prompt: str) -> Any:
 
 
 def stream(vocabulary: Any, ids: Iterator[int], write: Callable[[str], Any], begun: str) -> None:
-    """Writes tokens as text as soon as they make whole characters; `begun` is what stands before them."""
+    """Writes tokens as text as soon as their characters are whole; `begun` is the text before them."""
     pending: list[int] = []
     end = begun[-1:] or "\n"
     for token in ids:

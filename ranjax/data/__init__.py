@@ -214,7 +214,7 @@ def _known_texts(name: str, known: Known, data_dir: str | Path | None) -> tuple[
 
 
 def identity(ids: np.ndarray) -> dict[str, Any]:
-    """What identifies a text, as `text.json` has it of each split."""
+    """What distinguishes one text from another, as `text.json` has it of each split."""
     return {"tokens": len(ids), "sha256": hashlib.sha256(ids.tobytes()).hexdigest()}
 
 

@@ -97,7 +97,7 @@ def hub_texts(name: str, hub_id: str, config: str) -> list[bytes]:
     except (OSError, ValueError, HTTPError) as error:  # unreachable; or not this configuration in the cache
         raise UserError(
             f"{name} could not be loaded from the hub ({hub_id}): {type(error).__name__}: {error}. Ways out: local "
-            "files with --data-dir DIR; a cached copy, fetched once with a network (HF_HOME tells where); with a "
+            "files with --data-dir DIR; a cached copy, fetched once with a network (HF_HOME says where); with a "
             "cached copy and no network, HF_HUB_OFFLINE=1. Without any of these: the data set python-docs, which "
             "needs no network."
         ) from None

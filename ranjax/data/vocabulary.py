@@ -41,7 +41,7 @@ class Vocabulary(Protocol):
         ...
 
     def content(self) -> object:
-        """What `load_vocabulary` needs to restore the vocabulary, as JSON."""
+        """What `load_vocabulary` needs to build the same vocabulary again, as JSON."""
         ...
 
 

@@ -109,5 +109,5 @@ def _check_shapes(path: Path, saved: list, expected: list) -> None:
     if have != want:
         raise UserError(
             f"{path} does not fit the configuration beside it: expected arrays of {want}, got {have}. "
-            "Restore the config.json the run began with."
+            "Restore the config.json that the run began with."
         )

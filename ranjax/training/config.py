@@ -172,7 +172,7 @@ def _holds(condition: Callable[[Any], Any], value: Any) -> bool:
 # here 0.4 on both.
 Preset = Literal["ptb-small", "ptb-medium", "ptb-large", "text8"]
 _ZAREMBA = Config(optimizer="sgd", schedule="decay", tie=False, dataset="ptb", activation="tanh", warmup=0)
-PRESETS: dict[Preset, Config] = {
+PRESETS = {
     "ptb-small": replace(
         _ZAREMBA, features=(200,), dropout=0.0, learning_rate=1.0, decay=0.5, decay_after=4, epochs=13, batch_size=20,
         steps=20, clip=5.0, init_scale=0.1,

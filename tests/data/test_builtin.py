@@ -87,7 +87,7 @@ def test_answers_repeat_the_letters_one_distance_back(task, copied):
     np.testing.assert_array_equal(letters[at], letters[at - distance])
     counts = Counter(letters[at].tolist())
     assert sorted(counts) == list("abcdefgh")
-    assert _entropy(counts) == pytest.approx(math.log(8), rel=0.01)  # nothing else tells them
+    assert _entropy(counts) == pytest.approx(math.log(8), rel=0.01)  # no other letters predict them
     assert re.fullmatch(
         r"(![a-h]{8}\.*\?[a-h]{8})+" if copied > 1 else r"(![a-h]+\?[a-h])+", text[: 50 * (1 + distance + copied)]
     )

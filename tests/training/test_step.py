@@ -212,6 +212,6 @@ def test_the_learning_rate_decays_once_an_epoch_after_the_first_ones(decay, deca
     per_epoch = 1327
     config = Config(schedule="decay", learning_rate=0.8, decay=decay, decay_after=decay_after)
     rate = jax.jit(step.learning_rate(config, per_epoch))
-    steps = np.concatenate([[0], *([k * per_epoch - 1, k * per_epoch] for k in range(1, 30))])
+    steps = np.concatenate([[0], *([k * per_epoch - 1, k * per_epoch] for k in range(1, 17))])
     expected = 0.8 * np.float64(decay) ** np.maximum(steps // per_epoch + 1 - decay_after, 0)
     np.testing.assert_allclose([float(rate(jnp.int32(n))) for n in steps], expected, rtol=1e-6)
