@@ -30,8 +30,11 @@ def running(code):
     pipes = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE)
     buffered = os.environ | {"PYTHONUNBUFFERED": ""}
     with subprocess.Popen([sys.executable, "-c", interruptible + code], env=buffered, **pipes) as process:
-        assert process.stdout.readline() == b"first\n"
-        yield process
+        try:
+            assert process.stdout.readline() == b"first\n"
+            yield process
+        finally:
+            process.kill()  # where a test has failed
 
 
 def waiting(body="pass"):

@@ -1,11 +1,11 @@
 """The program `train`: flags, messages, exit codes, signals."""
 
-import os
 import re
 import signal
 import subprocess
 import sys
 import time
+from contextlib import contextmanager
 
 import pytest
 from small_runs import command, position, run_program, settings, with_startup_code
@@ -120,11 +120,17 @@ sys.meta_path.insert(0, Waiting())
 )
 
 
+@contextmanager
 def started(out, text, folder, code):
     """A program that trains for long."""
     flags = ["--dataset", text, "--features", "8", "--layers", "1", "--batch-size", "2", "--epochs", "100000"]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    return subprocess.Popen(command("train", *flags, "--out", out), env=with_startup_code(folder, code), **pipes)
+    environment = with_startup_code(folder, code)
+    with subprocess.Popen(command("train", *flags, "--out", out), env=environment, **pipes) as process:
+        try:
+            yield process
+        finally:
+            process.kill()  # where a test has failed
 
 
 def test_ctrl_c_during_the_imports_ends_the_program_without_a_word(pets_text, tmp_path):
@@ -186,17 +192,17 @@ def test_help_is_quick():
     assert min(seconds() for _ in range(3)) < 1.5
 
 
-def test_the_program_needs_no_terminal(pets_text, tmp_path):
-    """As in a job without standard output: signals still stop it."""
+def test_the_program_stops_by_a_signal_without_a_standard_output(pets_text, tmp_path):
+    """As in a job that closes it."""
     out = tmp_path / "run"
     flags = ["--dataset", pets_text, "--features", "8", "--layers", "1", "--epochs", "100000", "--out", out]
     shell = ["sh", "-c", 'exec "$@" >&-', "sh", *command("train", *flags)]
-    process = subprocess.Popen(shell, stderr=subprocess.PIPE, text=True, env=dict(os.environ))
-    deadline = time.monotonic() + 120
-    while not (out / "metrics.jsonl").exists():
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
-    process.terminate()
-    _, error = process.communicate(timeout=60)
+    with subprocess.Popen(shell, stderr=subprocess.PIPE, text=True) as process:
+        try:
+            wait_for_compilation(process, out)
+            process.terminate()
+            _, error = process.communicate(timeout=60)
+        finally:
+            process.kill()  # where the test has failed
     assert (process.returncode, error) == (143, "")
     assert position(load_config(out))[0] > 0
