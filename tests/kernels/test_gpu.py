@@ -95,7 +95,7 @@ def test_tiling_by_shape(monkeypatch, batch, time, features, tiling):
 
 
 @pytest.mark.shipped
-@pytest.mark.parametrize(("time", "tiling"), [(65, (32, 4, 1)), (200, (32, 16, 1))])
+@pytest.mark.parametrize(("time", "tiling"), [(65, (32, 4, 1)), (200, (32, 8, 1))])
 def test_the_shipped_tiling_interpreted(time, tiling):
     recurrence = problem("linear", 2, time, 40)
     assert (gpu.LOADS, gpu.LANES) == (16, 16)
