@@ -11,7 +11,7 @@ from networks import inputs, randomised, variants
 import ranjax
 from ranjax import RAN, RANCell
 
-pytestmark = pytest.mark.quick
+pytestmark = [pytest.mark.quick, pytest.mark.core]
 any_cell = pytest.mark.parametrize("cell", [nn.LSTMCell(4), nn.GRUCell(4), RANCell(4)], ids=lambda c: type(c).__name__)
 
 

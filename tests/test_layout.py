@@ -7,6 +7,8 @@ from graphlib import TopologicalSorter
 import layout
 import pytest
 
+pytestmark = pytest.mark.core
+
 RANKS = {name: rank for rank, names in enumerate(layout.ORDER) for name in names}
 
 

@@ -14,6 +14,8 @@ import ranjax
 from ranjax import weights
 from ranjax.interpret import decomposition
 
+pytestmark = pytest.mark.core
+
 
 @pytest.mark.quick
 @pytest.mark.parametrize(("gates", "activation"), KINDS)

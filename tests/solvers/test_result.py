@@ -9,6 +9,8 @@ from networks import problem, solve
 from ranjax import FixedPoint
 from ranjax.solvers.result import Result, Status
 
+pytestmark = pytest.mark.core
+
 
 def result_of(status, iterations=100, residual=3e-3):
     return Result(jnp.int32(status), jnp.int32(iterations), jnp.float32(residual))

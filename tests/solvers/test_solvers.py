@@ -12,6 +12,8 @@ from networks import problem
 import ranjax
 from ranjax import RAN, FixedPoint, RANCell
 
+pytestmark = pytest.mark.core
+
 
 def test_bad_arguments():
     params, x, _ = problem(dtype=jnp.float32)
