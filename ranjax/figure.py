@@ -1,6 +1,7 @@
 """Figures as files. Matplotlib belongs to the extra `train` and is imported when a figure is drawn."""
 
 import io
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -12,7 +13,11 @@ if TYPE_CHECKING:
 
 def blank_figure(width: float, height: float) -> "Figure":
     """An empty figure of this size in inches, without a window."""
-    from matplotlib.figure import Figure
+    try:
+        from matplotlib.figure import Figure
+    except ValueError:  # MPLBACKEND names a backend that is not here, such as a notebook's; a file needs none
+        del os.environ["MPLBACKEND"]
+        from matplotlib.figure import Figure
 
     return Figure(figsize=(width, height), layout="constrained")
 

@@ -17,7 +17,7 @@ from filelock import FileLock, Timeout
 from ranjax.cli import Stop, Stopped, read_json, refusals, stopping
 from ranjax.data import Corpus, columns, identity, load_corpus, load_split, windows_per_epoch
 from ranjax.data.vocabulary import Vocabulary, load_vocabulary, save_vocabulary
-from ranjax.errors import UserError
+from ranjax.errors import UserError, check_path
 from ranjax.lm import LanguageModel
 from ranjax.training.checkpoint import Checkpoints
 from ranjax.training.config import Config, check, check_same, load_config, normalised, save_config
@@ -176,6 +176,7 @@ def load_run(directory: str | Path) -> Run:
     Raises:
       UserError: if the directory is not a run, has no checkpoint yet, or one that does not fit its settings.
     """
+    check_path("directory", directory)
     directory = Path(os.path.expanduser(directory)).resolve()
     config = load_config(directory)
     vocabulary = load_vocabulary(directory / "vocabulary.json")
