@@ -6,6 +6,7 @@ import io
 import os
 import re
 import urllib.error
+import urllib.parse
 import urllib.request
 import zlib
 from collections.abc import Iterator, Sequence
@@ -163,6 +164,8 @@ def _hub_answers() -> bool:
         return False
     endpoint = os.environ.get("HF_ENDPOINT", "https://huggingface.co")
     try:
+        if not urllib.parse.urlsplit(endpoint).hostname:
+            raise ValueError("there is no host")
         with urllib.request.urlopen(urllib.request.Request(endpoint, method="HEAD"), timeout=10):
             return True
     except urllib.error.HTTPError:
