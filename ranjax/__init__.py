@@ -20,8 +20,14 @@ last over a corpus) and `data`; `config`, `train`, `evaluate`, `generate` and `e
 `__version__`. They are imported when first used, so that programs answer `--help` at once.
 """
 
+import signal
+import sys
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
+
+# `python -m ranjax.PROGRAM` is looking for the program: from here on Ctrl-C ends it without a word, see `cli.start`.
+if sys.argv[:1] == ["-m"] and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 if TYPE_CHECKING:
     from ranjax import data as data

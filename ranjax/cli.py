@@ -7,11 +7,14 @@ import signal
 import sys
 import threading
 import time
+import unicodedata
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from importlib import import_module
+from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from types import NoneType, UnionType
+from typing import Annotated, Any, Union, get_args, get_origin
 
 from ranjax.errors import UserError
 
@@ -23,30 +26,44 @@ def start(main: Callable[[], None], huge_pages: bool = False) -> None:
     """Runs a program as a process of its own: what stands below `if __name__ == "__main__"`.
 
     Ctrl-C ends it at once and without a word, from the imports to the exit, as it ends any program that has nothing to
-    save; where there is something to save, `stopping` takes its place.
+    save; where there is something to save, `stopping` takes its place. For `python -m ranjax.PROGRAM` that holds from
+    the import of `ranjax` on; what Python does before is its own.
 
     Args:
       huge_pages: on Linux, begin once more with an allocator that asks for huge pages. XLA on a CPU allocates the large
         arrays of a step at each step, and mapping them in pages of 4 KiB costs a fifth to a third of a training step
         (`benchmarks/README.md`). glibc reads the setting where a process begins, so that only a new beginning has it;
         the process keeps its number. Not where GLIBC_TUNABLES is set, be it to nothing, nor in a process that was
-        begun for something else, such as a notebook.
+        begun for something else, such as a notebook, a debugger, or a script that runs the program.
     """
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # in the background it may be ignored
         signal.signal(signal.SIGINT, signal.SIG_DFL)
-    if huge_pages and sys.platform == "linux" and "GLIBC_TUNABLES" not in os.environ and _is_the_process():
-        os.environ["GLIBC_TUNABLES"] = TUNABLES
-        os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
+    if huge_pages and sys.platform == "linux":
+        if "GLIBC_TUNABLES" not in os.environ and _is_the_process(main):
+            _restart()
+        elif os.environ.get("GLIBC_TUNABLES") == TUNABLES:
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
     main()
 
 
-def _is_the_process() -> bool:
-    """Whether this process was begun by `python -m MODULE` or `python SCRIPT` for the program that runs in it."""
-    spec = getattr(sys.modules["__main__"], "__spec__", None)
-    file = getattr(sys.modules["__main__"], "__file__", None)
-    given = sys.orig_argv[-len(sys.argv) :]
-    before = sys.orig_argv[: -len(sys.argv)]
-    if given[1:] != sys.argv[1:] or file is None:
+def _restart() -> None:
+    """Begins the process once more; while Python starts, which would answer Ctrl-C by a traceback, it has to wait."""
+    os.environ["GLIBC_TUNABLES"] = TUNABLES
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    with suppress(OSError):  # the interpreter has been moved: it runs without huge pages
+        os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
+
+
+def _is_the_process(main: Callable[[], None]) -> bool:
+    """Whether this process was begun by `python -m MODULE` or `python SCRIPT`, with flags alone before it, for the
+    program that runs in it: whose function is the main module's own."""
+    here = sys.modules["__main__"]
+    spec, file = getattr(here, "__spec__", None), getattr(here, "__file__", None)
+    given, before = sys.orig_argv[-len(sys.argv) :], sys.orig_argv[: -len(sys.argv)]
+    flags = all(word.startswith("-") or previous in ("-X", "-W") for previous, word in pairwise(before))
+    own = getattr(main, "__globals__", None) is vars(here)
+    if given[1:] != sys.argv[1:] or file is None or not (flags and own):
         return False
     if before[-1:] == ["-m"]:
         return spec is not None and given[0] == spec.name
@@ -63,9 +80,29 @@ def options(kind: type, argv: list[str] | None, program: str, default: Any = Non
       default: values of the flags that are not given; None for those of `kind`.
     """
     import tyro  # slow
+    from tyro.constructors import ConstructorRegistry
 
     defaults = {} if default is None else {"default": default}
-    return tyro.cli(kind, args=argv, prog=program, **defaults, **how)
+    registry = ConstructorRegistry()
+    registry.primitive_rule(_optional_text)
+    with registry:
+        return tyro.cli(kind, args=argv, prog=program, **defaults, **how)
+
+
+def _optional_text(info: Any) -> Any:
+    """How a flag of text that may be left out is read: whatever is given, the word None too, is the text."""
+    from tyro.constructors import PrimitiveConstructorSpec
+
+    kinds = {get_args(kind)[0] if get_origin(kind) is Annotated else kind for kind in get_args(info.type)}
+    if info.type_origin not in (Union, UnionType) or kinds != {str, NoneType}:
+        return None
+    return PrimitiveConstructorSpec(
+        nargs=1,
+        metavar="STR",
+        instance_from_str=lambda given: given[0],
+        is_instance=lambda value: value is None or isinstance(value, str),
+        str_from_instance=lambda value: [str(value)],
+    )
 
 
 @contextmanager
@@ -104,8 +141,32 @@ def exit_with_message() -> Iterator[None]:
 
 
 def _fail(message: str) -> None:
-    print(f"error: {message}", file=sys.stderr)
+    print(f"error: {printable(message)}", file=sys.stderr)
     raise SystemExit(1) from None
+
+
+def printable(text: str, keep: str = "") -> str:
+    """A text whose control characters, but for those kept, are their codes: on a terminal they would steer it.
+
+    Example:
+      >>> from ranjax.cli import printable
+      >>> print(printable("\\x1b[2J red"))
+      \\x1b[2J red
+    """
+    control = "Cc", "Cs"  # half characters, too, which cannot be written
+    return "".join(
+        c.encode("unicode_escape").decode() if unicodedata.category(c) in control and c not in keep else c for c in text
+    )
+
+
+def write_visible(text: str) -> None:
+    """Writes a part of a text on a terminal."""
+    print(printable(text, keep="\n\t"), end="", flush=True)
+
+
+def on_terminal() -> bool:
+    """Whether standard output is a terminal; what FORCE_COLOR says is no answer to that."""
+    return sys.stdout is not None and sys.stdout.isatty()
 
 
 class Stopped(SystemExit):
@@ -214,41 +275,6 @@ def refusals(path: Path, mend: str = "--resume goes on with the run") -> Iterato
             f"{path} cannot be written: {error.strerror or error}. What was saved before is intact: {mend} once that "
             "is mended."
         ) from None
-
-
-def free_memory(device: Any) -> int | None:
-    """The free memory of a device in bytes, or None if it is not known.
-
-    GPUs and TPUs report theirs. For a CPU it is the memory of the host that psutil (an optional package) reports as
-    available.
-
-    Args:
-      device: a `jax.Device`.
-
-    Returns:
-      Bytes, or None.
-
-    Example:
-      >>> from types import SimpleNamespace
-      >>> from ranjax.cli import free_memory
-      >>> free_memory(SimpleNamespace(platform="gpu", memory_stats=lambda: {"bytes_limit": 100, "bytes_in_use": 30}))
-      70
-    """
-    if device.platform == "cpu":
-        return _available_memory()
-    stats = device.memory_stats() or {}
-    if "bytes_limit" not in stats or "bytes_in_use" not in stats:
-        return None
-    return max(0, stats["bytes_limit"] - stats["bytes_in_use"])
-
-
-def _available_memory() -> int | None:
-    """The memory of the host in bytes that programs can allocate without swapping; None without psutil."""
-    try:
-        import psutil
-    except ImportError:
-        return None
-    return psutil.virtual_memory().available
 
 
 def lazy(module: str, homes: dict[str, str]) -> Callable[[str], Any]:

@@ -1,8 +1,10 @@
 """What a user can mend: errors whose message says how, and the checks that raise them."""
 
-from collections.abc import Iterable, Iterator
+import os
+import re
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from numbers import Integral
+from numbers import Integral, Real
 from typing import Any
 
 
@@ -37,6 +39,28 @@ def is_size(value: Any, least: int = 1) -> bool:
     return isinstance(value, Integral) and not isinstance(value, bool) and int(value) >= least
 
 
+def is_number(value: Any) -> bool:
+    """Whether it is a real number: True is none."""
+    return isinstance(value, Real) and not isinstance(value, bool)
+
+
+def check_seed(name: str, value: Any) -> None:
+    """Raises a ValueError for an argument that seeds no random numbers."""
+    if not (is_size(value, 0) and value < 2**31):
+        raise ValueError(f"`{name}` must be a whole number in [0, 2**31); got {value!r}.")
+
+
+def is_path(value: Any) -> bool:
+    """Whether it can name a file or a directory."""
+    return isinstance(value, str | os.PathLike) and bool(str(value)) and "\0" not in str(value)
+
+
+def check_path(name: str, value: Any) -> None:
+    """Raises a UserError for an argument that can name no file or directory."""
+    if not is_path(value):
+        raise UserError(f"`{name}` must be a path; got {value!r}.")
+
+
 def flag(name: str) -> str:
     """The flag of a setting.
 
@@ -46,6 +70,26 @@ def flag(name: str) -> str:
       '--batch-size'
     """
     return "--" + name.replace("_", "-")
+
+
+@contextmanager
+def in_flags(names: Sequence[str]) -> Iterator[None]:
+    """Turns a ValueError about one of these arguments into a UserError in the words of a program.
+
+    Example:
+      >>> from ranjax.errors import check_size, in_flags
+      >>> with in_flags(["top_k"]):
+      ...     check_size("top_k", 0)
+      Traceback (most recent call last):
+      ranjax.errors.UserError: --top-k must be a whole number, at least 1; got 0.
+    """
+    try:
+        yield
+    except ValueError as error:
+        message = str(error)
+        for name in names:  # `tie` as --tie, cell='ran' as --cell ran
+            message = re.sub(rf"\b{name}='?([\w-]+)'?", rf"{flag(name)} \1", message.replace(f"`{name}`", flag(name)))
+        raise UserError(message) from None
 
 
 @contextmanager

@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING
 
 from ranjax import cli
 from ranjax.choices import Split
+from ranjax.device import check_device
 
 if TYPE_CHECKING:
     from ranjax.training.metrics import Evaluation as Evaluation
@@ -39,27 +40,30 @@ class Options:
     """Another corpus; that of the run if not given. Its text is read with the run's vocabulary."""
     data_dir: str | None = None
     """Folder of the data set; that of the run if neither is given."""
-    split: Split = "test"
-    """Which part of the corpus."""
+    split: Split | None = None
+    """Which part of the corpus; if not given, the test split, or the whole of another text that is one file."""
 
 
 def main(argv: list[str] | None = None) -> None:
     """The program."""
     with cli.exit_with_message():
         options = cli.options(Options, argv, "python -m ranjax.evaluate")
-        from ranjax.data import load_split
+        check_device()
+        from ranjax.data import load_split, split_of
         from ranjax.data.vocabulary import unknown
         from ranjax.training.metrics import make_evaluator
         from ranjax.training.run import load_run, load_text
 
         run = load_run(options.checkpoint)
         if options.dataset is None:
-            ids = load_text(run, options.checkpoint, options.split, options.data_dir)
+            split = options.split or "test"
+            ids = load_text(run, options.checkpoint, split, options.data_dir)
         else:
-            ids = load_split(options.dataset, options.split, run.vocabulary, options.data_dir)
+            split = options.split or split_of(options.dataset)
+            ids = load_split(options.dataset, split, run.vocabulary, options.data_dir)
         evaluation = make_evaluator(run.model, run.config.streams)(run.params, ids)
         line = evaluation.line(run.vocabulary.unit, unknown(run.vocabulary, ids[1:]))
-        print(f"{options.dataset or run.config.dataset} {options.split}: {line}")
+        print(f"{options.dataset or run.config.dataset} {split}: {line}")
 
 
 if __name__ == "__main__":

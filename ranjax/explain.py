@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING
 
 from ranjax import cli
 from ranjax.choices import Reduction
-from ranjax.errors import UserError
+from ranjax.device import check_device
+from ranjax.errors import UserError, check_size, in_flags
 
 if TYPE_CHECKING:
     from ranjax.interpret.explanation import Explanation as Explanation
@@ -93,9 +94,9 @@ def main(argv: list[str] | None = None) -> None:
     with cli.exit_with_message():
         given = cli.options(Options, argv, "python -m ranjax.explain")
         text, out = read_text(given), checked_out(given)
-        if given.top < 1:
-            raise UserError(f"--top must be at least 1; got {given.top}.")
-
+        with in_flags(["top"]):
+            check_size("top", given.top)
+        check_device()
         from ranjax.interpret.explanation import DRAWN, explain
         from ranjax.interpret.render import draw_pairs, print_sources, write_page
         from ranjax.training.run import load_run

@@ -5,7 +5,8 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from ranjax import cli
-from ranjax.errors import UserError
+from ranjax.device import check_device
+from ranjax.errors import check_seed, check_size, in_flags
 
 if TYPE_CHECKING:
     from ranjax.sampling import Sampling as Sampling
@@ -21,7 +22,8 @@ __getattr__ = cli.lazy(
 
 @dataclass(frozen=True)
 class Options:
-    """Writes text that follows a prompt, token by token."""
+    """Writes text that follows a prompt, token by token. On a terminal, control characters are shown as their codes; a
+    file or a pipe gets the text as it is."""
 
     checkpoint: str
     """The --out directory of a run."""
@@ -44,17 +46,17 @@ def main(argv: list[str] | None = None) -> None:
     with cli.exit_with_message():
         options = cli.options(Options, argv, "python -m ranjax.generate")
         cli.check_utf8("--prompt", options.prompt)
-        if not 0 <= options.seed < 2**31:
-            raise UserError(f"--seed must be a whole number in [0, 2**31); got {options.seed}.")
-        if options.length < 1:
-            raise UserError(f"--length must be at least 1; got {options.length}.")
+        check_device()
         from ranjax.sampling import Sampling, generate, prompt_ids, stream
         from ranjax.training.run import load_run
 
-        sampling = Sampling(options.temperature, options.top_k, options.top_p)
+        with in_flags(("seed", "length", "temperature", "top_k", "top_p")):
+            check_seed("seed", options.seed)
+            check_size("length", options.length)
+            sampling = Sampling(options.temperature, options.top_k, options.top_p)
         run = load_run(options.checkpoint)
         prompt = prompt_ids(run.vocabulary, options.prompt)
-        write = partial(print, end="", flush=True)
+        write = cli.write_visible if cli.on_terminal() else partial(print, end="", flush=True)
         write(options.prompt)
         ids = generate(run, prompt, options.length, sampling, options.seed)
         stream(run.vocabulary, ids, write, options.prompt)

@@ -12,7 +12,7 @@ import numpy as np
 from jax import Array
 from jax.typing import ArrayLike
 
-from ranjax.errors import UserError, check_size, fitting, is_size
+from ranjax.errors import UserError, check_seed, check_size, fitting, is_number
 from ranjax.lm import LanguageModel, checked_text, zero_state
 
 
@@ -34,6 +34,9 @@ class Sampling:
       temperature: divides the logits; 0 takes the likeliest token.
       top_k: only that many likeliest tokens; None: all.
       top_p: only the likeliest tokens whose probabilities reach that sum together; 1.0: all.
+
+    Raises:
+      ValueError: for a temperature that is not finite or below 0, a `top_k` that is no size, a `top_p` out of (0, 1].
     """
 
     temperature: float = 1.0
@@ -41,12 +44,11 @@ class Sampling:
     top_p: float = 1.0
 
     def __post_init__(self):
-        if not 0 <= self.temperature < math.inf:
-            raise UserError(f"--temperature must be finite and at least 0; got {self.temperature}.")
-        if self.top_k is not None and not is_size(self.top_k):
-            raise UserError(f"--top-k must be a whole number, at least 1; got {self.top_k}.")
-        if not 0 < self.top_p <= 1:
-            raise UserError(f"--top-p must be in (0, 1]; got {self.top_p}.")
+        if not (is_number(self.temperature) and 0 <= self.temperature < math.inf):
+            raise ValueError(f"`temperature` must be finite and at least 0; got {self.temperature!r}.")
+        check_size("top_k", self.top_k, optional=True)
+        if not (is_number(self.top_p) and 0 < self.top_p <= 1):
+            raise ValueError(f"`top_p` must be in (0, 1]; got {self.top_p!r}.")
 
 
 def sample(key: Array, logits: Array, sampling: Sampling) -> Array:
@@ -75,12 +77,14 @@ def generate(
       prompt: ids, at least one; `prompt_ids` returns those of a text.
       length: how many are to follow.
       sampling: how each is drawn.
-      seed: of the draws.
+      seed: of the draws, a whole number in [0, 2**31).
 
     Raises:
-      ValueError: for a prompt without ids, or with others than the model's; for a length that is no size.
+      ValueError: for a prompt without ids, or with others than the model's; for a length that is no size, or a seed
+        out of its range.
     """
     check_size("length", length)
+    check_seed("seed", seed)
     ids = checked_text("prompt", prompt, run.model.vocabulary)
     if not len(ids):
         raise ValueError("`prompt` must have at least one id; got none. `prompt_ids` returns some for any text.")

@@ -3,6 +3,7 @@
 from typing import TYPE_CHECKING
 
 from ranjax import cli
+from ranjax.device import check_device
 
 if TYPE_CHECKING:
     from ranjax.training.config import PRESETS as PRESETS
@@ -21,6 +22,7 @@ def main(argv: list[str] | None = None) -> None:
         from ranjax.training.config import parse
 
         config = parse(argv)
+        check_device()
         from ranjax.training.run import train
 
         train(config)

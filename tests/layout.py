@@ -9,7 +9,7 @@ PACKAGE = Path(__file__).resolve().parents[1] / "ranjax"
 # From the ground up: a room imports from those before it only, and from none beside it on the same line.
 ORDER = (
     ("errors", "choices"),
-    ("cli", "sharding"),
+    ("cli", "device", "sharding"),
     ("kernels", "data", "figure"),
     ("scan",),
     ("cell",),

@@ -14,7 +14,7 @@ import threading
 
 import jax.numpy as jnp
 import pytest
-from small_runs import files_of_at_most
+from small_runs import files_of_at_most, with_startup_code
 
 from ranjax import cli
 from ranjax.cli import Stop, Stopped, exit_with_message, stopping
@@ -251,19 +251,58 @@ cli.start(lambda: print(repr(os.environ.get("GLIBC_TUNABLES")), sys.argv[1:]), h
         (["-m", "script"], "glibc.malloc.check=1", False),
         (["-c", SCRIPT], None, False),
         (["-c", "import runpy; runpy.run_path('script.py', run_name='__main__')"], None, False),
+        (["caller.py"], None, False),
+        (["other.py", "run", "-m", "script"], None, False),
+        (["-"], None, False),
     ],
 )
 def test_a_program_restarts_once_with_huge_pages(command, setting, restarts, tmp_path):
     """On Linux, where nothing is set and the process is its own."""
     (tmp_path / "script.py").write_text(SCRIPT)
+    calls = "import runpy, sys\nrunpy.run_path('script.py', run_name='__main__')"
+    (tmp_path / "caller.py").write_text(calls)  # with flags of its own
+    (tmp_path / "other.py").write_text(  # as coverage and debuggers do
+        "import runpy, sys\nsys.path.insert(0, '.')\nsys.argv[1:4] = []\n"
+        "runpy.run_module('script', run_name='__main__', alter_sys=True)"
+    )
     restarts = restarts and sys.platform == "linux"
     environment = {name: value for name, value in os.environ.items() if name != "GLIBC_TUNABLES"}
     environment |= {} if setting is None else {"GLIBC_TUNABLES": setting}
     command = [sys.executable, *command, "a b"]
-    ended = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True, check=True)
+    given = {"input": calls} if "-" in command else {}
+    ended = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True, check=True, **given)
     *numbers, last = ended.stdout.splitlines()
     assert (len(numbers), len(set(numbers))) == (2 if restarts else 1, 1)  # it keeps its process number
     assert last == f"{(cli.TUNABLES if restarts else setting)!r} ['a b']"
+
+
+@pytest.mark.parametrize("where", ["the imports", "the restart"])
+@pytest.mark.parametrize("program", PROGRAMS)
+def test_ctrl_c_while_a_program_starts_ends_it_without_a_word(program, where, tmp_path):
+    """In the first import of the programs; where Python itself starts for the second time."""
+    interrupt = "import os, signal\nos.kill(os.getpid(), signal.SIGINT)\n"
+    startup = "import os, signal\nsignal.signal(signal.SIGINT, signal.default_int_handler)\n"
+    if where == "the imports":
+        (tmp_path / "json.py").write_text(interrupt)
+    elif program == "generate" or sys.platform != "linux":
+        pytest.skip("it does not restart")
+    else:
+        startup += "if 'GLIBC_TUNABLES' in os.environ: os.kill(os.getpid(), signal.SIGINT)\n"
+    environment = with_startup_code(tmp_path, startup)
+    environment.pop("GLIBC_TUNABLES", None)
+    command = [sys.executable, "-m", f"ranjax.{program}", "--help"]
+    ended = subprocess.run(command, env=environment, capture_output=True, check=False, timeout=60)
+    assert (ended.returncode, ended.stdout, ended.stderr) == (-signal.SIGINT, b"", b"")
+
+
+def test_importing_the_library_leaves_ctrl_c_alone():
+    code = "import signal\nsignal.signal(signal.SIGINT, signal.default_int_handler)\nimport ranjax, ranjax.cli\n"
+    code += "print(signal.getsignal(signal.SIGINT) is signal.default_int_handler)"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, check=True).stdout == b"True\n"
+
+
+def test_control_characters_of_a_message_are_codes(capsys):
+    assert_exits(UserError("no \x1b[2J token\r\n\udce9 é"), 1, capsys, r"error: no \\x1b\[2J token\\r\\n\\udce9 é\n")
 
 
 @pytest.mark.parametrize("program", PROGRAMS)

@@ -100,6 +100,8 @@ def test_a_run_finds_its_data_set_from_any_directory(tmp_path, monkeypatch, caps
             r"the test split of ranjax\.data\.builtin does not fit the model: .* not the characters '0', '1'",
         ),
         (["--checkpoint", "{run}", "--dataset", ""], "there is no data set or path ''"),
+        (["--checkpoint", "{run}", "--data-dir", "{tmp}/none"], "--data-dir .*/none is not a directory"),
+        (["--checkpoint", "{run}", "--dataset", "markov", "--data-dir", "{tmp}/none"], "--data-dir .*/none is not a "),
     ],
 )
 def test_bad_input_is_one_message(flags, message, pets_run, tmp_path, capsys):
@@ -109,7 +111,36 @@ def test_bad_input_is_one_message(flags, message, pets_run, tmp_path, capsys):
     assert re.fullmatch(f"error: .*{message}.*\n", capsys.readouterr().err)
 
 
+def test_another_text_that_is_one_file_is_evaluated_whole(pets_run, tmp_path, capsys):
+    (tmp_path / "held-out.txt").write_text(TEXT)
+    (tmp_path / "one.txt").write_text("the cat")
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "folder" / "test.txt").write_text(TEXT)
+    (tmp_path / "folder" / ".DS_Store").write_bytes(b"\0")
+    flags = ["--checkpoint", str(pets_run[0].directory), "--dataset"]
+    for name, split, tokens in (
+        ("held-out.txt", "whole", len(TEXT)),
+        ("one.txt", "whole", 7),
+        ("folder", "test", len(TEXT)),
+    ):
+        evaluate.main([*flags, str(tmp_path / name)])
+        line = capsys.readouterr().out
+        assert f"{name} {split}: perplexity" in line
+        assert line.endswith(f" {tokens - 1} tokens\n")
+
+
+def test_training_and_evaluation_report_the_same(tmp_path, capsys):
+    for split, text in (("train", "the cat sat on\n" * 60), ("valid", "the cat\n"), ("test", "the zebra sat\n" * 9)):
+        (tmp_path / f"{split}.txt").write_text(text)
+    config = settings(tmp_path, tmp_path / "run", epochs=1)
+    train.train(config)
+    trained = re.search(r"^test: (.*); saved in", capsys.readouterr().out, re.MULTILINE)[1]
+    evaluate.main(["--checkpoint", config.out])
+    assert capsys.readouterr().out.endswith(f" test: {trained}\n")
+    assert trained.endswith(" of them <unk>")
+
+
 def test_the_options_default_to_the_test_split_of_the_run():
     assert dataclasses.asdict(evaluate.Options("x")) == {
-        "checkpoint": "x", "dataset": None, "data_dir": None, "split": "test"
+        "checkpoint": "x", "dataset": None, "data_dir": None, "split": None
     }  # fmt: skip

@@ -7,8 +7,10 @@ import re
 import subprocess
 import sys
 
+import jax
 import numpy as np
 import pytest
+from small_runs import files_of_at_most
 
 import ranjax
 from ranjax import explain, train, weights
@@ -68,6 +70,33 @@ def test_the_terminal_shows_the_strongest_sources_of_each_word(run, capsys):
         assert total == pytest.approx(float(logit.split("logit ")[1]), abs=0.05)
 
 
+def test_the_word_none_is_a_text(run, capsys):
+    explain.main(["--checkpoint", run, "--text", "None"])
+    assert "0 <unk>" in capsys.readouterr().out
+
+
+def test_a_top_that_is_no_size_is_refused(run):
+    with pytest.raises(ValueError, match="`top` must be a whole number, at least 1; got 0"):
+        explain.explain(load_run(run), "the cat", top=0)
+
+
+def test_a_text_is_explained_where_jit_is_disabled(run):
+    expected = explain.explain(load_run(run), "the cat sat").layers[0]
+    with jax.disable_jit():
+        found = explain.explain(load_run(run), "the cat sat").layers[0]
+    np.testing.assert_array_equal(found.pairs, expected.pairs)
+
+
+@pytest.mark.parametrize("name", ["it.html", "it.png"])
+def test_a_page_or_a_figure_is_written_whole_or_not_at_all(name, run, tmp_path, capsys):
+    (tmp_path / name).write_text("the old one")
+    with files_of_at_most(5000):
+        error = message(["--checkpoint", run, "--text", "the cat", "--out", str(tmp_path / name)], capsys)
+    assert "cannot be written: File too large" in error
+    assert (tmp_path / name).read_text() == "the old one"
+    assert [path.name for path in tmp_path.iterdir()] == [name]
+
+
 def test_unknown_words_are_shown_as_unk(run, capsys):
     explain.main(["--checkpoint", run, "--text", "the aardvark sat"])
     assert "1 <unk>" in capsys.readouterr().out
@@ -101,7 +130,7 @@ def test_bad_input_ends_the_program_with_a_message(run, tmp_path, capsys):
         (["--text", "cat", "--out", str(tmp_path / "dir.html")], "cannot be written: Is a directory"),
         (["--file", str(tmp_path / "latin.txt")], "is not UTF-8"),
         (["--text", "cat", "--layer", "3"], "--layer must be from 1 to 2"),
-        (["--text", "cat", "--top", "0"], "--top must be at least 1"),
+        (["--text", "cat", "--top", "0"], "--top must be a whole number, at least 1"),
         (["--text", "cat", "--out", "page.pdf"], "--out must end in .html"),
         (["--text", "cat", "--out", str(tmp_path / "no" / "page.html")], "must be in a directory that exists; got"),
         (

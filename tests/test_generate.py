@@ -5,9 +5,9 @@ import re
 import sys
 
 import pytest
-from small_runs import TEXT
+from small_runs import TEXT, settings
 
-from ranjax import evaluate, generate, sampling
+from ranjax import evaluate, generate, sampling, train
 
 
 def test_the_names_of_the_program_are_those_of_sampling():
@@ -47,6 +47,28 @@ def test_the_flags_of_the_program_reach_the_draws(pets_run, monkeypatch):
     }  # fmt: skip
 
 
+def test_control_characters_are_shown_as_codes_on_a_terminal_and_written_to_a_file(tmp_path, capsys, monkeypatch):
+    (tmp_path / "red.txt").write_text("\x1b[31mred\x07\ttab\n" * 100)
+    out = str(tmp_path / "run")
+    train.train(settings(tmp_path / "red.txt", out, epochs=1))
+    capsys.readouterr()
+    flags = ["--checkpoint", out, "--prompt", "\x1b[31mred\x07\t", "--length", "40", "--temperature", "0"]
+    generate.main(flags)
+    raw = capsys.readouterr().out
+    assert raw.startswith("\x1b[31mred\x07\t")
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+    generate.main(flags)
+    shown = capsys.readouterr().out
+    assert shown == raw.replace("\x1b", r"\x1b").replace("\x07", r"\x07")
+    assert "\x1b" not in shown
+
+
+def test_the_word_none_is_a_prompt(pets_run, capsys):
+    with pytest.raises(SystemExit, match="1"):
+        generate.main(["--checkpoint", str(pets_run[0].directory), "--prompt", "None"])
+    assert "the prompt does not fit the model: " in capsys.readouterr().err
+
+
 def test_a_missing_standard_output_is_no_error(pets_run, monkeypatch):
     monkeypatch.setattr(sys, "stdout", None)
     generate.main(["--checkpoint", str(pets_run[0].directory), "--length", "2"])
@@ -56,12 +78,12 @@ def test_a_missing_standard_output_is_no_error(pets_run, monkeypatch):
     ("flags", "message"),
     [
         (["--checkpoint", "~nosuchuser/x"], "~nosuchuser/x is not a run: it has no config.json"),
-        (["--length", "0"], "--length must be at least 1; got 0"),
+        (["--length", "0"], "--length must be a whole number, at least 1; got 0"),
         (["--prompt", "XYZ"], "the prompt does not fit the model: .*'X', 'Y', 'Z'"),
         (["--prompt", "caf\udce9"], r"--prompt is not UTF-8 text; got 'caf\\udce9'"),
         (["--temperature", "nan"], "--temperature must be finite and at least 0"),
         (["--top-p", "0"], r"--top-p must be in \(0, 1\]; got 0"),
-        (["--top-k", "0"], "--top-k must be a whole number, at least 1; got 0"),
+        (["--top-k", "0"], "--top-k must be a whole number, at least 1, or None; got 0"),
         (["--seed", "-1"], r"--seed must be a whole number in \[0, 2\*\*31\); got -1"),
         (["--seed", "2147483648"], r"--seed must be a whole number in \[0, 2\*\*31\)"),
     ],

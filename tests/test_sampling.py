@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 
 from ranjax.data.vocabulary import Bytes, Characters, Words
-from ranjax.errors import UserError
 from ranjax.lm import LanguageModel
 from ranjax.sampling import Sampling, generate, prompt_ids, sample, stream
 
@@ -71,17 +70,26 @@ def test_the_last_of_many_tokens_is_drawn():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"top_k": 2.5}, r"--top-k must be a whole number, at least 1; got 2\.5"),
-        ({"top_k": 0}, "--top-k must be a whole number, at least 1; got 0"),
-        ({"top_p": 0.0}, r"--top-p must be in \(0, 1\]; got 0\.0"),
-        ({"top_p": 1.5}, r"--top-p must be in \(0, 1\]; got 1\.5"),
-        ({"temperature": math.nan}, "--temperature must be finite and at least 0; got nan"),
-        ({"temperature": -1.0}, r"--temperature must be finite and at least 0; got -1\.0"),
+        ({"top_k": 2.5}, r"`top_k` must be a whole number, at least 1, or None; got 2\.5"),
+        ({"top_k": 0}, "`top_k` must be a whole number, at least 1, or None; got 0"),
+        ({"top_p": 0.0}, r"`top_p` must be in \(0, 1\]; got 0\.0"),
+        ({"top_p": 1.5}, r"`top_p` must be in \(0, 1\]; got 1\.5"),
+        ({"temperature": math.nan}, "`temperature` must be finite and at least 0; got nan"),
+        ({"temperature": -1.0}, r"`temperature` must be finite and at least 0; got -1\.0"),
+        ({"temperature": "x"}, "`temperature` must be finite and at least 0; got 'x'"),
+        ({"temperature": True}, "`temperature` must be finite and at least 0; got True"),
+        ({"top_p": None}, r"`top_p` must be in \(0, 1\]; got None"),
     ],
 )
 def test_options_out_of_range_are_refused(options, message):
-    with pytest.raises(UserError, match=message):
+    with pytest.raises(ValueError, match=message):
         Sampling(**options)
+
+
+@pytest.mark.parametrize("seed", [-1, 2**31, 10**30, 0.5, True, None])
+def test_a_seed_out_of_range_is_refused(seed, trained):
+    with pytest.raises(ValueError, match=r"`seed` must be a whole number in \[0, 2\*\*31\); got"):
+        generate(trained, [0], 3, Sampling(), seed)
 
 
 @pytest.mark.parametrize("cell", ["ran", "lstm"])

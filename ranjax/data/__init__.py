@@ -5,17 +5,17 @@ A corpus is three arrays of token ids and the vocabulary that explains them.
 
 import hashlib
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from ranjax.data.builtin import TASKS, python_docs, task_of, task_texts
-from ranjax.data.files import SPLITS, hub_texts, path_texts
+from ranjax.data.files import SPLITS, WHOLE, hub_texts, is_one_text, path_texts
 from ranjax.data.vocabulary import TOKENIZERS, BytePairs, Bytes, Characters, Vocabulary, Words
-from ranjax.errors import UserError, check_choice, fitting
+from ranjax.errors import UserError, check_choice, check_path, check_size, fitting
 
 
 @dataclass(frozen=True)
@@ -45,29 +45,48 @@ class Known:
       tokenizer: its usual one.
       closed: its words are the published vocabulary, all of them; otherwise rare words become `<unk>`.
       hub: id and configuration on the hub, or None where only local files serve.
-      totals: published numbers of its usual tokens, `<eos>` included, of train, valid and test, and of the vocabulary.
+      totals: published numbers of its usual tokens, `<eos>` included, of train, valid and test, and of the vocabulary;
+        None for one that is not known.
+      revision: on the hub, a commit; "main" where none is known, and the totals alone say whether it is the text.
     """
 
     tokenizer: str
     closed: bool = False
     hub: tuple[str, str] | None = None
-    totals: tuple[int, int, int, int] | None = None
+    totals: tuple[int | None, ...] = (None,) * 4
+    revision: str = "main"
 
-    def all_of_it(self, source: str) -> bool:
-        """Whether the text must have the published totals: words, and what is of the hub."""
-        return self.totals is not None and (self.closed or (self.hub is not None and source == self.hub[0]))
+    def has(self, totals: tuple[int, ...], source: str) -> bool:
+        """Whether these are the published totals; of a part of a text in local files, words alone must have them."""
+        of_the_hub = self.hub is not None and source.startswith(f"{self.hub[0]}@")
+        same = all(published in (None, got) for published, got in zip(self.totals, totals, strict=True))
+        return same or not (self.closed or of_the_hub)
+
+
+def _wikitext(size: str, closed: bool, train: int | None, vocabulary: int | None) -> Known:
+    """A WikiText: those of both sizes are validated and tested on the same articles."""
+    totals, commit = (train, 217_646, 245_569, vocabulary), "b08601e04326c79dfdd32d625aee71d232d685c3"
+    return Known("word", closed, ("Salesforce/wikitext", f"wikitext-{size}-v1"), totals, commit)
 
 
 KNOWN = {
-    "wikitext-2": Known("word", True, ("Salesforce/wikitext", "wikitext-2-v1"), (2_088_628, 217_646, 245_569, 33_278)),
-    "wikitext-103": Known("word", True, ("Salesforce/wikitext", "wikitext-103-v1")),
-    "wikitext-2-raw": Known("word", False, ("Salesforce/wikitext", "wikitext-2-raw-v1")),
-    "wikitext-103-raw": Known("word", False, ("Salesforce/wikitext", "wikitext-103-raw-v1")),
+    "wikitext-2": _wikitext("2", True, 2_088_628, 33_278),
+    "wikitext-103": _wikitext("103", True, 103_227_021, 267_735),
+    "wikitext-2-raw": _wikitext("2-raw", False, None, None),
+    "wikitext-103-raw": _wikitext("103-raw", False, None, None),
     "ptb": Known("word", True, None, (929_589, 73_760, 82_430, 10_000)),
     "text8": Known("character", False, ("afmck/text8", "default"), (90_000_000, 5_000_000, 5_000_000, 27)),
     "enwik8": Known("byte"),
 }
 EMBEDDED = {"python-docs": "bpe", "markov": "character"}  # and their usual tokenizers
+
+
+class Texts(NamedTuple):
+    """Texts of a corpus: where they come from, and how they usually become tokens."""
+
+    source: str
+    parts: list[bytes]
+    tokenizer: str
 
 
 def load_corpus(name: str | Path, data_dir: str | Path | None = None, tokenizer: str | None = None) -> Corpus:
@@ -100,18 +119,22 @@ def load_corpus(name: str | Path, data_dir: str | Path | None = None, tokenizer:
     if tokenizer is not None and tokenizer not in TOKENIZERS:
         raise UserError(f"`tokenizer` must be one of {', '.join(TOKENIZERS)}; got {tokenizer!r}.")
     name = str(name)
-    source, texts = _texts(name, data_dir)
-    known = KNOWN.get(name)
-    usual = EMBEDDED.get(name) or (known.tokenizer if known else "word" if Path(source).is_dir() else "character")
-    return _corpus(name, source, texts, tokenizer or usual, known)
+    texts = _texts(name, data_dir)
+    return _corpus(name, texts.source, texts.parts, tokenizer or texts.tokenizer, KNOWN.get(name))
 
 
 def load_split(name: str | Path, split: str, vocabulary: Vocabulary, data_dir: str | Path | None = None) -> np.ndarray:
     """The ids of one split of a corpus, read with the vocabulary of a trained model.
 
+    Args:
+      name: as of `load_corpus`. A directory need hold no more than this split.
+      split: `"train"`, `"valid"` or `"test"`; of a path to a single text also `"whole"`, all of it.
+      vocabulary: of the model.
+      data_dir: as of `load_corpus`.
+
     Raises:
       UserError: as `load_corpus`; and for text that the vocabulary has no tokens for.
-      ValueError: for a `split` other than `"train"`, `"valid"` and `"test"`.
+      ValueError: for another `split`.
 
     Example:
       >>> from ranjax.data import load_corpus, load_split
@@ -119,26 +142,54 @@ def load_split(name: str | Path, split: str, vocabulary: Vocabulary, data_dir: s
       >>> bool((load_split("markov", "valid", corpus.vocabulary) == corpus.valid).all())
       True
     """
-    check_choice("split", split, SPLITS)
     name = str(name)
-    source, texts = _texts(name, data_dir)
-    return _encoded(vocabulary, texts[SPLITS.index(split)], f"the {split} split of {source}")
+    check_choice("split", split, (*SPLITS, WHOLE) if split_of(name) == WHOLE else SPLITS)
+    texts = _texts(name, data_dir, [split])
+    return _encoded(
+        vocabulary, texts.parts[0], texts.source if split == WHOLE else f"the {split} split of {texts.source}"
+    )
 
 
-def _texts(name: str, data_dir: str | Path | None) -> tuple[str, list[bytes]]:
-    """Where a corpus comes from, and its three texts."""
-    if name == "python-docs":
-        return python_docs()
-    task = task_of(name)
-    if task is not None:
-        return "ranjax.data.builtin", task_texts(*task)
+def split_of(name: str | Path) -> str:
+    """What of a corpus a model is evaluated on, if nothing else is asked for: `"whole"` of a path to a single text."""
+    name = str(name)
+    return WHOLE if not is_named(name) and is_one_text(_path(name)) else "test"
+
+
+def is_named(name: str) -> bool:
+    """Whether it names a data set, which a path of the same name does not replace."""
+    return name in KNOWN or name in EMBEDDED or task_of(name) is not None
+
+
+def _texts(name: str, data_dir: str | Path | None, wanted: Sequence[str] = SPLITS) -> Texts:
+    """These splits of a corpus."""
+    if data_dir is not None:
+        check_path("data_dir", data_dir)
+        data_dir = Path(os.path.expanduser(data_dir))
+        if not data_dir.is_dir():
+            raise UserError(f"--data-dir {data_dir} is not a directory; expected the folder that holds {name}.")
     if name in KNOWN:
-        return _known_texts(name, KNOWN[name], data_dir)
+        return _known_texts(name, KNOWN[name], data_dir, wanted)
+    if not is_named(name):
+        path = _path(name)
+        return Texts(str(path), path_texts(path, wanted), "word" if path.is_dir() else "character")
+    task = task_of(name)
+    source, parts = python_docs() if task is None else ("ranjax.data.builtin", task_texts(*task))
+    return Texts(source, [parts[SPLITS.index(split)] for split in wanted], EMBEDDED.get(name, "character"))
+
+
+def _path(name: str) -> Path:
+    """The path that a name is, after a check that text can be read there, and again."""
     path = Path(os.path.expanduser(name))
     if not name or not os.path.exists(path):  # False, too, for a name that no path can have
         names = ", ".join((*EMBEDDED, *KNOWN, *(f"{task}-D" for task in TASKS)))
         raise UserError(f"there is no data set or path {name!r}. Known names: {names}. Or give a file or a directory.")
-    return str(path), path_texts(path)
+    if not (path.is_file() or path.is_dir()):
+        raise UserError(
+            f"{name} is a pipe or a device, and a text is read more than once: by training, by --resume, by "
+            "evaluation. Write it to a file, and give that."
+        )
+    return path
 
 
 def _corpus(name: str, source: str, texts: list[bytes], tokenizer: str, known: Known | None = None) -> Corpus:
@@ -150,7 +201,7 @@ def _corpus(name: str, source: str, texts: list[bytes], tokenizer: str, known: K
     parts = [_encoded(vocabulary, text, f"the {split} split of {source}") for split, text in _named(texts)]
     train, valid, test = parts
     totals = len(train), len(valid), len(test), len(vocabulary)
-    if known and tokenizer == known.tokenizer and known.all_of_it(source) and totals != known.totals:
+    if known and tokenizer == known.tokenizer and not known.has(totals, source):
         raise UserError(
             f"{source} is not {name} as published: expected {known.totals} tokens in train, valid, test and the "
             f"vocabulary, got {totals}. Fetch the files again, or name the folder itself as --dataset."
@@ -188,29 +239,30 @@ def _encoded(vocabulary: Vocabulary, text: bytes, where: str) -> np.ndarray:
 
 def _decoded(text: bytes, where: str) -> str:
     try:
-        return text.decode("utf-8-sig")  # a byte order mark is no character of a text
+        decoded = text.decode("utf-8-sig")  # a byte order mark is no character of a text
+        at = text.find(0)  # UTF-16 without its mark passes for UTF-8
     except UnicodeDecodeError as error:
-        raise UserError(
-            f"{where} is not UTF-8: byte {text[error.start]:#04x} at position {error.start}. "
-            "Convert it from the encoding it has (`iconv -f latin1 -t utf-8`, or -f utf-16), or read it as bytes with "
-            "--tokenizer byte."
-        ) from None
+        decoded, at = "", error.start
+    if at < 0:
+        return decoded
+    raise UserError(
+        f"{where} is not UTF-8 text: byte {text[at]:#04x} at position {at}. Convert it from the encoding it has "
+        "(`iconv -f latin1 -t utf-8`, or -f utf-16, -f utf-16le), or read it as bytes with --tokenizer byte."
+    )
 
 
-def _known_texts(name: str, known: Known, data_dir: str | Path | None) -> tuple[str, list[bytes]]:
-    """The splits of a known data set, from a local folder if there is one, else from the hub."""
+def _known_texts(name: str, known: Known, data_dir: Path | None, wanted: Sequence[str]) -> Texts:
+    """Splits of a known data set, from a local folder if there is one, else from the hub."""
     if data_dir is None:
         if known.hub is None:
             raise UserError(
                 f"{name} is read from local files only. Give the folder that holds them: --data-dir DIR, where "
                 f"DIR/{name} or DIR has them."
             )
-        return known.hub[0], hub_texts(name, *known.hub)
-    folder = Path(os.path.expanduser(data_dir))
-    if not folder.is_dir():
-        raise UserError(f"--data-dir {folder} is not a directory; expected the folder that holds {name}.")
-    folder = folder / name if (folder / name).is_dir() else folder
-    return str(folder), path_texts(folder)
+        source, parts = hub_texts(name, *known.hub, known.revision)
+        return Texts(source, [parts[SPLITS.index(split)] for split in wanted], known.tokenizer)
+    folder = data_dir / name if (data_dir / name).is_dir() else data_dir
+    return Texts(str(folder), path_texts(folder, wanted), known.tokenizer)
 
 
 def identity(ids: np.ndarray) -> dict[str, Any]:
@@ -226,6 +278,7 @@ def columns(ids: np.ndarray, batch_size: int, steps: int, split: str = "train") 
 
     Raises:
       UserError: for a text, the `split` by name, that is too short for a window of every row.
+      ValueError: for a `batch_size` or `steps` that is no size.
 
     Example:
       >>> import numpy as np
@@ -233,6 +286,8 @@ def columns(ids: np.ndarray, batch_size: int, steps: int, split: str = "train") 
       >>> columns(np.arange(11), batch_size=2, steps=4).tolist()
       [[0, 1, 2, 3, 4], [5, 6, 7, 8, 9]]
     """
+    check_size("batch_size", batch_size)
+    check_size("steps", steps)
     length = len(ids) // batch_size
     if length < steps + 1:
         raise UserError(

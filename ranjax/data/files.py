@@ -1,13 +1,18 @@
 """Where texts come from: files in the forms they are shared in, and the hub."""
 
 import gzip
+import http.client
 import io
 import os
 import re
 import urllib.error
+import urllib.parse
 import urllib.request
 import zlib
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
+from typing import Any
 
 from ranjax.errors import UserError
 
@@ -15,24 +20,48 @@ SPLITS = ("train", "valid", "test")
 SUFFIXES = (".txt", ".tokens", ".raw", ".parquet")
 PACKED = (".7z", ".bz2", ".tar", ".tgz", ".xz", ".zip", ".zst")  # not read: as bytes they would pass for a text
 SHARES = (0.90, 0.05)  # of a single text: train, valid; the rest is test
+WHOLE = "whole"  # a single text, not divided; of one that comes in splits it is none
+# What systems and people put beside a text: hidden files, those of Windows and of its downloads, notes.
+COMPANIONS = re.compile(r"\.|thumbs\.db$|desktop\.ini$|(readme|licen[cs]e|copying)\b|.*(:zone\.identifier|~)$", re.I)
+SHARD = re.compile(r"-(\d+)-of-(\d+)(?=\.)")  # as the hub writes large splits
 
 
-def path_texts(path: Path) -> list[bytes]:
-    """The three splits of a directory or of a single text."""
+def path_texts(path: Path, wanted: Sequence[str] = SPLITS) -> list[bytes]:
+    """These splits of a directory or of a single text; of the latter also the whole."""
+    found = _found(path)
+    if WHOLE in found:
+        text = _read_file(found[WHOLE][0])
+        parts = dict(zip((*SPLITS, WHOLE), (*split_text(text), text), strict=True))
+        return [parts[split] for split in wanted]
+    if not all(_is_split(found.get(split, [])) for split in wanted):
+        got = ", ".join(f"{split}: {', '.join(f.name for f in found[split]) or 'none'}" for split in SPLITS)
+        raise UserError(
+            f"{path} must hold one file each for {', '.join(wanted)} ({', '.join(SUFFIXES)}, each also .gz; or all "
+            f"shards of one, as train-00000-of-00002.parquet), or one text alone; got {got}."
+        )
+    return [b"".join(map(_read_file, found[split])) for split in wanted]
+
+
+def is_one_text(path: Path) -> bool:
+    """Whether what is there is a single text, of which `WHOLE` can be read."""
+    return WHOLE in _found(path)
+
+
+def _found(path: Path) -> dict[str, list[Path]]:
+    """The files of each split, or the one of a text alone as `WHOLE`."""
     if path.is_file():
-        return split_text(_read_file(path))
-    files = [f for f in sorted(path.iterdir()) if _suffix(f) in SUFFIXES]
-    found = {split: [f for f in files if re.search(rf"(^|[^a-z]){split}", f.name.lower())] for split in SPLITS}
-    if all(len(matches) == 1 for matches in found.values()):
-        return [_read_file(found[split][0]) for split in SPLITS]
-    texts = [f for f in sorted(path.iterdir()) if f.is_file() and not f.name.lower().startswith(("readme", "."))]
-    if not any(found.values()) and len(texts) == 1:
-        return split_text(_read_file(texts[0]))
-    got = ", ".join(f"{split}: {', '.join(f.name for f in found[split]) or 'none'}" for split in SPLITS)
-    raise UserError(
-        f"{path} must hold one file each for train, valid and test ({', '.join(SUFFIXES)}, each also .gz), or one "
-        f"text alone; got {got}."
-    )
+        return {WHOLE: [path]}
+    files = [f for f in sorted(path.iterdir()) if f.is_file() and not COMPANIONS.match(f.name)]
+    texts = [f for f in files if _suffix(f) in SUFFIXES]
+    found = {split: [f for f in texts if re.search(rf"(^|[^a-z]){split}", f.name.lower())] for split in SPLITS}
+    return {WHOLE: files} if len(files) == 1 and not any(found.values()) else found
+
+
+def _is_split(files: list[Path]) -> bool:
+    """Whether these files, by name, are one split: one, or all shards of one."""
+    shards = [(int(shard[1]), int(shard[2])) for f in files if (shard := SHARD.search(f.name))]
+    names = {SHARD.sub("", f.name) for f in files}
+    return len(names) == 1 and (shards or [(0, 1)]) == [(n, len(files)) for n in range(len(files))]
 
 
 def _suffix(path: Path) -> str:
@@ -60,7 +89,8 @@ def _parquet_rows(data: bytes, path: Path) -> list[str | None]:
         column = file.read(columns=["text"])["text"]
     except (ArrowInvalid, OSError) as error:
         raise UserError(f"{path} must be a parquet file: {' '.join(str(error).split()).rstrip('. ')}.") from None
-    if not (types.is_string(column.type) or types.is_large_string(column.type)):
+    kind = column.type.value_type if types.is_dictionary(column.type) else column.type
+    if not (types.is_string(kind) or types.is_large_string(kind) or types.is_string_view(kind)):
         raise UserError(f"the column `text` of {path} must be of strings; got {column.type}.")
     return column.to_pylist()
 
@@ -85,15 +115,16 @@ def split_text(text: bytes) -> list[bytes]:
     return [text[a:b] for a, b in zip(cuts, [*cuts[1:], len(text)], strict=True)]
 
 
-def hub_texts(name: str, hub_id: str, config: str) -> list[bytes]:
-    """The splits of a data set on the hub, through the cache of `datasets`; without a network from the cache alone."""
-    if not _hub_answers():
-        os.environ["HF_HUB_OFFLINE"] = "1"  # read when `datasets` is imported: no minutes of retries
+def hub_texts(name: str, hub_id: str, config: str, revision: str) -> tuple[str, list[bytes]]:
+    """Where the splits of a data set on the hub come from, and the splits; through the cache of `datasets`, without a
+    network from the cache alone."""
+    answers = _hub_answers()
     from datasets import load_dataset
     from huggingface_hub.errors import HTTPError  # pyright: ignore[reportPrivateImportUsage]  # of whichever client it has
 
     try:
-        rows = load_dataset(hub_id, config)
+        with nullcontext() if answers else _offline():
+            rows = load_dataset(hub_id, config, revision=revision)
     except (OSError, ValueError, HTTPError) as error:  # unreachable; or not this configuration in the cache
         raise UserError(
             f"{name} could not be loaded from the hub ({hub_id}): {type(error).__name__}: {error}. Ways out: local "
@@ -101,7 +132,30 @@ def hub_texts(name: str, hub_id: str, config: str) -> list[bytes]:
             "cached copy and no network, HF_HUB_OFFLINE=1. Without any of these: the data set python-docs, which "
             "needs no network."
         ) from None
-    return [_joined(rows[split]["text"]) for split in ("train", "validation", "test")]
+    splits = "train", "validation", "test"
+    return f"{hub_id}@{_commit(rows['train']) or revision}", [_joined(rows[split]["text"]) for split in splits]
+
+
+def _commit(rows: Any) -> str | None:
+    """The revision that a data set was built from, where it is recorded."""
+    found = re.search(r"@([0-9a-f]{40})/", " ".join(rows.info.download_checksums or ()))
+    return found and found[1]
+
+
+@contextmanager
+def _offline() -> Iterator[None]:
+    """No requests to the hub meanwhile, nor minutes of their repetition; the next load asks again if it answers."""
+    from datasets import config
+    from huggingface_hub import constants
+
+    before = [(module, module.HF_HUB_OFFLINE) for module in (config, constants)]
+    for module, _ in before:
+        module.HF_HUB_OFFLINE = True
+    try:
+        yield
+    finally:
+        for module, value in before:
+            module.HF_HUB_OFFLINE = value
 
 
 def _hub_answers() -> bool:
@@ -110,9 +164,15 @@ def _hub_answers() -> bool:
         return False
     endpoint = os.environ.get("HF_ENDPOINT", "https://huggingface.co")
     try:
+        if not urllib.parse.urlsplit(endpoint).hostname:
+            raise ValueError("there is no host")
         with urllib.request.urlopen(urllib.request.Request(endpoint, method="HEAD"), timeout=10):
             return True
     except urllib.error.HTTPError:
         return True
+    except (ValueError, http.client.HTTPException):
+        raise UserError(
+            f"HF_ENDPOINT must be an address such as https://huggingface.co; got {endpoint!r}. Correct or unset it."
+        ) from None
     except OSError:
         return False

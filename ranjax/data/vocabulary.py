@@ -1,8 +1,9 @@
 """Vocabularies: text to token ids and back. The ids of each are exactly 0 ... len - 1."""
 
 import json
+import re
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -16,6 +17,8 @@ from ranjax.errors import UserError
 EOS, UNK = "<eos>", "<unk>"
 TOKENIZERS = ("word", "character", "byte", "bpe")
 BPE_SIZE = 4096  # tokens of a byte-pair vocabulary trained on one's own text
+BPE_RUN = 256  # characters that byte pairs join; pairs within a longer word take a time that grows with its square
+LONG_RUN = re.compile(rf"\S{{{BPE_RUN + 1},}}|\s{{{BPE_RUN + 1},}}")
 
 
 class Vocabulary(Protocol):
@@ -37,7 +40,7 @@ class Vocabulary(Protocol):
         ...
 
     def decode(self, ids: Iterable[int]) -> str:
-        """The text of some ids."""
+        """The text of some ids; others than 0 ... len - 1 are a UserError."""
         ...
 
     def content(self) -> object:
@@ -81,7 +84,7 @@ class Words:
         return np.array(ids, np.int32)
 
     def decode(self, ids: Iterable[int]) -> str:
-        text = " ".join("\n" if self.tokens[i] == EOS else self.tokens[i] for i in ids)
+        text = " ".join("\n" if self.tokens[i] == EOS else self.tokens[i] for i in _checked(ids, len(self)))
         return text.replace(" \n", "\n").replace("\n ", "\n")
 
     def content(self) -> object:
@@ -119,7 +122,7 @@ class Characters:
         return ids.astype(np.int32)
 
     def decode(self, ids: Iterable[int]) -> str:
-        return "".join(self.alphabet[i] for i in ids)
+        return "".join(self.alphabet[i] for i in _checked(ids, len(self)))
 
     def content(self) -> object:
         return self.alphabet
@@ -157,7 +160,7 @@ class Bytes:
         return ids
 
     def decode(self, ids: Iterable[int]) -> str:
-        return bytes(self.values[i] for i in ids).decode(errors="replace")
+        return bytes(self.values[i] for i in _checked(ids, len(self))).decode(errors="replace")
 
     def content(self) -> object:
         return list(self.values)
@@ -177,8 +180,7 @@ class BytePairs:
         from tokenizers import ByteLevelBPETokenizer
 
         bpe = ByteLevelBPETokenizer()
-        lines = text.splitlines(keepends=True)
-        bpe.train_from_iterator(lines, vocab_size=BPE_SIZE, min_frequency=2, show_progress=False)
+        bpe.train_from_iterator(_lines(text), vocab_size=BPE_SIZE, min_frequency=2, show_progress=False)
         return cls(bpe.to_str())
 
     @cached_property
@@ -191,11 +193,11 @@ class BytePairs:
         return self._bpe.get_vocab_size()
 
     def encode(self, text: str) -> np.ndarray:
-        parts = self._bpe.encode_batch_fast(text.splitlines(keepends=True))
+        parts = self._bpe.encode_batch_fast(list(_lines(text)))
         return np.concatenate([np.array(part.ids, np.int32) for part in parts] or [np.zeros(0, np.int32)])
 
     def decode(self, ids: Iterable[int]) -> str:
-        return self._bpe.decode(list(map(int, ids)))
+        return self._bpe.decode(_checked(ids, len(self)))
 
     def content(self) -> object:
         return self.serialised
@@ -237,6 +239,26 @@ def _is_bpe(content: str) -> bool:
         return bool(model["vocab"]) and isinstance(model["merges"], list)
     except (ValueError, KeyError, TypeError):
         return False
+
+
+def _lines(text: str) -> Iterator[str]:
+    """The lines of a text, those with longer runs of characters without a space, or of spaces, in parts."""
+    for line in text.splitlines(keepends=True):
+        begun = 0
+        for run in LONG_RUN.finditer(line) if len(line) > BPE_RUN else ():
+            for cut in range(run.start() + BPE_RUN, run.end(), BPE_RUN):
+                yield line[begun:cut]
+                begun = cut
+        yield line[begun:]
+
+
+def _checked(ids: Iterable[int], tokens: int) -> list[int]:
+    """Ids as numbers of Python, after a check that they are those of so many tokens."""
+    ids = [int(i) for i in ids]
+    wrong = [i for i in ids if not 0 <= i < tokens]
+    if wrong:
+        raise UserError(f"`ids` must be whole numbers from 0 to {tokens - 1}, the vocabulary's; got {_some(wrong)}.")
+    return ids
 
 
 def _code_points(text: str) -> np.ndarray:

@@ -11,8 +11,8 @@ import numpy as np
 from jax import Array
 
 from ranjax.cell import Params, output
-from ranjax.cli import free_memory
-from ranjax.errors import UserError, fitting
+from ranjax.device import free_memory
+from ranjax.errors import UserError, check_size, fitting
 from ranjax.interpret import weights
 from ranjax.interpret.attribution import Shares, decompositions, shares_of
 from ranjax.interpret.decomposition import Decomposition, measure_of, scale_of
@@ -129,7 +129,7 @@ def explain(run: TrainedModel, text: str, *, reduce: str = "l2", top: int = 3) -
         the attributes `model`, `params` and `vocabulary`.
       text: at least one token.
       reduce: `"max"`, `"l1"`, `"l2"` (default) or `"contribution"`; see `ranjax.weights`.
-      top: number of sources to find for each state.
+      top: number of sources to find for each state, at least 1.
 
     Returns:
       An `Explanation`.
@@ -137,7 +137,7 @@ def explain(run: TrainedModel, text: str, *, reduce: str = "l2", top: int = 3) -
     Raises:
       UserError: for a model of another cell, a text that is empty, has tokens that the vocabulary lacks, or is too long
         for the memory of the device.
-      ValueError: for another `reduce`.
+      ValueError: for another `reduce`, or a `top` that is no size.
 
     Example:
       >>> import jax, jax.numpy as jnp, ranjax
@@ -151,6 +151,7 @@ def explain(run: TrainedModel, text: str, *, reduce: str = "l2", top: int = 3) -
       >>> explanation.words, explanation.layers[0].pairs.shape, len(explanation.predictions)
       (['a', 'b', 'b', 'a'], (4, 4), 3)
     """
+    check_size("top", top)
     if run.model.cell != "ran":
         raise UserError(
             f"this run is of the cell {run.model.cell!r}, whose states are not weighted sums of what it read. Give a "
@@ -161,10 +162,11 @@ def explain(run: TrainedModel, text: str, *, reduce: str = "l2", top: int = 3) -
     if not len(ids):
         raise UserError("the text is empty; give --text or --file at least one word.")
     explained = jax.jit(partial(_explained, run.model, reduce=reduce, top=min(top, len(ids) - 1)))
-    program = explained.lower(run.params, ids).compile()
-    device, *_ = jax.tree.leaves(program.output_shardings)[0].device_set
-    _check_memory(program.memory_analysis(), device, len(ids))
-    layers, probabilities, targets, shares = jax.device_get(program(run.params, ids))
+    with jax.disable_jit(False):  # whatever JAX_DISABLE_JIT says: what memory it takes is known of a compiled program
+        program = explained.lower(run.params, ids).compile()
+        device, *_ = jax.tree.leaves(program.output_shardings)[0].device_set
+        _check_memory(program.memory_analysis(), device, len(ids))
+        layers, probabilities, targets, shares = jax.device_get(program(run.params, ids))
     predictions = [
         Prediction(visible(piece(run.vocabulary, int(v))), float(p), words, float(bias))
         for v, p, words, bias in zip(targets, probabilities, shares.words, shares.bias, strict=True)

@@ -6,7 +6,6 @@ from importlib import resources
 from pathlib import Path
 
 import numpy as np
-from matplotlib.colors import PowerNorm
 from rich.cells import cell_len, set_cell_size
 from rich.console import Console
 from rich.text import Text
@@ -89,6 +88,8 @@ def draw_pairs(explanation: Explanation, number: int, path: Path) -> None:
     few = len(words) <= LABELLED
     side = max(0.2 * len(words), 3) + 1.5 if few else 8
     figure = blank_figure(side, side)
+    from matplotlib.colors import PowerNorm  # once `blank_figure` has found a matplotlib that can be imported
+
     axes = figure.subplots()
     scale = PowerNorm(0.5, vmin=0)  # on a linear scale the diagonal would outshine the rest
     assert layer.pairs is not None

@@ -17,6 +17,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jaxtyping import Float, Int
 
+from ranjax.device import free_memory
 from ranjax.errors import check_size
 from ranjax.interpret.decomposition import Decomposition, measure_of, measure_pairs, rows, scale_of
 
@@ -42,7 +43,8 @@ def top(
       is 0 and the step -1.
 
     Raises:
-      ValueError: for another `reduce`, or a `k` that is no whole number of at least 1.
+      ValueError: for another `reduce`, a `k` that is no whole number of at least 1, or one whose result is larger than
+        the free memory of the device.
 
     Example:
       >>> import jax.numpy as jnp
@@ -55,7 +57,18 @@ def top(
     """
     measure_of(reduce)
     check_size("k", k)
+    _check_memory(parts.f, int(k))
     return _searched(parts.i * scale_of(parts, reduce), parts.f, int(k), reduce)
+
+
+def _check_memory(f: Array, k: int) -> None:
+    """Raises a ValueError for a result that takes more than is free."""
+    takes, free = math.prod(f.shape[:-1]) * k * (f.dtype.itemsize + 4), free_memory(jax.devices()[0])
+    if takes > (2**50 if free is None else free):
+        raise ValueError(
+            f"the {k:,} strongest sources of {f.shape[-2]:,} steps take {takes:,} bytes, more than the device has free."
+            " Use a smaller `k`; no step has more sources than there are steps."
+        )
 
 
 @partial(jax.jit, static_argnums=(2, 3), inline=True)

@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import math
 import os
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -10,11 +9,12 @@ from numbers import Integral, Real
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple, get_args, get_origin, get_type_hints
 
+import numpy as np
+
 from ranjax import cli
 from ranjax.choices import Activation, Cell, Gates, Solver, Tokenizer
-from ranjax.data import EMBEDDED, KNOWN
-from ranjax.data.builtin import task_of
-from ranjax.errors import UserError, flag, is_choice, is_size
+from ranjax.data import is_named
+from ranjax.errors import UserError, flag, is_choice, is_number, is_path, is_size
 
 ITERATING = "fixed_point", "newton"  # solvers that iterate over all steps until they agree
 
@@ -35,21 +35,37 @@ def _whole(least: int) -> Rule:
     return Rule(lambda v: is_size(v, least) and v < 2**31, f"a whole number, at least {least} and below 2**31")
 
 
-def _is_path(value: Any) -> bool:
-    return isinstance(value, str | os.PathLike) and bool(str(value)) and "\0" not in str(value)
+MOST_LAYERS = 1000  # each is compiled
+
+
+def _in_float32(holds: Callable[[Any], Any]) -> Callable[[Any], bool]:
+    """Whether a number is finite and `holds` as the float32 that it is used as, which is 0 below 1e-38."""
+
+    def check(value: Any) -> bool:
+        if not is_number(value):
+            return False
+        with np.errstate(over="ignore"):
+            used = np.float32(value)
+        return bool(np.isfinite(used) and holds(used if abs(used) >= np.finfo(np.float32).tiny else np.float32(0)))
+
+    return check
 
 
 Size = Annotated[int, _whole(1)]
 Count = Annotated[int, _whole(0)]
+Layers = Annotated[int, Rule(lambda v: is_size(v) and v <= MOST_LAYERS, f"a whole number, 1 to {MOST_LAYERS:,}")]
 Sizes = Annotated[
     tuple[int, ...],
     Rule(lambda v: v and all(map(_whole(1).holds, v)), "one or more whole numbers, each at least 1 and below 2**31"),
+    Rule(lambda v: len(v) <= MOST_LAYERS, f"at most {MOST_LAYERS:,} sizes"),
 ]
-Positive = Annotated[float, Rule(lambda v: v > 0 and math.isfinite(v), "finite and above 0")]
-NotNegative = Annotated[float, Rule(lambda v: v >= 0 and math.isfinite(v), "finite and at least 0")]
-Rate = Annotated[float, Rule(lambda v: 0 <= v < 1, "in [0, 1)")]
-Text = Annotated[str, Rule(_is_path, "a name or a path")]
-Folder = Annotated[str, Rule(_is_path, "a path")]
+Positive = Annotated[float, Rule(_in_float32(lambda v: v > 0), "finite and above 0 in float32")]
+NotNegative = Annotated[
+    float, Rule(lambda v: v >= 0 and _in_float32(lambda v: v >= 0)(v), "finite and at least 0 in float32")
+]
+Rate = Annotated[float, Rule(lambda v: v >= 0 and _in_float32(lambda v: v < 1)(v), "in [0, 1) in float32")]
+Text = Annotated[str, Rule(is_path, "a name or a path")]
+Folder = Annotated[str, Rule(is_path, "a path")]
 
 
 @dataclass(frozen=True)
@@ -76,7 +92,7 @@ class Config:
     """What a RAN's gates see: the whole last output, their own feature of it, or the input only."""
     activation: Activation = "tanh"
     """A RAN's output h = g(c). With recurrent gates the identity diverges with some seeds at the default settings."""
-    layers: Size | None = None
+    layers: Layers | None = None
     """Number of recurrent layers; that of the sizes in --features, or 2 for a single one, if not given."""
     features: Sizes = (200,)
     """Size of the state: one number, or one for each layer."""
@@ -240,8 +256,7 @@ def normalised(config: Config) -> Config:
     config = replace(config, **{name: _number(value) for name, value in vars(config).items()})
     dataset, data_dir, features = str(config.dataset), config.data_dir, config.features
     path = Path(os.path.expanduser(dataset))
-    named = dataset in (*KNOWN, *EMBEDDED) or task_of(dataset) is not None
-    if dataset and os.path.exists(path) and not named:  # False, too, for a name that no path can have
+    if dataset and (path.is_file() or path.is_dir()) and not is_named(dataset):  # a pipe has no path of its own
         dataset = str(path.resolve())
     return replace(
         config,

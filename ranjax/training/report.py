@@ -16,8 +16,9 @@ import jax
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TimeRemainingColumn
 
-from ranjax.cli import read_json, refusals, write_whole
+from ranjax.cli import on_terminal, read_json, refusals, write_whole
 from ranjax.data import Corpus
+from ranjax.data.vocabulary import unknown
 from ranjax.errors import UserError
 from ranjax.figure import blank_figure, write_figure
 from ranjax.training.config import ITERATING, Config
@@ -52,9 +53,10 @@ class Report:
         ]
         with refusals(directory / "metrics.jsonl"):
             write_whole(directory / "metrics.jsonl", "".join(json.dumps(row) + "\n" for row in self._rows))
-        self._console = Console()
+        self._console = Console(force_terminal=None if on_terminal() else False)  # whatever FORCE_COLOR says
+        self._live = self._console.is_terminal and not self._console.is_dumb_terminal
         columns = "{task.description}", BarColumn(None), "{task.fields[status]}", TimeRemainingColumn()
-        self._bar = Progress(*columns, console=self._console, disable=not self._console.is_terminal)
+        self._bar = Progress(*columns, console=self._console, disable=not self._live)
         total = config.epochs * windows
         self._task = self._bar.add_task("epoch 1", total=total, completed=first_step, status="compiling")
         self._logged = time.monotonic()
@@ -78,7 +80,7 @@ class Report:
             self._logged = time.monotonic()
             done = int(state.step) / self.windows - int(state.epoch)
             self._row(state, train_perplexity=so_far, tokens_per_second=speed)
-            if not self._console.is_terminal:
+            if not self._live:
                 print(f"{heading} {done:4.0%}: {status}", flush=True)
 
     def epoch(self, state: TrainState, evaluation: Evaluation) -> None:
@@ -90,6 +92,7 @@ class Report:
             f"epoch {int(state.epoch)}: train {shown(train)}, valid {shown(evaluation.perplexity)}, "
             f"{float(state.seconds) / 60:.1f} minutes of training{skipped}",
             highlight=False,
+            soft_wrap=True,
         )
 
     def interrupted(self) -> None:
@@ -124,7 +127,8 @@ class Report:
             write_whole(self.directory / "result.json", json.dumps(result, indent=2) + "\n")
             if epochs:
                 draw_loss(self._rows, self.windows, self.directory / "loss.png")
-        print(f"test: {test.line(corpus.vocabulary.unit)}; saved in {self.directory}")
+        line = test.line(corpus.vocabulary.unit, unknown(corpus.vocabulary, corpus.test[1:]))  # as of `ranjax.evaluate`
+        print(f"test: {line}; saved in {self.directory}")
         return result
 
     def _best(self, valid: list[float], tested: float) -> float:

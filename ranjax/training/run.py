@@ -17,13 +17,14 @@ from filelock import FileLock, Timeout
 from ranjax.cli import Stop, Stopped, read_json, refusals, stopping
 from ranjax.data import Corpus, columns, identity, load_corpus, load_split, windows_per_epoch
 from ranjax.data.vocabulary import Vocabulary, load_vocabulary, save_vocabulary
-from ranjax.errors import UserError
+from ranjax.errors import UserError, check_path
 from ranjax.lm import LanguageModel
 from ranjax.training.checkpoint import Checkpoints
 from ranjax.training.config import Config, check, check_same, load_config, normalised, save_config
 from ranjax.training.loop import Loop
 from ranjax.training.metrics import make_evaluator
 from ranjax.training.report import Report
+from ranjax.training.size import COPIES, check_memory
 from ranjax.training.step import (
     Constraint,
     TrainState,
@@ -61,6 +62,7 @@ def train(config: Config, *, constrain: Constraint = unconstrained, stop: Stop |
     corpus = load_corpus(config.dataset, config.data_dir, config.tokenizer)
     text = columns(corpus.train, config.batch_size, config.steps)
     windows = windows_per_epoch(text.shape[1], config.steps)
+    check_memory(config, len(corpus.vocabulary), COPIES[config.optimizer])
     model = build_model(config, len(corpus.vocabulary))
     optimizer = make_optimizer(config, windows)
     state = initial_state(model, optimizer, config, constrain)
@@ -176,9 +178,11 @@ def load_run(directory: str | Path) -> Run:
     Raises:
       UserError: if the directory is not a run, has no checkpoint yet, or one that does not fit its settings.
     """
+    check_path("directory", directory)
     directory = Path(os.path.expanduser(directory)).resolve()
     config = load_config(directory)
     vocabulary = load_vocabulary(directory / "vocabulary.json")
+    check_memory(config, len(vocabulary))
     model = build_model(config, len(vocabulary))
     return Run(config, vocabulary, model, Checkpoints(directory).load("best", abstract_params(model)))
 

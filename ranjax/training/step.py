@@ -1,7 +1,6 @@
 """One step of training: the state it changes, the update rule, the jitted step."""
 
-import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -10,7 +9,7 @@ import jax.numpy as jnp
 import optax
 from jax import Array
 
-from ranjax.errors import UserError, flag
+from ranjax.errors import in_flags
 from ranjax.lm import LanguageModel, zero_state
 from ranjax.training.config import Config
 from ranjax.training.metrics import cross_entropy
@@ -54,11 +53,9 @@ def build_model(config: Config, vocabulary: int) -> LanguageModel:
     """The model that a configuration describes."""
     names = ("cell", "features", "layers", "embedding", "projection", "gates", "activation", "solver")
     names += ("dropout", "tie", "init_scale")
-    try:
+    with in_flags(names):
         model = LanguageModel(vocabulary, **{name: getattr(config, name) for name in names})
         abstract_params(model)
-    except ValueError as error:
-        raise UserError(_with_flags(str(error), names)) from None
     return model
 
 
@@ -66,13 +63,6 @@ def abstract_params(model: LanguageModel) -> Any:
     """The shapes and dtypes of a model's parameters."""
     init = partial(model.init, deterministic=True)
     return jax.eval_shape(init, jax.random.key(0), jnp.zeros((1, 1), jnp.int32))["params"]
-
-
-def _with_flags(message: str, names: Sequence[str]) -> str:
-    """A message of the model's in the words of the program: `tie` as --tie, cell='ran' as --cell ran."""
-    for name in names:
-        message = re.sub(rf"\b{name}='?([\w-]+)'?", rf"{flag(name)} \1", message.replace(f"`{name}`", flag(name)))
-    return message
 
 
 def learning_rate(config: Config, per_epoch: int) -> optax.Schedule:

@@ -126,8 +126,22 @@ def test_a_split_is_read_with_another_vocabulary(folder):
         ({"a.txt": b""}, "a.txt", {}, "the train split of .*a.txt is empty"),
         ({"a.txt": b" \n" * 100}, "a.txt", {}, "the train split of .*a.txt is empty"),
         ({"a.txt": b"abc"}, "a.txt", {}, "the valid split of .*a.txt is empty"),
-        ({"a.txt": b"\x80\x81\x82" * 100}, "a.txt", {}, "the train split of .*a.txt is not UTF-8: byte 0x80"),
-        ({"a.txt": b"caf\xe9 au lait" * 20}, "a.txt", {}, "not UTF-8: byte 0xe9 at position 3.*--tokenizer byte"),
+        ({"a.txt": b"\x80\x81\x82" * 100}, "a.txt", {}, "the train split of .*a.txt is not UTF-8 text: byte 0x80"),
+        ({"a.txt": b"caf\xe9 au lait" * 20}, "a.txt", {}, "not UTF-8 text: byte 0xe9 at position 3.*--tokenizer byte"),
+        (
+            {"a.txt": ("the cat\n" * 90).encode("utf-16-le")},
+            "a.txt",
+            {},
+            r"not UTF-8 text: byte 0x00 at position 1\. .*utf-16le",
+        ),
+        (
+            {"a.txt": "\u0434\u0430 ".encode("utf-16-le") * 90},
+            "a.txt",
+            {"tokenizer": "bpe"},
+            "not UTF-8 text: byte 0x00",
+        ),
+        ({}, "markov", {"data_dir": "nowhere"}, "--data-dir nowhere is not a directory"),
+        ({}, "ptb", {"data_dir": 5}, "`data_dir` must be a path; got 5"),
         (
             {"d/train.txt": b"a b\n", "d/valid.txt": b"a\n", "d/test.txt": b"b"},
             "d",
@@ -181,41 +195,106 @@ def test_text8_is_split_90_5_5_over_27_characters(real_data):
     assert corpus.vocabulary == Characters(" abcdefghijklmnopqrstuvwxyz")
 
 
+COMMIT = "b08601e04326c79dfdd32d625aee71d232d685c3"
+
+
+def on_the_hub(texts, commit=None):
+    """A data set of the hub, of whose splits these are the rows."""
+    import datasets
+
+    rows = {split: datasets.Dataset.from_dict({"text": lines}) for split, lines in texts.items()}
+    if commit is not None:
+        rows["train"].info.download_checksums = {f"hf://datasets/a/b@{commit}/c.parquet": {"num_bytes": 1}}
+    return datasets.DatasetDict(rows)
+
+
 def test_rows_of_the_hub_are_lines(monkeypatch):
     import datasets
 
     titles = {"train": "A B C", "validation": "B", "test": "C"}
-    hub = {split: datasets.Dataset.from_dict({"text": ["", f" = {t} = \n", "", "b \n"]}) for split, t in titles.items()}
-    hub, asked = datasets.DatasetDict(hub), []
-    monkeypatch.setattr(datasets, "load_dataset", lambda *what: asked.append(what) or hub)
+    hub, asked = on_the_hub({split: ["", f" = {t} = \n", "", "b \n"] for split, t in titles.items()}, COMMIT), []
+    monkeypatch.setattr(datasets, "load_dataset", lambda *what, **how: asked.append((*what, how)) or hub)
+    names = ("wikitext-103", "wikitext-2-raw", "wikitext-103-raw", "wikitext-2")
+    for name in names:
+        monkeypatch.setitem(data.KNOWN, name, replace(data.KNOWN[name], totals=(None,) * 4))
     corpus = load_corpus("wikitext-103")
     for split, title in zip((corpus.train, corpus.valid, corpus.test), titles.values(), strict=True):
         assert corpus.vocabulary.decode(split) == f"\n= {title} =\n\nb\n"
     for name in ("wikitext-2-raw", "wikitext-103-raw"):
         assert "<unk>" in load_corpus(name).vocabulary.tokens  # not closed: rare words are there
-    monkeypatch.setitem(data.KNOWN, "wikitext-2", replace(data.KNOWN["wikitext-2"], totals=None))
     load_corpus("wikitext-2")
-    names = ("wikitext-103", "wikitext-2-raw", "wikitext-103-raw", "wikitext-2")
-    assert asked == [("Salesforce/wikitext", f"{name}-v1") for name in names]
+    assert asked == [("Salesforce/wikitext", f"{name}-v1", {"revision": COMMIT}) for name in names]
 
 
-def test_text8_of_the_hub_must_have_the_published_totals(monkeypatch):
+def test_the_source_of_a_text_of_the_hub_has_the_revision_it_was_built_from(monkeypatch):
     import datasets
 
-    texts = {"train": "ab" * 50, "validation": "ba", "test": "aa"}
-    hub = datasets.DatasetDict({split: datasets.Dataset.from_dict({"text": [t]}) for split, t in texts.items()})
-    monkeypatch.setattr(datasets, "load_dataset", lambda *asked: {("afmck/text8", "default"): hub}[asked])
-    with pytest.raises(UserError, match=r"afmck/text8 is not text8 as published: .* got \(100, 2, 2, 2\)"):
-        load_corpus("text8")
+    texts, built = {"train": ["ab" * 50], "validation": ["ba"], "test": ["aa"]}, "0123456789" * 4
+    monkeypatch.setitem(data.KNOWN, "text8", replace(data.KNOWN["text8"], totals=(100, 2, 2, 2)))
+    for commit, expected in ((built, f"afmck/text8@{built}"), (None, "afmck/text8@main")):
+        monkeypatch.setattr(datasets, "load_dataset", lambda *_, **how: on_the_hub(texts, commit))  # noqa: B023
+        assert load_corpus("text8").source == expected
+
+
+@pytest.mark.parametrize("name", [name for name, known in data.KNOWN.items() if known.hub])
+def test_a_text_of_the_hub_must_have_the_published_totals(name, monkeypatch):
+    import datasets
+
+    hub = on_the_hub({"train": ["ab ba " * 50], "validation": ["ba"], "test": ["ab ba"]})
+    monkeypatch.setattr(datasets, "load_dataset", lambda *_, **how: hub)
+    with pytest.raises(UserError, match=rf"{data.KNOWN[name].hub[0]}@\w+ is not {name} as published: expected \("):
+        load_corpus(name)
+    assert len(load_corpus(name, tokenizer="byte").train)  # the totals are those of the usual tokens
+
+
+def test_text8_of_the_hub_is_one_row(monkeypatch):
+    import datasets
+
+    hub = on_the_hub({"train": ["ab" * 50], "validation": ["ba"], "test": ["aa"]})
+    monkeypatch.setattr(datasets, "load_dataset", lambda *asked, **how: {("afmck/text8", "default"): hub}[asked])
     monkeypatch.setitem(data.KNOWN, "text8", replace(data.KNOWN["text8"], totals=(100, 2, 2, 3)))
     with pytest.raises(UserError, match="not text8 as published"):
         load_corpus("text8")
-    assert len(load_corpus("text8", tokenizer="bpe").train)  # the totals are those of characters
     monkeypatch.setitem(data.KNOWN, "text8", replace(data.KNOWN["text8"], totals=(100, 2, 2, 2)))
     corpus = load_corpus("text8")
     assert corpus.vocabulary == Characters("ab")  # no line ends a text of one row
     ids = load_corpus("text8", tokenizer="byte").train
     assert "".join(chr(97 + i) for i in ids) == "ab" * 50
+
+
+@pytest.mark.data
+def test_the_raw_text_has_the_published_totals_of_valid_and_test(real_data):
+    totals = data.KNOWN["wikitext-2-raw"].totals
+    for n, split in ((1, "valid"), (2, "test")):
+        ids = load_split("wikitext-2-raw", split, Words(("<eos>", "<unk>")), real_data)
+        assert len(ids) == totals[n] == data.KNOWN["wikitext-2"].totals[n]
+
+
+def test_the_tokenizer_follows_from_the_data_set_and_not_from_a_directory_of_its_name(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("ranjax.data.builtin", "markov-3", "afmck", "Salesforce"):
+        (tmp_path / name).mkdir()
+    assert load_corpus("markov-3").vocabulary.tokenizer == "character"
+
+
+def test_a_pipe_is_refused(tmp_path):
+    import os
+
+    os.mkfifo(tmp_path / "pipe")
+    for name in (tmp_path / "pipe", "/dev/null"):
+        with pytest.raises(UserError, match=f"{name} is a pipe or a device, and a text is read more than once"):
+            load_corpus(name)
+
+
+def test_a_single_text_may_be_read_whole(tmp_path):
+    (tmp_path / "one.txt").write_text("abc" * 40)
+    assert data.split_of(tmp_path / "one.txt") == "whole"
+    assert len(load_split(tmp_path / "one.txt", "whole", Characters("abc"))) == 120
+    for split in SPLITS:
+        (tmp_path / f"{split}.txt").write_text("abc")
+    assert data.split_of(tmp_path) == data.split_of("markov") == "test"
+    with pytest.raises(ValueError, match="`split` must be one of 'train', 'valid', 'test'; got 'whole'"):
+        load_split(tmp_path, "whole", Characters("abc"))
 
 
 def test_columns_are_contiguous():
@@ -230,6 +309,12 @@ def test_whole_windows_have_their_targets():
 def test_a_split_shorter_than_a_batch_is_refused():
     with pytest.raises(UserError, match=r"the train split has 20 tokens, fewer than one batch of 4 x 5 .*\(24\)"):
         columns(np.arange(20), 4, 5)
+
+
+@pytest.mark.parametrize(("batch", "steps"), [(0, 5), (-1, 5), (4, 0), (4, -1), (4, 2.0)])
+def test_a_layout_without_rows_or_steps_is_refused(batch, steps):
+    with pytest.raises(ValueError, match=r"`(batch_size|steps)` must be a whole number, at least 1; got"):
+        columns(np.arange(100), batch, steps)
 
 
 def test_the_identity_of_a_text_depends_on_every_token():

@@ -36,6 +36,36 @@ def test_names_of_files_may_be_in_capitals(tmp_path):
     assert path_texts(tmp_path) == [b"abc"] * 3
 
 
+def test_companions_that_systems_and_people_leave_are_no_texts(tmp_path):
+    names = (
+        "._train.txt",
+        ".DS_Store",
+        "Thumbs.db",
+        "desktop.ini",
+        "README.txt",
+        "train.txt:Zone.Identifier",
+        "train.txt~",
+    )
+    for name in (*names, "LICENSE"):
+        (tmp_path / name).write_bytes(b"of the system")
+    (tmp_path / "__MACOSX").mkdir()
+    (tmp_path / "__MACOSX" / "._train.txt").write_bytes(b"of the system")
+    (tmp_path / "one.txt").write_bytes(b"x" * 100)
+    assert b"".join(path_texts(tmp_path)) == b"x" * 100
+    (tmp_path / "one.txt").unlink()
+    for split in SPLITS:
+        (tmp_path / f"{split}.txt").write_text(split)
+    assert path_texts(tmp_path) == [b"train", b"valid", b"test"]
+
+
+def test_a_split_may_stand_alone_and_a_single_text_be_read_whole(tmp_path):
+    (tmp_path / "test.txt").write_bytes(b"abc")
+    assert path_texts(tmp_path, ["test"]) == [b"abc"]
+    assert path_texts(tmp_path / "test.txt", [files.WHOLE]) == [b"abc"]
+    with pytest.raises(UserError, match="must hold one file each for train, valid, test "):
+        path_texts(tmp_path)
+
+
 def test_names_of_splits_are_whole_words(tmp_path):
     for name in ("train.txt", "valid.txt", "test.txt", "latest.txt", "constrain.txt"):
         (tmp_path / name).write_text(name)
@@ -62,6 +92,11 @@ PACKED = gzip.compress(b"the cat sat on the mat\n" * 40)
         ({"a.txt.gz": PACKED[:-20]}, "a.txt.gz", "a.txt.gz could not be read"),
         ({"a.txt.gz": PACKED[:12] + b"\xff" * 20}, "a.txt.gz", "a.txt.gz could not be read"),
         ({"d/train.txt": b"a"}, "d", "must hold one file each .* valid: none, test: none"),
+        (
+            {f"d/{name}.txt": b"a" for name in ("train-00000-of-00002", "valid", "test")},
+            "d",
+            "or all shards of one, as .* got train: train-00000-of-00002.txt, valid: valid.txt",
+        ),
         (
             {f"d/{name}": b"a b\n" for name in ("train.txt", "train.raw", "valid.txt", "test.txt")},
             "d",
@@ -119,6 +154,31 @@ def test_long_strings_of_parquet_are_read_as_lines(tmp_path):
         parquet.write_table(pyarrow.table({"text": column}), tmp_path / f"{split}.parquet")
     corpus = load_corpus(str(tmp_path), tokenizer="character")
     assert corpus.vocabulary.decode(corpus.train) == "a b\n\n c \n"
+
+
+@pytest.mark.parametrize("kind", ["string_view", "large_string", "dictionary"])
+def test_strings_of_parquet_are_read_whatever_they_are_called(kind, tmp_path):
+    import pyarrow
+    from pyarrow import parquet
+
+    column = pyarrow.array(["a b", None, "c"])
+    column = column.dictionary_encode() if kind == "dictionary" else column.cast(getattr(pyarrow, kind)())
+    for split in SPLITS:
+        parquet.write_table(pyarrow.table({"text": column}), tmp_path / f"{split}.parquet")
+    assert path_texts(tmp_path) == [b"a b\n\nc\n"] * 3
+
+
+def test_the_shards_of_a_split_are_one_text_in_their_order(tmp_path):
+    """As the hub has WikiText-103."""
+    import pyarrow
+    from pyarrow import parquet
+
+    for name in ("train-00001-of-00002", "train-00000-of-00002", "validation-00000-of-00001", "test-00000-of-00001"):
+        parquet.write_table(pyarrow.table({"text": [name[:11], "b"]}), tmp_path / f"{name}.parquet")
+    assert path_texts(tmp_path)[:2] == [b"train-00000\nb\ntrain-00001\nb\n", b"validation-\nb\n"]
+    (tmp_path / "train-00002-of-00002.parquet").write_bytes(b"")
+    with pytest.raises(UserError, match="or all shards of one"):
+        path_texts(tmp_path)
 
 
 def load_from_hub(port, cache):
@@ -189,3 +249,33 @@ def test_a_hub_that_refuses_a_page_answers_and_one_that_is_offline_is_not_asked(
             monkeypatch.setenv("HF_HUB_OFFLINE", offline)
             assert not files._hub_answers()
         assert len(asked) == 1
+
+
+@pytest.mark.parametrize("endpoint", ["nonsense", "http://", "http://[::1", "http://a b/"])
+def test_an_endpoint_that_is_no_address_is_named(endpoint, monkeypatch):
+    monkeypatch.setenv("HF_ENDPOINT", endpoint)
+    monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
+    with pytest.raises(UserError, match=r"HF_ENDPOINT must be an address such as https://huggingface\.co; got"):
+        load_corpus("wikitext-2")
+
+
+def test_a_hub_out_of_reach_is_asked_again_by_the_next_load(monkeypatch):
+    import datasets
+    from huggingface_hub import constants
+
+    seen = []
+
+    def load(*_, **how):
+        seen.append((datasets.config.HF_HUB_OFFLINE, constants.is_offline_mode()))
+        raise ConnectionError("out of reach")
+
+    for module in (datasets.config, constants):
+        monkeypatch.setattr(module, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(datasets, "load_dataset", load)
+    monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
+    for answers in (False, True):
+        monkeypatch.setattr(files, "_hub_answers", lambda: answers)  # noqa: B023
+        with pytest.raises(UserError, match="could not be loaded from the hub"):
+            load_corpus("wikitext-2")
+    assert seen == [(True, True), (False, False)]
+    assert "HF_HUB_OFFLINE" not in os.environ

@@ -1,11 +1,22 @@
 """Vocabularies: text to ids and back, and how they are saved."""
 
 import json
+import time
 
 import numpy as np
 import pytest
 
-from ranjax.data.vocabulary import BytePairs, Bytes, Characters, Words, load_vocabulary, save_vocabulary, unknown
+from ranjax.data.vocabulary import (
+    BPE_RUN,
+    BytePairs,
+    Bytes,
+    Characters,
+    Words,
+    _lines,
+    load_vocabulary,
+    save_vocabulary,
+    unknown,
+)
 from ranjax.errors import UserError
 
 TEXT = "the cat sat on the mat\n\nthe dog sat on the log é\n" * 40
@@ -62,3 +73,33 @@ def test_only_words_have_an_unknown_token():
     assert unknown(Words(("a", "<unk>")), np.array([1, 0, 1])) == 2
     assert unknown(Words(("a", "b")), np.array([1, 0, 1])) == 0
     assert unknown(Characters("ab"), np.array([1, 0, 1])) == 0
+
+
+@pytest.mark.parametrize("wrong", [-1, 10**6, 10**30])
+@pytest.mark.parametrize(
+    "vocabulary", [Words.build(TEXT), Characters.build(TEXT), Bytes.build(TEXT.encode()), BytePairs.build(TEXT)]
+)
+def test_ids_that_are_none_of_the_vocabulary_are_refused(vocabulary, wrong):
+    assert vocabulary.decode(iter([0])) == vocabulary.decode(np.zeros(1, np.int32))
+    with pytest.raises(
+        UserError, match=rf"`ids` must be whole numbers from 0 to {len(vocabulary) - 1}, .*; got {wrong}"
+    ):
+        vocabulary.decode([0, wrong])
+
+
+@pytest.mark.parametrize(
+    "text", ["a" * 300_000, "".join(map(chr, np.random.default_rng(0).integers(0x4E00, 0x5200, 50_000))), " " * 50_000]
+)
+def test_byte_pairs_of_a_text_without_spaces_take_seconds(text):
+    began = time.monotonic()
+    vocabulary = BytePairs.build(text)
+    ids = vocabulary.encode(text)
+    assert time.monotonic() - began < 20
+    assert vocabulary.decode(ids) == text
+    assert len(ids) < len(text.encode())
+
+
+def test_lines_without_long_words_are_read_as_they_are():
+    lines = ["a " * 1000 + "\n", "b" * BPE_RUN + " " * BPE_RUN + "c\n", "d"]
+    assert list(_lines("".join(lines))) == lines
+    assert list(_lines("e " + "f" * (2 * BPE_RUN + 1) + " g")) == ["e " + "f" * BPE_RUN, "f" * BPE_RUN, "f g"]

@@ -1,6 +1,5 @@
 """Explanations: shares of the model's own logits, sources and half-lives of all weights, memory of the device."""
 
-import sys
 from types import SimpleNamespace
 
 import jax
@@ -107,29 +106,6 @@ def test_half_lives_of_a_long_text_are_followed_for_the_horizon():
 
 def gpu(stats):
     return SimpleNamespace(platform="gpu", memory_stats=lambda: stats)
-
-
-@pytest.mark.parametrize(
-    ("stats", "free"),
-    [
-        ({"bytes_limit": 1000, "bytes_in_use": 300}, 700),
-        ({"bytes_limit": 1000, "bytes_in_use": 1300}, 0),
-        ({"bytes_in_use": 300}, None),
-        ({}, None),
-        (None, None),
-    ],
-)
-def test_free_memory_of_an_accelerator_is_its_limit_less_what_is_in_use(stats, free):
-    assert explanation.free_memory(gpu(stats)) == free
-
-
-def test_free_memory_of_a_cpu_is_what_psutil_reports_as_available(monkeypatch):
-    cpu = SimpleNamespace(platform="cpu", memory_stats=lambda: None)
-    reported = SimpleNamespace(virtual_memory=lambda: SimpleNamespace(available=2000))
-    monkeypatch.setitem(sys.modules, "psutil", reported)
-    assert explanation.free_memory(cpu) == 2000
-    monkeypatch.setitem(sys.modules, "psutil", None)  # not installed
-    assert explanation.free_memory(cpu) is None
 
 
 def test_a_text_that_needs_more_than_the_free_memory_raises():

@@ -114,3 +114,13 @@ def test_arguments_of_top_out_of_range_raise():
     for k in (0, 2.5, True):
         with pytest.raises(ValueError, match=f"`k` must be a whole number, at least 1; got {k}"):
             weights.top(parts, k)
+
+
+def test_more_sources_than_the_memory_holds_are_refused_before_they_are_allocated(monkeypatch):
+    parts = constant(0.5, 0.5, steps=6)
+    with pytest.raises(ValueError, match="the 1,000,000,000,000 strongest sources of 6 steps take 48,0"):
+        weights.top(parts, k=10**12)
+    monkeypatch.setattr(strongest, "free_memory", lambda device: 6 * 8 * 8 - 1)
+    weights.top(parts, k=7)
+    with pytest.raises(ValueError, match="Use a smaller `k`"):
+        weights.top(parts, k=8)

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import math
+import os
 import re
 from pathlib import Path
 from typing import get_args
@@ -156,14 +157,25 @@ SIZES = "one or more whole numbers, each at least 1 and below 2**31"
         ({"features": (8, 10**12)}, f"--features must be {SIZES}; got (8, 1000000000000)"),
         ({"features": ()}, f"--features must be {SIZES}; got ()"),
         ({"streams": 0}, f"--streams must be {SIZE}; got 0"),
-        ({"layers": True}, f"--layers must be {SIZE}; got True"),
-        ({"dropout": 1.0}, "--dropout must be in [0, 1); got 1.0"),
-        ({"dropout": -0.1}, "--dropout must be in [0, 1); got -0.1"),
-        ({"weight_decay": -1.0}, "--weight-decay must be finite and at least 0; got -1.0"),
-        ({"decay": 0.0}, "--decay must be finite and above 0; got 0.0"),
-        ({"init_scale": 0.0}, "--init-scale must be finite and above 0; got 0.0"),
-        ({"learning_rate": 10**400}, "--learning-rate must be finite and above 0; got 1000"),
-        ({"learning_rate": math.nan}, "--learning-rate must be finite and above 0; got nan"),
+        ({"layers": True}, "--layers must be a whole number, 1 to 1,000; got True"),
+        ({"layers": 1001}, "--layers must be a whole number, 1 to 1,000; got 1001"),
+        ({"features": (8,) * 1001}, "--features must be at most 1,000 sizes; got (8, 8,"),
+        ({"learning_rate": True}, "--learning-rate must be finite and above 0 in float32; got True"),
+        ({"learning_rate": 1e-320}, "--learning-rate must be finite and above 0 in float32; got 1e-320"),
+        ({"clip": 1e308}, "--clip must be finite and above 0 in float32; got 1e+308"),
+        ({"clip": 1e-50}, "--clip must be finite and above 0 in float32; got 1e-50"),
+        ({"decay": 1e300}, "--decay must be finite and above 0 in float32; got 1e+300"),
+        ({"weight_decay": 1e308}, "--weight-decay must be finite and at least 0 in float32; got 1e+308"),
+        ({"weight_decay": -1e-320}, "--weight-decay must be finite and at least 0 in float32; got -1e-320"),
+        ({"dropout": 1 - 1e-12}, "--dropout must be in [0, 1) in float32; got 0.99"),
+        ({"dropout": False}, "--dropout must be in [0, 1) in float32; got False"),
+        ({"dropout": 1.0}, "--dropout must be in [0, 1) in float32; got 1.0"),
+        ({"dropout": -0.1}, "--dropout must be in [0, 1) in float32; got -0.1"),
+        ({"weight_decay": -1.0}, "--weight-decay must be finite and at least 0 in float32; got -1.0"),
+        ({"decay": 0.0}, "--decay must be finite and above 0 in float32; got 0.0"),
+        ({"init_scale": 0.0}, "--init-scale must be finite and above 0 in float32; got 0.0"),
+        ({"learning_rate": 10**400}, "--learning-rate must be finite and above 0 in float32; got 1000"),
+        ({"learning_rate": math.nan}, "--learning-rate must be finite and above 0 in float32; got nan"),
         *(({name: math.inf}, "must be finite and ") for name in ("clip", "decay", "init_scale", "weight_decay")),
         *(({name: 2**31}, f"below 2**31; got {2**31}") for name in ("epochs", "embedding", "decay_after")),
         ({"optimizer": "sgd", "weight_decay": 0.1}, "--weight-decay is for --optimizer adamw; got 0.1 with sgd"),
@@ -215,6 +227,19 @@ def test_a_folder_with_the_name_of_a_data_set_is_not_taken_for_it(tmp_path, monk
     for name in ("markov", "ptb", "copy-9"):
         (tmp_path / name).mkdir()
         assert normalised(Config(dataset=name)).dataset == name
+
+
+def test_a_pipe_keeps_its_name(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "link").symlink_to(tmp_path / "pipe")
+    assert normalised(Config(dataset=str(tmp_path / "link"))).dataset == str(tmp_path / "link")
+
+
+def test_the_word_none_is_a_name(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    config = parse(["--out", "None", "--data-dir", "None", "--dataset", "None"])
+    assert (config.directory, config.data_dir, config.dataset) == (tmp_path / "None", str(tmp_path / "None"), "None")
+    assert parse(["--tokenizer", "None"]).tokenizer is None
 
 
 def test_paths_may_begin_with_a_tilde(tmp_path, monkeypatch):

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import sys
 
 import pytest
 from small_runs import blank_state
@@ -98,3 +99,19 @@ def test_a_damaged_row_before_the_last_is_named(line, tmp_path):
     (tmp_path / "metrics.jsonl").write_text(line + '\n{"step": 1, "epoch": 0.5}\n')
     with pytest.raises(UserError, match=r"line 1 of .*metrics.jsonl must be a row; got"):
         report._read_rows(tmp_path / "metrics.jsonl")
+
+
+@pytest.mark.parametrize(("terminal", "term"), [(False, "xterm"), (True, "dumb"), (True, "xterm")])
+def test_lines_are_plain_where_no_bar_can_be_drawn(terminal, term, pets, tmp_path, monkeypatch, capsys):
+    """In a file, whatever FORCE_COLOR says, and on a terminal that moves no cursor; at any width."""
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    monkeypatch.setenv("TERM", term)
+    monkeypatch.setenv("COLUMNS", "10")
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: terminal)
+    with Report(tmp_path, pets, windows=5, first_step=0, validated=0) as reported:
+        reported.progress(blank_state(step=5), 5, 2.0)
+        reported.epoch(blank_state(step=5, epoch=1), Evaluation(0.0, 1))
+    out = capsys.readouterr().out
+    plain = "epoch 1/1 100%: 70 tokens/s, perplexity 1.00\nepoch 1: train 1.00, valid 1.00, 0.0 minutes of training\n"
+    assert (out == plain) == (not terminal or term == "dumb")
+    assert ("\x1b" in out) == (terminal and term == "xterm")

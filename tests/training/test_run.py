@@ -146,7 +146,7 @@ def test_a_diverging_run_keeps_its_last_good_checkpoint(copied_run, monkeypatch)
 
 
 def test_settings_are_checked_before_anything_is_written(tmp_path):
-    with pytest.raises(UserError, match="--clip must be finite and above 0; got 0"):
+    with pytest.raises(UserError, match="--clip must be finite and above 0 in float32; got 0"):
         train(settings("markov", tmp_path / "run", clip=0))
     assert list(tmp_path.iterdir()) == []
 
@@ -297,3 +297,16 @@ def test_the_text_of_a_run_is_found_in_another_data_dir(tmp_path):
         load_text(run, config.directory, "test")
     with pytest.raises(UserError, match=re.escape(f"--split test --dataset text8 --data-dir {tmp_path / 'c'}")):
         load_text(run, config.directory, "test", str(tmp_path / "c"))
+
+
+@pytest.mark.parametrize("directory", [None, 5, b"run", "a\0b"])
+def test_a_run_that_is_no_path_is_refused(directory):
+    with pytest.raises(UserError, match="`directory` must be a path; got"):
+        load_run(directory)
+
+
+def test_a_model_too_large_for_the_device_is_refused_before_anything_is_written(pets, tmp_path):
+    for sizes in ({"features": (2**31 - 1,)}, {"embedding": 2**31 - 1, "tie": False}):
+        with pytest.raises(UserError, match=r"a model of [\d,]+ parameters takes at least"):
+            train(dataclasses.replace(pets, out=str(tmp_path / "run"), **sizes))
+    assert not (tmp_path / "run").exists()

@@ -1,0 +1,61 @@
+"""What a model takes of a device's memory, by arithmetic: before an array or a layer of it exists."""
+
+import jax
+
+from ranjax.device import free_memory
+from ranjax.errors import UserError
+from ranjax.training.config import Config
+
+UNKNOWN = 2**50  # bytes; more than this no device has, whatever it reports
+COPIES = {"sgd": 2, "adamw": 4}  # in training: the parameters, their gradient, and adamw's two averages of it
+
+
+def parameter_count(config: Config, vocabulary: int) -> int:
+    """The number of parameters of the model that these settings describe.
+
+    Example:
+      >>> from ranjax.training.config import Config
+      >>> from ranjax.training.size import parameter_count
+      >>> parameter_count(Config(features=(200,), tie=False), vocabulary=10_000)
+      4410800
+    """
+    sizes = config.features
+    layers = config.layers or (2 if len(sizes) == 1 else len(sizes))
+    outputs = [config.projection or size for size in sizes]
+    embedding = config.embedding or (outputs[-1] if config.tie else sizes[0])
+    stack = sum(_layer(config, *shape) for shape in zip([embedding, *outputs], sizes, outputs, strict=False))
+    if len(sizes) == 1:
+        stack += (layers - 1) * _layer(config, outputs[0], sizes[0], outputs[0])
+    return vocabulary * embedding + stack + vocabulary * (1 if config.tie else outputs[-1] + 1)
+
+
+def _layer(config: Config, inputs: int, size: int, output: int) -> int:
+    """The number of parameters of one layer."""
+    match config.cell:
+        case "lstm":
+            return 4 * size * (inputs + size + 1)
+        case "gru":
+            return 3 * size * (inputs + size + 1) + size
+        case "rnn":
+            return size * (inputs + size + 1)
+    seen = {"input": 0, "diagonal": 1, "recurrent": output}[config.gates]  # by each of the two gates, of h or c
+    return size * (3 * inputs + 2 * seen + 2) + ((size + 1) * output if config.projection else 0)
+
+
+def check_memory(config: Config, vocabulary: int, copies: int = 1) -> None:
+    """Raises a UserError for a model that the free memory of the device does not hold.
+
+    Args:
+      config: the settings.
+      vocabulary: number of tokens.
+      copies: how many arrays of the size of all parameters there are at least.
+    """
+    device = jax.devices()[0]
+    parameters, free = parameter_count(config, vocabulary), free_memory(device)
+    takes = 4 * parameters * copies
+    if takes > (UNKNOWN if free is None else free):
+        have = "" if free is None else f", of which {free / 1e6:,.0f} MB are free"
+        raise UserError(
+            f"a model of {parameters:,} parameters takes at least {takes / 1e6:,.0f} MB of {device}'s memory{have}. "
+            "Lower --features, --embedding or --layers."
+        )

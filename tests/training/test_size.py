@@ -1,0 +1,61 @@
+"""What a model takes, known before it exists."""
+
+import re
+import time
+
+import jax
+import pytest
+
+from ranjax.errors import UserError
+from ranjax.training import size
+from ranjax.training.config import Config
+from ranjax.training.size import check_memory, parameter_count
+from ranjax.training.step import abstract_params, build_model
+
+SHAPES = [
+    {"features": (5,)},
+    {"features": (5,), "layers": 1, "embedding": 7},
+    {"features": (5,), "layers": 4},
+    {"features": (5, 3, 4), "embedding": 2},
+    {"features": (5, 6, 7), "tie": True},
+]
+RAN = [{"gates": gates} for gates in ("recurrent", "diagonal", "input")]
+RAN += [{"gates": gates, "projection": 3} for gates in ("recurrent", "input")]
+
+
+@pytest.mark.parametrize("cell", [*RAN, {"cell": "lstm"}, {"cell": "gru"}, {"cell": "rnn"}])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_the_parameters_are_counted_as_the_model_has_them(cell, shape):
+    config = Config(**{"tie": False, **cell, **shape})
+    params = abstract_params(build_model(config, 11))
+    assert parameter_count(config, 11) == sum(p.size for p in jax.tree.leaves(params))
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"features": (2**31 - 1,)},
+        {"features": (100_000, 100_000)},
+        {"layers": 10**9},
+        {"embedding": 2**31 - 1, "tie": False},
+        {"features": (2**31 - 1,), "cell": "lstm"},
+    ],
+)
+@pytest.mark.parametrize("free", [None, 10**9])
+def test_a_model_that_no_memory_holds_is_refused_at_once(options, free, monkeypatch):
+    monkeypatch.setattr(size, "free_memory", lambda device: free)
+    began = time.monotonic()
+    if free is None:
+        options = options | {"features": (2**31 - 1,) * len(options.get("features", (1,)))}
+    with pytest.raises(UserError, match=r"takes at least [\d,]+ MB of .*'s memory.*Lower --features, --embedding"):
+        check_memory(Config(**options), 100, copies=4)
+    assert time.monotonic() - began < 1
+
+
+def test_the_copies_that_training_needs_are_counted(monkeypatch):
+    config = Config(features=(8,))
+    needed = 4 * parameter_count(config, 100)
+    monkeypatch.setattr(size, "free_memory", lambda device: 3 * needed)
+    check_memory(config, 100, copies=3)
+    with pytest.raises(UserError, match=re.escape(f"of which {3 * needed / 1e6:,.0f} MB are free")):
+        check_memory(config, 100, copies=4)
