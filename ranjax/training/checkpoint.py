@@ -20,7 +20,7 @@ KEPT = {"latest": 2, "best": 1}  # how many of each kind
 ARRAYS, SUMS = "arrays", "sha256.json"
 
 
-class _Damaged(Exception):
+class _DamagedError(Exception):
     """The files of a checkpoint are not those that were saved; the message says what is wrong."""
 
 
@@ -82,10 +82,8 @@ class Checkpoints:
         for number in numbers:
             path = self.directory / kind / str(number)
             try:
-                _verify(path)
-                _check_shapes(path, like)
-                loaded = load_arrays(path, ARRAYS, like)
-            except _Damaged as error:
+                loaded = _load(path, like)
+            except _DamagedError as error:
                 damaged[path] = str(error)
                 continue
             except OSError as error:
@@ -118,6 +116,17 @@ class Checkpoints:
             shutil.rmtree(path, ignore_errors=True)
 
 
+def _load(path: Path, like: Any) -> Any:
+    _verify(path)
+    try:
+        _check_shapes(path, like)
+        return load_arrays(path, ARRAYS, like)
+    except UserError:
+        raise
+    except (ValueError, KeyError, FileNotFoundError) as error:  # of orbax: of another version, or just replaced
+        raise _DamagedError(f"its arrays cannot be read: {str(error).splitlines()[0]:.200}") from None
+
+
 def _write(path: Path, tree: Any) -> None:
     """Writes a checkpoint in the place of a damaged one or of none: whole or not at all."""
     unfinished = path.with_name(f".{path.name}")
@@ -133,23 +142,23 @@ def _write(path: Path, tree: Any) -> None:
 
 
 def _verify(path: Path) -> None:
-    """Raises _Damaged for a checkpoint that is not as it was saved, an OSError for one that may not be read."""
+    """Raises _DamagedError for a checkpoint that is not as it was saved, an OSError for one that may not be read."""
     try:
         saved = parse_object((path / SUMS).read_text("utf-8"), {})
     except (FileNotFoundError, NotADirectoryError):
-        raise _Damaged(f"{SUMS} is missing") from None
+        raise _DamagedError(f"{SUMS} is missing") from None
     except ValueError:
-        raise _Damaged(f"{SUMS} cannot be read") from None
+        raise _DamagedError(f"{SUMS} cannot be read") from None
     found = _checksums(path)
     changed = [name for name, checksum in saved.items() if found.get(name) != checksum]
     if changed or not saved:
-        raise _Damaged(f"{changed[0] if changed else SUMS} is not as it was saved")
+        raise _DamagedError(f"{changed[0] if changed else SUMS} is not as it was saved")
 
 
 def _is_whole(path: Path) -> bool:
     try:
         _verify(path)
-    except (_Damaged, OSError):
+    except (_DamagedError, OSError):
         return False
     return True
 
