@@ -124,7 +124,7 @@ def _load(path: Path, like: Any) -> Any:
     except UserError:
         raise
     except (ValueError, KeyError, FileNotFoundError) as error:  # of orbax: of another version, or just replaced
-        raise _DamagedError(f"its arrays cannot be read: {str(error).splitlines()[0]:.200}") from None
+        raise _DamagedError(f"its arrays cannot be read: {' '.join(str(error).split()):.200}") from None
 
 
 def _write(path: Path, tree: Any) -> None:
