@@ -5,8 +5,11 @@ import os
 import re
 import sys
 import tempfile
-from collections.abc import Iterator
+import threading
+import time
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +26,9 @@ def save_arrays(folder: Path, name: str, tree: Any) -> None:
     """
     from orbax.checkpoint import v1 as ocp
 
-    with _plain(folder) as path, _refused_as_oserror():
+    # Otherwise threads would wait for directories that a disk has refused.
+    at_once = ocp.Context(async_options=ocp.options.AsyncOptions(create_directories_asynchronously=False))
+    with _plain(folder) as path, _refused_as_oserror(), at_once:
         ocp.save_checkpointables(f"{path}/{name}", {"tree": tree})
 
 
@@ -65,17 +70,25 @@ def _plain(folder: Path) -> Iterator[str]:
 
 @contextmanager
 def _refused_as_oserror() -> Iterator[None]:
-    """Orbax has a ValueError for what the system refuses, and its threads report it once more each."""
+    """Orbax has a ValueError for what the system refuses, and its threads report it once more each.
+
+    They outlive a save that has failed and go on writing, so they are waited for. Those of tensorstore cannot be: what
+    hides their reports stays then.
+    """
+    before = set(threading.enumerate())
     logs = [logging.getLogger(name) for name in ("absl", "asyncio")]
-    levels = [log.level for log in logs]
+    levels, hook = [log.level for log in logs], sys.unraisablehook
     for log in logs:
         log.setLevel(logging.CRITICAL)
+    if not isinstance(hook, _WithoutLateThreads):
+        sys.unraisablehook = _WithoutLateThreads(hook)
     try:
         yield
-    except BaseException as error:
-        _hide_late_threads()
+        sys.unraisablehook = hook
+    except Exception as error:
+        _join(set(threading.enumerate()) - before)
         code = re.search(r"os_error_code='(\d+)'", str(error))
-        if isinstance(error, OSError) or code is None:
+        if code is None or isinstance(error, OSError):
             raise
         raise OSError(int(code[1]), os.strerror(int(code[1]))) from None
     finally:
@@ -83,15 +96,20 @@ def _refused_as_oserror() -> Iterator[None]:
             log.setLevel(level)
 
 
-def _hide_late_threads() -> None:
-    """Threads of tensorstore outlive a save that has failed, and each reports that the event loop is gone by then."""
-    previous = sys.unraisablehook
-    if getattr(previous, "of_ranjax", False):
-        return
+def _join(threads: set[threading.Thread]) -> None:
+    """Waits for those of orbax, some seconds at most."""
+    end = time.monotonic() + 5
+    for thread in threads:
+        if type(thread).__module__.startswith("orbax."):
+            thread.join(max(0, end - time.monotonic()))
 
-    def hook(unraisable: Any) -> None:
+
+@dataclass(frozen=True)
+class _WithoutLateThreads:
+    """A `sys.unraisablehook` without the reports of threads of tensorstore that the event loop is gone."""
+
+    previous: Callable[[Any], None]
+
+    def __call__(self, unraisable: Any) -> None:
         if str(unraisable.exc_value) != "Event loop is closed":
-            previous(unraisable)
-
-    hook.of_ranjax = True
-    sys.unraisablehook = hook
+            self.previous(unraisable)
