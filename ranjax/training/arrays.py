@@ -8,7 +8,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,9 +26,9 @@ def save_arrays(folder: Path, name: str, tree: Any) -> None:
     """
     from orbax.checkpoint import v1 as ocp
 
-    # Otherwise threads would wait for directories that a disk has refused.
-    at_once = ocp.Context(async_options=ocp.options.AsyncOptions(create_directories_asynchronously=False))
-    with _plain(folder) as path, _refused_as_oserror(), at_once:
+    context = ocp.Context()
+    context.async_options.create_directories_asynchronously = False  # threads would wait for one that is refused
+    with _plain(folder) as path, _refused_as_oserror(), context:
         ocp.save_checkpointables(f"{path}/{name}", {"tree": tree})
 
 
@@ -101,7 +101,8 @@ def _join(threads: set[threading.Thread]) -> None:
     end = time.monotonic() + 5
     for thread in threads:
         if type(thread).__module__.startswith("orbax."):
-            thread.join(max(0, end - time.monotonic()))
+            with suppress(Exception):  # its own, once more
+                thread.join(max(0, end - time.monotonic()))
 
 
 @dataclass(frozen=True)
