@@ -305,4 +305,5 @@ def floating(name: str, value: ArrayLike) -> Array:
 
 def state_dtype(*arrays: Any) -> Any:
     """The dtype of a state that reads these arrays or dtypes: float32, or float64 where one of them is."""
-    return jnp.result_type(jnp.float32, *arrays)
+    with jax.numpy_dtype_promotion("standard"):
+        return jnp.result_type(jnp.float32, *arrays)

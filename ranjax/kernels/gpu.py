@@ -284,9 +284,9 @@ def _moment(recurrence: Recurrence, n: Array) -> Array:
 
 def _div(a: Array, b: int) -> Array:
     """Quotient of integers that are not negative; `jax.numpy` adds code for negative ones."""
-    return lax.div(a, a.dtype.type(b))
+    return lax.div(jnp.asarray(a), jnp.asarray(b, jnp.asarray(a).dtype))
 
 
 def _rem(a: Array, b: int) -> Array:
     """Remainder of integers that are not negative."""
-    return lax.rem(a, a.dtype.type(b))
+    return lax.rem(jnp.asarray(a), jnp.asarray(b, jnp.asarray(a).dtype))

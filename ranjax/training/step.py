@@ -16,6 +16,7 @@ from ranjax.training.config import Config
 from ranjax.training.metrics import cross_entropy
 
 BAD_STEPS = 5  # in a row, after which a run stops
+DROPOUT = 1  # folded into the key of the seed, which draws the weights
 
 Constraint = Callable[[Any], Any]  # a function of the parameters: what the model computes with in their place
 
@@ -136,7 +137,7 @@ def make_step(
         through it, and it is applied after each update.
     """
     differentiate = jax.value_and_grad(make_loss(model, config, constrain), has_aux=True)
-    dropout = jax.random.key(config.seed + 1)
+    dropout = jax.random.fold_in(jax.random.key(config.seed), DROPOUT)
 
     @partial(jax.jit, donate_argnums=0)
     def step(state: TrainState, text: Array) -> TrainState:
