@@ -238,9 +238,10 @@ def checked_ids(tokens: ArrayLike, vocabulary: int) -> Array:
     ids = jnp.asarray(tokens)
     if not jnp.issubdtype(ids.dtype, jnp.integer):
         raise ValueError(f"`tokens` must be ids, which are integers; got {ids.dtype}.")
-    if ids.size and not isinstance(ids, Tracer) and not 0 <= ids.min() <= ids.max() < vocabulary:
-        expected = f"ids from 0 to {vocabulary - 1}, the model's"
-        raise ValueError(f"`tokens` must be {expected}; got {ids.min()} to {ids.max()}.")
+    if ids.size and not isinstance(tokens, Tracer):
+        least, largest = np.min(tokens), np.max(tokens)
+        if not 0 <= least <= largest < vocabulary:
+            raise ValueError(f"`tokens` must be ids from 0 to {vocabulary - 1}, the model's; got {least} to {largest}.")
     return ids
 
 

@@ -33,7 +33,7 @@ def top(
 
     Args:
       parts: what `decompose` returns.
-      k: number of sources, at least 1.
+      k: number of sources, at least 1; more than there are steps count as many as there are.
       reduce: `"max"`, `"l1"`, `"l2"` (default) or `"contribution"`; see `ranjax.weights`.
 
     Returns:
@@ -55,7 +55,8 @@ def top(
     """
     measure_of(reduce)
     check_size("k", k)
-    return _searched(parts.i * scale_of(parts, reduce), parts.f, int(k), reduce)
+    k = min(int(k), max(parts.f.shape[-2], 1))
+    return _searched(parts.i * scale_of(parts, reduce), parts.f, k, reduce)
 
 
 @partial(jax.jit, static_argnums=(2, 3), inline=True)

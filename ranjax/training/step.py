@@ -31,7 +31,7 @@ class TrainState(NamedTuple):
       epoch: epochs finished, their validation included.
       loss, tokens: summed cross-entropy of the epoch so far, nats, and of how many predictions.
       bad, bad_in_row: steps skipped for a loss or gradient that was not finite.
-      best: lowest validation loss so far, nats per token.
+      best: lowest validation loss so far, nats per token; the largest float32 before the first.
       seconds, timed: spent training, compilation left out, and on how many steps.
       iterations: of the fixed point solver, the mean over the layers, summed over the epoch so far.
     """
@@ -114,7 +114,7 @@ def initial_state(
     zero, count = jnp.zeros(()), jnp.zeros((), jnp.int32)
     state = TrainState(
         params=params, optimizer=optimizer.init(params), carry=carry, step=count, epoch=count, loss=zero,
-        tokens=count, bad=count, bad_in_row=count, best=jnp.array(jnp.inf), seconds=zero, timed=count, iterations=zero,
+        tokens=count, bad=count, bad_in_row=count, best=jnp.array(jnp.finfo(jnp.float32).max), seconds=zero, timed=count, iterations=zero,
     )  # fmt: skip
     return jax.tree.map(jnp.copy, state)  # donated buffers must be distinct
 
