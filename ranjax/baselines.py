@@ -101,7 +101,7 @@ def _gru_step(weights, h, row):
     kernel, bias = weights
     of_x, of_h = jnp.split(row, 3, axis=-1), jnp.split(h.astype(row.dtype) @ kernel, 3, axis=-1)
     r, z = (sigmoid(a + b) for a, b in zip(of_x[:2], of_h[:2], strict=True))
-    n = jnp.tanh(of_x[2] + r * (of_h[2] + lax.broadcast_to_rank(bias, row.ndim)))
+    n = jnp.tanh(of_x[2] + r * plus_bias(of_h[2], bias))
     h = (1 - z) * n + z * h
     return h, h
 

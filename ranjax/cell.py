@@ -12,6 +12,7 @@ gate, 1 the forget gate. The parameters of a `RANCell` are this tree:
 """
 
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 import jax
@@ -247,10 +248,13 @@ def check_gates(gates: str, params: Params) -> None:
 
 
 def promoted(params: Params, x: Array, dtype: Dtype | None = None) -> tuple[Params, Array]:
-    """The parameters and the inputs in one dtype, that of the products."""
+    """The parameters and the inputs in one dtype, that of the products; biases keep theirs (`plus_bias`)."""
     leaves, structure = jax.tree.flatten(dict(params))
     x, *leaves = promote_dtype(x, *leaves, dtype=dtype)
-    return jax.tree.unflatten(structure, leaves), x
+    promoted = jax.tree.unflatten(structure, leaves)
+    return jax.tree_util.tree_map_with_path(
+        lambda path, new, old: jnp.asarray(old) if path[-1].key == "bias" else new, promoted, dict(params)
+    ), x
 
 
 def checked_inputs(params: Params, x: ArrayLike) -> tuple[Params, Array]:
@@ -305,9 +309,16 @@ def _drawn(key: Array, shapes: Mapping[str, tuple[Initializer, tuple[int, ...]]]
 
 def _drawn_for_both_gates(key: Array, shapes: Mapping, dtype: Dtype) -> Params:
     """The blocks of both gates drawn separately, since the fan is that of one gate, and stacked before the features."""
-    i, f = (_drawn(k, shapes, dtype) for k in jax.random.split(key))
-    both = jax.tree.map(lambda i, f: jnp.stack([i, f], axis=-2), i, f)
+    keys = jax.vmap(partial(jax.random.split, num=len(shapes)))(jax.random.split(key))
+    both = {name: _both(init, keys[:, n], shape, dtype) for n, (name, (init, shape)) in enumerate(shapes.items())}
     return meta.add_axis(both, -1, {meta.PARTITION_NAME: None})
+
+
+def _both(init: Initializer, keys: Array, shape: tuple[int, ...], dtype: Dtype) -> Any:
+    """The block of each gate; orthogonal ones by one batched QR, since two at once can deadlock in jaxlib 0.10."""
+    if init is _orthogonal:
+        return jax.vmap(partial(init, shape=shape, dtype=dtype), out_axes=-2)(keys)
+    return jax.tree.map(lambda i, f: jnp.stack([i, f], axis=-2), *(init(k, shape, dtype) for k in keys))
 
 
 def _orthogonal(key: Array, shape: tuple[int, ...], dtype: Dtype = jnp.float32) -> Array:

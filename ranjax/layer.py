@@ -15,7 +15,7 @@ from ranjax.scan import state_dtype
 from ranjax.sharding import last_state, steps_before
 from ranjax.solvers import check_solver, states, steps_of
 from ranjax.solvers.fixed_point import FixedPoint
-from ranjax.solvers.masks import checked, checked_lengths, padding_after
+from ranjax.solvers.masks import checked_lengths, checked_starts, padding_after
 
 
 class RAN(nn.Module):
@@ -33,9 +33,8 @@ class RAN(nn.Module):
     match those of the sequential scan to rounding, except vanishing gradients (below 1e-3 of the largest; see
     `ranjax.FixedPoint`).
 
-    With `solver="auto"` or `"pallas"`, input and diagonal gates are not stored: the gradient recomputes them. Only one
-    derivative in reverse mode is supported then. For forward mode and higher derivatives of these gates, select a
-    solver explicitly, such as `"sequential"`.
+    With `solver="auto"` or `"pallas"`, input and diagonal gates are not stored: the gradient recomputes them. Forward
+    mode, reverse mode and higher derivatives work with every solver, except for the limits of `ranjax.FixedPoint`.
 
     Attributes:
       cell: a `RANCell`, or a subclass with the same `__call__`. Apply `nn.remat` and `nn.jit` to the layer, not to the
@@ -100,7 +99,6 @@ class RAN(nn.Module):
     def __call__(
         self,
         inputs: ArrayLike,
-        *,
         initial_carry: ArrayLike | None = None,
         init_key: Array | None = None,
         seq_lengths: ArrayLike | None = None,
@@ -112,6 +110,8 @@ class RAN(nn.Module):
     ) -> Any:
         """Runs the cell over the sequence; arguments that are not None replace the attributes.
 
+        Flags are Python values. `nn.remat` takes them by position: `nn.remat(RAN, static_argnums=6)` for `return_carry`.
+
         Args:
           inputs: `(*batch, time, in)`, or `(time, *batch, in)` if time-major.
           initial_carry: the state before the first step, `(*batch, features)`, float32 or wider. Default: that of the
@@ -119,10 +119,10 @@ class RAN(nn.Module):
           init_key: key for `initialize_carry`; zeros need none.
           seq_lengths: integers `(*batch)`, the number of valid steps of each sequence, at most `time`. Later steps are
             padding and may hold any value, also NaN: they keep the state, and their outputs repeat the last valid one.
-          segment_starts: bool, `(*batch, time)` or `(time, *batch)` as the inputs: True where a new segment begins,
-            which is independent of earlier steps. With `reverse` each segment is processed from its own end,
-            independent of later steps. A start is encoded as a forget gate's pre-activation of -inf; parameters that
-            produce -inf start a segment, too.
+          segment_starts: bool or the numbers 0 and 1, `(*batch, time)` or `(time, *batch)` as the inputs: True where a
+            new segment begins, from a state of zeros, independent of earlier steps. With `reverse` each segment is
+            processed from its own end, independent of later steps. A start is encoded as a forget gate's pre-activation
+            of -2**127; parameters that produce as much, or -inf, start a segment, too.
 
             A state that is not finite stays in its segment with input and diagonal gates, without `axis_name`, and with
             `"pallas"` or `"auto"` (on a CPU, a TPU, or a GPU with the kernel). Otherwise it reaches the gradients of
@@ -134,7 +134,8 @@ class RAN(nn.Module):
           `(*batch, features)` is the state after the last valid step.
 
         Raises:
-          ValueError, TypeError: for a shape, a dtype or a length that does not fit.
+          ValueError, TypeError: for a shape, a dtype or a length that does not fit; for `segment_starts` with a cell
+            whose `carry_init` is not zeros.
         """
         time_major = self.time_major if time_major is None else time_major
         reverse = self.reverse if reverse is None else reverse
@@ -146,7 +147,7 @@ class RAN(nn.Module):
         time = 0 if time_major else x.ndim - 2
         batch = x.shape[:time] + x.shape[time + 1 : -1]
         seq_lengths = checked_lengths(seq_lengths, batch, x.shape[time] if self.axis_name is None else None)
-        segment_starts = checked("segment_starts", segment_starts, jnp.bool_, x.shape[:-1])
+        segment_starts = self._starts(segment_starts, x.shape[:-1])
 
         def flip(a):
             return flip_sequences(a, seq_lengths, num_batch_dims=len(batch), time_major=time_major)
@@ -174,6 +175,18 @@ class RAN(nn.Module):
         carry = last_state(c, c0, time, self.axis_name)
         return (carry, h) if (self.return_carry if return_carry is None else return_carry) else h
 
+    @nn.nowrap
+    def _starts(self, value: ArrayLike | None, shape: tuple[int, ...]) -> Array | None:
+        """The segment starts, after a check that the state before each, which is 0, is that of the cell."""
+        starts, zeros = checked_starts(value, shape), nn.initializers.zeros_init()
+        if starts is not None and self.cell.carry_init not in (zeros, nn.initializers.zeros):
+            raise ValueError(
+                "`segment_starts` begins every segment from zeros; got a cell with another `carry_init`. Leave "
+                "`carry_init` out of the cell, and give the state before the first step as `initial_carry`."
+            )
+        return starts
+
+    @nn.nowrap
     def _initial(self, carry: ArrayLike | None, key: Array | None, shape: tuple[int, ...], dtype: Dtype) -> Array:
         """The given carry, checked, or the cell's initial one, in a dtype at least as wide as that of its summands."""
         if carry is not None:

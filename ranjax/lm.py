@@ -11,12 +11,14 @@ from flax import linen as nn
 from flax.linen.dtypes import promote_dtype
 from flax.typing import Dtype
 from jax import Array
+from jax.core import Tracer
 from jax.typing import ArrayLike
 
 from ranjax.baselines import Stepwise
 from ranjax.cell import ACTIVATIONS, GATES, RANCell, checked_carry, uniform
 from ranjax.errors import check_choice, check_size
 from ranjax.layer import RAN
+from ranjax.scan import state_dtype
 from ranjax.solvers import check_solver, is_sequential
 from ranjax.solvers.fixed_point import FixedPoint
 
@@ -165,13 +167,14 @@ class LanguageModel(nn.Module):
         self.stack = [self._layer(size) for size in self.sizes]
         self.drop = nn.Dropout(self.dropout)
         if self.tie:
-            self.bias = self.param("bias", nn.initializers.zeros_init(), (self.vocabulary,))
+            self.bias = self.param("bias", nn.initializers.zeros_init(), (self.vocabulary,), jnp.float32)
         else:
             kernel_init = init if self.init_scale else nn.initializers.lecun_normal()
             self.decode = nn.Dense(
                 self.vocabulary, kernel_init=kernel_init, dtype=self.dtype, promote_dtype=_promoted_but_bias
             )
 
+    @nn.nowrap  # flax's tables call every other method again, by itself
     def _layer(self, features: int) -> nn.Module:
         """One layer over a sequence that returns `(carry, outputs)`."""
         options: dict = {"dtype": self.dtype}
@@ -185,7 +188,7 @@ class LanguageModel(nn.Module):
 
     def hidden(self, tokens: ArrayLike, state: Carries | None = None, *, deterministic: bool) -> tuple[Array, Carries]:
         """The outputs of the last layer, `(batch, time, out)`, and the state; see `__call__`."""
-        tokens = checked_ids(tokens)
+        tokens = checked_ids(tokens, self.vocabulary)
         if tokens.ndim != 2:
             raise ValueError(f"`tokens` must have the axes (batch, time); got the shape {tokens.shape}.")
         h = self.drop(self.embed(tokens.T if self._time_major else tokens), deterministic=deterministic)
@@ -200,7 +203,7 @@ class LanguageModel(nn.Module):
         """The output layer: `(..., vocabulary)` in float32 or wider."""
         rows = hidden.reshape(-1, hidden.shape[-1])  # with two axes, XLA transposes a copy of their gradients on a CPU
         logits = self.embed.attend(rows) + self.bias[None] if self.tie else self.decode(rows)
-        return logits.astype(jnp.result_type(jnp.float32, logits)).reshape(*hidden.shape[:-1], self.vocabulary)
+        return logits.astype(state_dtype(logits)).reshape(*hidden.shape[:-1], self.vocabulary)
 
     def __call__(
         self, tokens: ArrayLike, state: Carries | None = None, *, deterministic: bool
@@ -216,8 +219,9 @@ class LanguageModel(nn.Module):
           Logits `(batch, time, vocabulary)`, and the state after the last token.
 
         Raises:
-          ValueError, TypeError: for tokens of another shape or that are not integers, a number of carries other than
-            the number of layers, a carry that does not fit.
+          ValueError, TypeError: for tokens of another shape, that are not integers or, where they are not traced, not
+            from 0 to `vocabulary` - 1; for a number of carries other than the number of layers, a carry that does not
+            fit.
         """
         hidden, state = self.hidden(tokens, state, deterministic=deterministic)
         return self.logits(hidden), state
@@ -229,12 +233,16 @@ def _promoted_but_bias(*arrays: Array | None, dtype: Dtype | None = None, inexac
     return [*promote_dtype(*operands, dtype=dtype, inexact=inexact), bias]
 
 
-def checked_ids(tokens: ArrayLike) -> Array:
-    """Tokens as an array, after a check that they are ids."""
-    tokens = jnp.asarray(tokens)
-    if not jnp.issubdtype(tokens.dtype, jnp.integer):
-        raise ValueError(f"`tokens` must be ids, which are integers; got {tokens.dtype}.")
-    return tokens
+def checked_ids(tokens: ArrayLike, vocabulary: int) -> Array:
+    """Tokens as an array, after a check that they are ids and, unless they are traced, the model's."""
+    ids = jnp.asarray(tokens)
+    if not jnp.issubdtype(ids.dtype, jnp.integer):
+        raise ValueError(f"`tokens` must be ids, which are integers; got {ids.dtype}.")
+    if ids.size and not isinstance(tokens, Tracer):
+        least, largest = np.min(tokens), np.max(tokens)
+        if not 0 <= least <= largest < vocabulary:
+            raise ValueError(f"`tokens` must be ids from 0 to {vocabulary - 1}, the model's; got {least} to {largest}.")
+    return ids
 
 
 def checked_text(name: str, ids: Any, vocabulary: int) -> np.ndarray:

@@ -65,7 +65,8 @@ def linear_recurrence(
         - `"chunked"`: all chunks of 64 steps in parallel, with a loop over the chunks between two loops over their
           steps. Memory grows linearly with the length.
         - `"pallas"`: a kernel for GPU or TPU; elsewhere it is interpreted, which is slow. Under `jit` alone XLA does
-          not split a kernel over devices; inside `shard_map` each device runs its own.
+          not split a kernel over devices; inside `shard_map` each device runs its own. It is written in Pallas with
+          Triton, which JAX 0.12 deprecates; where JAX comes without it, `"auto"` does not select the kernel.
       axis_name: name of the mesh axis that time is spread over. `decay`, `inputs` and the states are then one device's
         part; `initial` is the same on all devices and precedes the first step of the whole sequence. Inside `shard_map`
         the kernel needs `check_vma=False`; otherwise `"auto"` does not select it.
@@ -74,7 +75,8 @@ def linear_recurrence(
       The states h, `(*batch, time, features)`, in float32, or in float64 where one of the arrays is.
 
     Raises:
-      ValueError: for an unknown solver, shapes that do not fit, or arrays that `axis_name` does not spread.
+      ValueError: for an unknown solver, `"pallas"` where JAX comes without Triton, shapes that do not fit, or arrays
+        that `axis_name` does not spread.
       TypeError: for an array that is not of a real floating dtype.
 
     Example:
@@ -208,14 +210,24 @@ def _auto(recurrence: Recurrence) -> tuple[Rows, Rows]:
 
 def _has_gpu() -> bool:
     """Whether a GPU is present that the kernel compiles for (Ampere or newer); otherwise it need not be traced."""
-    if jax.default_backend() != "gpu" or find_spec("jax.experimental.pallas.triton") is None:
+    if jax.default_backend() != "gpu" or not _has_triton():
         return False
     capability = str(getattr(jax.local_devices()[0], "compute_capability", ""))  # AMD GPUs have a name instead
     return capability.replace(".", "").isdecimal() and float(capability) >= 8
 
 
+def _has_triton() -> bool:
+    """Whether this JAX has what the GPU kernel is written in, which 0.12 deprecates."""
+    return find_spec("jax.experimental.pallas.triton") is not None
+
+
 def _pallas(recurrence: Recurrence) -> tuple[Rows, Rows]:
     """The kernel of the platform; on others the GPU kernel, interpreted."""
+    if not _has_triton():
+        raise ValueError(
+            f"solver='pallas' needs `jax.experimental.pallas.triton`, which JAX {jax.__version__} does not have. Use "
+            "solver='auto'."
+        )
     from ranjax.kernels import gpu, tpu  # importing Pallas takes a second, and few programs need it
 
     return _by_platform(recurrence, {"tpu": tpu.run, "cuda": gpu.run, "default": partial(gpu.run, interpret=True)})
@@ -305,4 +317,5 @@ def floating(name: str, value: ArrayLike) -> Array:
 
 def state_dtype(*arrays: Any) -> Any:
     """The dtype of a state that reads these arrays or dtypes: float32, or float64 where one of them is."""
-    return jnp.result_type(jnp.float32, *arrays)
+    with jax.numpy_dtype_promotion("standard"):
+        return jnp.result_type(jnp.float32, *arrays)

@@ -27,7 +27,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
-from jax.core import Tracer
 from jax.typing import ArrayLike
 
 from ranjax.cell import Params, content, gates_of, output
@@ -36,6 +35,8 @@ from ranjax.interpret.decomposition import Decomposition, checked_index, decompo
 from ranjax.lm import Carries, LanguageModel, checked_ids
 from ranjax.scan import linear_recurrence, state_dtype
 from ranjax.solvers import solve
+
+AT_ONCE = 32  # nodes of a quadrature
 
 
 class Shares(NamedTuple):
@@ -196,7 +197,7 @@ def integrated_gradients(
 
     Args:
       model, params, tokens, target, step, state: as for `shares`.
-      nodes: nodes of the Gauss-Legendre quadrature, at which the gradient is computed (default: 32).
+      nodes: nodes of the Gauss-Legendre quadrature, at which the gradient is computed (default: 32), at most 32 at once.
 
     Returns:
       `Shares`, whose `total` is the logit up to the error of the quadrature.
@@ -235,7 +236,7 @@ def integrated_gradients(
 
     points, quadrature = (jnp.asarray(a / 2, x.dtype) for a in np.polynomial.legendre.leggauss(nodes))
     # By the chain rule the gradient of logit(a x) in x has a factor a, hence the division; no node is at a = 0.
-    gradients = jax.vmap(jax.grad(logit, argnums=(1, 2)), in_axes=(0, None, None))(points + 0.5, x, state)
+    gradients = lax.map(lambda a: jax.grad(logit, argnums=(1, 2))(a, x, state), points + 0.5, batch_size=AT_ONCE)
     mean = jax.tree.map(lambda g: jnp.tensordot(quadrature / (points + 0.5), g, 1), gradients)
     words, carry = jax.tree.map(lambda g, a: jnp.sum(g * a, axis=-1), mean, (x, tuple(state)))
     return Shares(words, jnp.stack(carry), logit(jnp.zeros((), x.dtype), x, state))
@@ -272,11 +273,7 @@ def _check_text(tokens: ArrayLike) -> None:
 
 def _embedded(model: LanguageModel, params: Params, tokens: ArrayLike) -> Array:
     """The embeddings of the tokens. Raises a ValueError for ids out of the model's range, unless they are traced."""
-    ids = checked_ids(tokens)
-    if not isinstance(ids, Tracer) and ids.size and not 0 <= ids.min() <= ids.max() < model.vocabulary:
-        expected = f"ids from 0 to {model.vocabulary - 1}, the model's"
-        raise ValueError(f"`tokens` must be {expected}; got {ids.min()} to {ids.max()}.")
-    return jnp.take(params["embed"]["embedding"], ids, axis=0)
+    return jnp.take(params["embed"]["embedding"], checked_ids(tokens, model.vocabulary), axis=0)
 
 
 def _ratio(c: Array) -> Array:

@@ -17,7 +17,7 @@ from ranjax.errors import check_choice
 from ranjax.scan import Sequence, State
 from ranjax.solvers import check_solver, prepared, states_and_gates
 from ranjax.solvers.fixed_point import FixedPoint
-from ranjax.solvers.masks import Steps, checked, checked_lengths, padding_after
+from ranjax.solvers.masks import Steps, checked_lengths, checked_starts, padding_after
 
 
 class Decomposition(NamedTuple):
@@ -69,8 +69,8 @@ def decompose(
         cell.
       solver: as for `RAN`.
       seq_lengths: integers, `(*batch)`; later steps are padding, whatever they hold. None: no padding.
-      segment_starts: bool, `(*batch, time)`; True where a new segment starts, which ignores all earlier steps. None:
-        one segment.
+      segment_starts: bool or the numbers 0 and 1, `(*batch, time)`; True where a new segment starts, which ignores all
+        earlier steps. None: one segment.
       dtype: of the products, as that of the cell.
 
     Returns:
@@ -96,7 +96,7 @@ def decompose(
     check_choice("activation", activation, ACTIVATIONS)
     params, x = checked_inputs(params, x)
     check_solver(solver, gates_of(params))
-    starts = checked("segment_starts", segment_starts, jnp.bool_, x.shape[:-1])
+    starts = checked_starts(segment_starts, x.shape[:-1])
     lengths, padding = checked_lengths(seq_lengths, x.shape[:-2], x.shape[-2]), None
     if lengths is not None:
         padding = padding_after(lengths, x.shape[:-1], x.ndim - 2)

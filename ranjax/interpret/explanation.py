@@ -162,11 +162,12 @@ def explain(run: TrainedModel, text: str, *, reduce: str = "l2", top: int = 3) -
     if not len(ids):
         raise UserError("the text is empty; give --text or --file at least one word.")
     explained = jax.jit(partial(_explained, run.model, reduce=reduce, top=min(top, len(ids) - 1)))
-    with jax.disable_jit(False):  # whatever JAX_DISABLE_JIT says: what memory it takes is known of a compiled program
+    if not jax.config.jax_disable_jit:  # then nothing is compiled whose memory could be compared
         program = explained.lower(run.params, ids).compile()
         device, *_ = jax.tree.leaves(program.output_shardings)[0].device_set
         _check_memory(program.memory_analysis(), device, len(ids))
-        layers, probabilities, targets, shares = jax.device_get(program(run.params, ids))
+        explained = program
+    layers, probabilities, targets, shares = jax.device_get(explained(run.params, ids))
     predictions = [
         Prediction(visible(piece(run.vocabulary, int(v))), float(p), words, float(bias))
         for v, p, words, bias in zip(targets, probabilities, shares.words, shares.bias, strict=True)

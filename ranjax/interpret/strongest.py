@@ -17,7 +17,6 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jaxtyping import Float, Int
 
-from ranjax.device import free_memory
 from ranjax.errors import check_size
 from ranjax.interpret.decomposition import Decomposition, measure_of, measure_pairs, rows, scale_of
 
@@ -34,7 +33,7 @@ def top(
 
     Args:
       parts: what `decompose` returns.
-      k: number of sources, at least 1.
+      k: number of sources, at least 1; more than there are steps count as many as there are.
       reduce: `"max"`, `"l1"`, `"l2"` (default) or `"contribution"`; see `ranjax.weights`.
 
     Returns:
@@ -57,18 +56,8 @@ def top(
     """
     measure_of(reduce)
     check_size("k", k)
-    _check_memory(parts.f, int(k))
-    return _searched(parts.i * scale_of(parts, reduce), parts.f, int(k), reduce)
-
-
-def _check_memory(f: Array, k: int) -> None:
-    """Raises a ValueError for a result that takes more than is free."""
-    takes, free = math.prod(f.shape[:-1]) * k * (f.dtype.itemsize + 4), free_memory(jax.devices()[0])
-    if takes > (2**50 if free is None else free):
-        raise ValueError(
-            f"the {k:,} strongest sources of {f.shape[-2]:,} steps take {takes:,} bytes, more than the device has free."
-            " Use a smaller `k`; no step has more sources than there are steps."
-        )
+    k = min(int(k), max(parts.f.shape[-2], 1))
+    return _searched(parts.i * scale_of(parts, reduce), parts.f, k, reduce)
 
 
 @partial(jax.jit, static_argnums=(2, 3), inline=True)

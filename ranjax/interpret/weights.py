@@ -252,6 +252,6 @@ def _lasting(parts: Decomposition, most: int, n: Array, holds: Callable[[Array],
     for level in reversed(range(len(levels))):
         longer = product * after(levels[level], n)
         taken = holds(longer)
-        product, n = jnp.where(taken, longer, product), n + taken * 2**level
+        product, n = jnp.where(taken, longer, product), jnp.where(taken, n + 2**level, n)
     lasts = n + lax.broadcast_to_rank(j, n.ndim) >= steps - 1  # to the end of the sequence
     return jnp.where(lasts, most, jnp.minimum(n + 1, most))

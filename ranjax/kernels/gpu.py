@@ -7,7 +7,10 @@ lanes give the carry that a lane starts from. Every row is read once.
 
 Segments: where lanes are not enough, the sequence is cut into segments, one program each. A first launch reduces each
 segment to one affine map of the carry, a second finds the carries that the segments start from, a third runs all
-segments. The kernels use Pallas with the Triton back end.
+segments.
+
+The kernels use Pallas with the Triton back end, which JAX 0.12 deprecates. Where JAX comes without it, "auto" selects
+another solver and "pallas" is refused (`ranjax.scan`).
 """
 
 import math
@@ -18,6 +21,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
+from jax.typing import ArrayLike
 
 from ranjax.kernels.base import Recurrence, Rows, Step, affine_map, apply_map, mapped, planes
 from ranjax.kernels.reference import chunked
@@ -282,11 +286,13 @@ def _moment(recurrence: Recurrence, n: Array) -> Array:
     return last - n if recurrence.reverse else n
 
 
-def _div(a: Array, b: int) -> Array:
+def _div(a: ArrayLike, b: int) -> Array:
     """Quotient of integers that are not negative; `jax.numpy` adds code for negative ones."""
+    a = jnp.asarray(a)  # a number, where `jax.disable_jit` runs the loops in Python
     return lax.div(a, a.dtype.type(b))
 
 
-def _rem(a: Array, b: int) -> Array:
+def _rem(a: ArrayLike, b: int) -> Array:
     """Remainder of integers that are not negative."""
+    a = jnp.asarray(a)
     return lax.rem(a, a.dtype.type(b))

@@ -1,5 +1,6 @@
 """Solvers of a recurrence in plain JAX, for every platform: sequential, associative and chunked."""
 
+import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
@@ -7,10 +8,14 @@ from ranjax.kernels.base import Recurrence, Rows, affine_map, apply_map, planes
 from ranjax.sharding import before, varying_as
 
 CHUNK = 64  # steps
+LONG = 4096  # steps from which sums are compensated; before, they lose a digit or so of float32
 
 
 def sequential(recurrence: Recurrence) -> tuple[Rows, Rows]:
     """A loop over the steps. Rows are read and written where they are: time is not moved to the front."""
+    if recurrence.affine and isinstance(recurrence.sizes[1], int) and recurrence.sizes[1] >= LONG:
+        (carry, _), outputs = sequential(_compensated(recurrence))
+        return (carry,), outputs
     time, dtype = recurrence.sizes[1], recurrence.carry[0].dtype
     places, buffers = _buffers(recurrence)
 
@@ -37,6 +42,26 @@ def sequential(recurrence: Recurrence) -> tuple[Rows, Rows]:
         loop = lax.fori_loop(0, time - 1, lambda n, loop: advance(n, loop, rows(states, n + 1)), loop)
         carry, buffers = advance(time - 1, loop, (boundary.astype(dtype),))
     return carry, tuple(buffers[place] for place in places)
+
+
+def _compensated(recurrence: Recurrence) -> Recurrence:
+    """The recurrence with the rounding error of the carry as a second one, added at the next step (Kahan)."""
+
+    def step(carry, constants, rows):
+        (c, lost), zero = carry, jnp.zeros_like(carry[0])
+        _, out_rows = recurrence.step((c,), constants, rows)
+
+        def affine(c):
+            return recurrence.step((c,), constants, rows)[0][0]
+
+        offset, kept = jax.jvp(affine, (zero,), (c,))
+        addend = offset + jax.jvp(affine, (zero,), (lost,))[1]
+        total = kept + addend
+        lost = addend - (total - kept)
+        return (total, jnp.where(jnp.isfinite(lost), lost, 0)), out_rows
+
+    (first,) = recurrence.carry
+    return recurrence._replace(step=step, carry=(first, jnp.zeros_like(first)), affine=False, in_place=False)
 
 
 def associative(recurrence: Recurrence) -> tuple[Rows, Rows]:
@@ -78,7 +103,7 @@ def chunked(recurrence: Recurrence) -> tuple[Rows, Rows]:
     maps, _ = sequential(reduction._replace(in_place=False))
     maps = tuple(m.reshape(batch, count, features) for m in maps)
     last, (starts,) = sequential(
-        Recurrence(apply_map, recurrence.carry, maps, ((0, dtype),), reverse=recurrence.reverse)
+        Recurrence(apply_map, recurrence.carry, maps, ((0, dtype),), reverse=recurrence.reverse, affine=True)
     )
     _, outputs = sequential(chunks._replace(carry=(starts.reshape(zeros.shape),)))
     outputs = tuple(out.reshape(batch, count * CHUNK, *out.shape[2:]) for out in outputs)

@@ -65,7 +65,7 @@ def solve(
       c0: state before the first step, `(*batch, features)`, float32 or wider; None: zeros.
       gates: what the gates of these parameters read: `"recurrent"`, `"diagonal"` or `"input"`.
       activation: `"tanh"` or `"identity"`, the g of h = g(c). The parameters do not contain it: pass that of the cell.
-      solver: as for `RAN`, with the same limits in forward mode and higher derivatives.
+      solver: as for `RAN`.
       axis_name: as for `RAN`.
 
     Returns:

@@ -14,6 +14,9 @@ Gates = Float[Array, "time *batch 2 features"]
 Mask = Bool[Array, "time *batch"]
 
 
+CLOSED = -(2.0**127)  # the pre-activation of a gate that is 0; finite for JAX_DEBUG_INFS, exact in bfloat16
+
+
 class Steps(NamedTuple):
     """The inputs of all steps, computed for the whole sequence at once.
 
@@ -27,24 +30,24 @@ class Steps(NamedTuple):
 
 
 def masked(steps: Steps, starts: Mask | None, padding: Mask | None) -> Steps:
-    """The steps with the masks encoded as infinite pre-activations of the gates.
+    """The steps with the masks encoded as pre-activations of the gates.
 
-    Where a segment starts, the forget gate's pre-activation is -inf: c_{t-1} has no effect on c_t, nor on the gates
-    (`seen`). In the padding it is +inf and the input gate's -inf: c_t = c_{t-1}.
+    Where a segment starts, the forget gate's pre-activation is `CLOSED`: c_{t-1} has no effect on c_t, nor on the gates
+    (`seen`). In the padding it is the negative of that, and the input gate's is `CLOSED`: c_t = c_{t-1}.
     """
     if starts is None and padding is None:
         return steps
     i, f = steps.z[..., 0, :], steps.z[..., 1, :]
     if starts is not None:
-        f = jnp.where(starts[..., None], -jnp.inf, f)
+        f = jnp.where(starts[..., None], CLOSED, f)
     if padding is not None:
-        i, f = jnp.where(padding[..., None], -jnp.inf, i), jnp.where(padding[..., None], jnp.inf, f)
+        i, f = jnp.where(padding[..., None], CLOSED, i), jnp.where(padding[..., None], -CLOSED, f)
     return steps._replace(z=jnp.stack([i, f], axis=-2))
 
 
 def seen(z_f: Array, c: Array) -> Array:
-    """c_{t-1} as the step reads it: 0 where a forget gate of -inf starts a segment."""
-    return jnp.where(z_f == -jnp.inf, 0.0, c)
+    """c_{t-1} as the step reads it: 0 where a forget gate of `CLOSED`, or of -inf, starts a segment."""
+    return jnp.where(z_f <= CLOSED, 0.0, c)
 
 
 def padding_after(seq_lengths: Array, shape: tuple[int, ...], time: int) -> Array:
@@ -58,7 +61,7 @@ def filled(steps: Steps, time: int) -> Steps:
     if more == 0:
         return steps
     u = jnp.pad(steps.u, [(0, more), *((0, 0),) * (steps.u.ndim - 1)])
-    keep = jnp.array([[-jnp.inf], [jnp.inf]], steps.z.dtype)  # input gate 0, forget gate 1
+    keep = jnp.array([[CLOSED], [-CLOSED]], steps.z.dtype)  # input gate 0, forget gate 1
     z = jnp.concatenate([steps.z, jnp.broadcast_to(keep, (more, *steps.z.shape[1:]))])
     return Steps(u, z)
 
@@ -72,6 +75,18 @@ def checked_lengths(value: ArrayLike | None, batch: tuple[int, ...], time: int |
     if known.min() < 0 or known.max() > time:
         raise ValueError(f"`seq_lengths` must be from 0 to {time}, the steps of the inputs; got {known.tolist()}.")
     return lengths
+
+
+def checked_starts(value: ArrayLike | None, shape: tuple[int, ...]) -> Array | None:
+    """Checked segment starts as bool, or None; numbers 0 and 1 are taken too. Traced ones are not compared with these."""
+    if value is None:
+        return None
+    starts = jnp.asarray(value)
+    if jnp.issubdtype(starts.dtype, jnp.integer) or jnp.issubdtype(starts.dtype, jnp.floating):
+        if not isinstance(value, Tracer) and not np.isin(value, (0, 1)).all():
+            raise ValueError("`segment_starts` must be bool, or the numbers 0 and 1; got others.")
+        starts = starts != 0
+    return checked("segment_starts", starts, jnp.bool_, shape)
 
 
 def checked(name: str, value: ArrayLike | None, kind: Any, shape: tuple[int, ...]) -> Array | None:

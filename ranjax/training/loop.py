@@ -82,7 +82,7 @@ class Loop:
         """
         if not math.isfinite(evaluation.nats):
             kept = "no epoch before it was validated"
-            if math.isfinite(float(state.best)):
+            if state.epoch:
                 kept = f"the best state before it is kept in {self.checkpoints.run}"
             raise DivergedError(
                 f"the validation loss is {evaluation.nats}; {kept}. Lower --learning-rate or --clip and start again, "

@@ -15,6 +15,7 @@ from ranjax.training.config import Config
 from ranjax.training.metrics import cross_entropy
 
 BAD_STEPS = 5  # in a row, after which a run stops
+DROPOUT = 1  # folded into the key of the seed, which draws the weights
 
 Constraint = Callable[[Any], Any]  # a function of the parameters: what the model computes with in their place
 
@@ -29,7 +30,7 @@ class TrainState(NamedTuple):
       epoch: epochs finished, their validation included.
       loss, tokens: summed cross-entropy of the epoch so far, nats, and of how many predictions.
       bad, bad_in_row: steps skipped for a loss or gradient that was not finite.
-      best: lowest validation loss so far, nats per token.
+      best: lowest validation loss so far, nats per token; the largest float32 before the first.
       seconds, timed: spent training, compilation left out, and on how many steps.
       iterations: of the fixed point solver, the mean over the layers, summed over the epoch so far.
     """
@@ -103,7 +104,7 @@ def initial_state(
     zero, count = jnp.zeros(()), jnp.zeros((), jnp.int32)
     state = TrainState(
         params=params, optimizer=optimizer.init(params), carry=carry, step=count, epoch=count, loss=zero,
-        tokens=count, bad=count, bad_in_row=count, best=jnp.array(jnp.inf), seconds=zero, timed=count, iterations=zero,
+        tokens=count, bad=count, bad_in_row=count, best=jnp.array(jnp.finfo(jnp.float32).max), seconds=zero, timed=count, iterations=zero,
     )  # fmt: skip
     return jax.tree.map(jnp.copy, state)  # donated buffers must be distinct
 
@@ -126,7 +127,7 @@ def make_step(
         through it, and it is applied after each update.
     """
     differentiate = jax.value_and_grad(make_loss(model, config, constrain), has_aux=True)
-    dropout = jax.random.key(config.seed + 1)
+    dropout = jax.random.fold_in(jax.random.key(config.seed), DROPOUT)
 
     @partial(jax.jit, donate_argnums=0)
     def step(state: TrainState, text: Array) -> TrainState:
