@@ -180,7 +180,7 @@ class Stopped(SystemExit):
 
 
 class Stop:
-    """A wish to stop, which a loop reads between two of its steps.
+    """A request to stop, by a signal or because time is over, which the training loop reads.
 
     Attributes:
       signal: the signal that asked for it, or SIGTERM once the time is over; None as long as nothing has.

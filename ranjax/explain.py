@@ -98,7 +98,7 @@ def main(argv: list[str] | None = None) -> None:
             check_size("top", given.top)
         check_device()
         from ranjax.interpret.explanation import DRAWN, explain
-        from ranjax.interpret.render import draw_pairs, print_sources, write_page
+        from ranjax.interpret.render import draw_heat_map, print_sources, write_page
         from ranjax.training.run import load_run
 
         run = load_run(given.checkpoint)
@@ -111,7 +111,7 @@ def main(argv: list[str] | None = None) -> None:
         print_sources(explanation, given.layer)
         if out is not None:
             with writing(out):
-                (write_page if out.suffix.lower() == ".html" else draw_pairs)(explanation, given.layer, out)
+                (write_page if out.suffix.lower() == ".html" else draw_heat_map)(explanation, given.layer, out)
             print(f"written: {out}")
 
 

@@ -110,7 +110,7 @@ class RAN(nn.Module):
     ) -> Any:
         """Runs the cell over the sequence; arguments that are not None replace the attributes.
 
-        Flags are Python values. `nn.remat` takes them by position: `nn.remat(RAN, static_argnums=6)` for `return_carry`.
+        Flags are Python values; `nn.remat` takes them by position: `nn.remat(RAN, static_argnums=6)`, `return_carry`.
 
         Args:
           inputs: `(*batch, time, in)`, or `(time, *batch, in)` if time-major.

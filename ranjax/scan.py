@@ -200,11 +200,11 @@ def _without_outputs(step: Step) -> Step:
 
 
 def _auto(recurrence: Recurrence) -> tuple[Rows, Rows]:
-    """The solver that `CHOICES` has for the platform."""
+    """The solver that `AUTO_BY_PLATFORM` has for the platform."""
     varies = any(map(varying_axes, recurrence.arrays))  # the results of a kernel cannot be typed as varying
     kernel = _has_gpu() and not varies
     known = isinstance(recurrence.sizes[1], int)  # with a symbolic time (`jax.export`) only the loop works
-    found = CHOICES if known else dict.fromkeys(CHOICES, "sequential")
+    found = AUTO_BY_PLATFORM if known else dict.fromkeys(AUTO_BY_PLATFORM, "sequential")
     return _by_platform(recurrence, {name: SOLVERS[one] for name, one in found.items() if one != "pallas" or kernel})
 
 
@@ -262,7 +262,7 @@ SOLVERS: dict[str, Solver] = {
 # as of e6eaacf and has passed its tests on the device since it was rearranged. Its tiling by shape (kernels/gpu.py) was
 # chosen on the same H100 on the same day. Gates that read all of h_{t-1} run sequentially everywhere: 213 against 748
 # ms on that CPU at 2 x 8192 x 200; this has not been measured on a GPU.
-CHOICES = {
+AUTO_BY_PLATFORM = {
     "cpu": "sequential",  # AMD EPYC, 2 cores, 2026-11-23, 8 x 1024 x 512: 14.1; chunked 18.2, associative 48.6
     "cuda": "pallas",  # H100, 2026-11-23, 32 x 1024 x 512: 0.255; associative 0.798
     "tpu": "sequential",  # not measured; associative_scan is slower there, De et al. 2024 (Griffin)

@@ -156,7 +156,7 @@ def test_a_figure_that_lacks_a_glyph_is_not_written(tmp_path):
     found = explanation.Explanation(["\u543e"], " ", "l2", 1, [layer], [])
     path = tmp_path / "map.png"
     with pytest.raises(UserError, match=r"Glyph 21566 .* Write a page \(.html\)"), explain.writing(path):
-        render.draw_pairs(found, 1, path)
+        render.draw_heat_map(found, 1, path)
     assert not list(tmp_path.iterdir())
 
 

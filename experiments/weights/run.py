@@ -22,7 +22,7 @@ from ranjax.errors import UserError, flag, is_size
 from ranjax.figure import blank_figure
 from ranjax.interpret.explanation import explain
 from ranjax.interpret.memory import Memory, memory
-from ranjax.interpret.render import draw_pairs
+from ranjax.interpret.render import draw_heat_map
 from ranjax.training.report import device, versions
 from ranjax.training.run import Run, load_run, load_text
 
@@ -116,7 +116,7 @@ def main(options: Options) -> None:
     draw(layers, out / "half-lives.png")
     explanation = explain(run, passage)
     for number in range(1, len(layers) + 1):
-        draw_pairs(explanation, number, out / f"layer-{number}.png")
+        draw_heat_map(explanation, number, out / f"layer-{number}.png")
     results = about(run) | {
         "passage": passage,
         "half_lives": [half_lives(layer) for layer in layers],

@@ -78,7 +78,7 @@ KNOWN = {
     "text8": Known("character", False, ("afmck/text8", "default"), (90_000_000, 5_000_000, 5_000_000, 27)),
     "enwik8": Known("byte"),
 }
-EMBEDDED = {"python-docs": "bpe", "markov": "character"}  # and their usual tokenizers
+BUILTIN = {"python-docs": "bpe", "markov": "character"}  # and their usual tokenizers
 
 
 class Texts(NamedTuple):
@@ -95,7 +95,7 @@ def load_corpus(name: str | Path, data_dir: str | Path | None = None, tokenizer:
     Args:
       name: `"python-docs"` (documentation that every Python carries), `"markov"` (synthetic, of known entropy),
         `"markov-D"`, `"copy-D"`, `"recall-D"` (tasks whose answers lie D tokens back; see
-        `ranjax.embedded.task_texts`), one of `KNOWN`, or a path: a directory with train, valid and test files
+        `ranjax.data.builtin.task_texts`), one of `KNOWN`, or a path: a directory with train, valid and test files
         (`.txt`, `.tokens`, `.raw`, `.parquet`, each also `.gz`) or one text file, which is split 90/5/5.
       data_dir: the folder that holds a folder of that name, or that folder itself. None: a known name is loaded
         from the hub, through its cache.
@@ -158,7 +158,7 @@ def split_of(name: str | Path) -> str:
 
 def is_named(name: str) -> bool:
     """Whether it names a data set, which a path of the same name does not replace."""
-    return name in KNOWN or name in EMBEDDED or task_of(name) is not None
+    return name in KNOWN or name in BUILTIN or task_of(name) is not None
 
 
 def _texts(name: str, data_dir: str | Path | None, wanted: Sequence[str] = SPLITS) -> Texts:
@@ -175,14 +175,14 @@ def _texts(name: str, data_dir: str | Path | None, wanted: Sequence[str] = SPLIT
         return Texts(str(path), path_texts(path, wanted), "word" if path.is_dir() else "character")
     task = task_of(name)
     source, parts = python_docs() if task is None else ("ranjax.data.builtin", task_texts(*task))
-    return Texts(source, [parts[SPLITS.index(split)] for split in wanted], EMBEDDED.get(name, "character"))
+    return Texts(source, [parts[SPLITS.index(split)] for split in wanted], BUILTIN.get(name, "character"))
 
 
 def _path(name: str) -> Path:
     """The path that a name is, after a check that text can be read there, and again."""
     path = Path(os.path.expanduser(name))
     if not name or not os.path.exists(path):  # False, too, for a name that no path can have
-        names = ", ".join((*EMBEDDED, *KNOWN, *(f"{task}-D" for task in TASKS)))
+        names = ", ".join((*BUILTIN, *KNOWN, *(f"{task}-D" for task in TASKS)))
         raise UserError(f"there is no data set or path {name!r}. Known names: {names}. Or give a file or a directory.")
     if not (path.is_file() or path.is_dir()):
         raise UserError(

@@ -73,7 +73,7 @@ def _prediction(prediction: Prediction, words: list[str]) -> Text:
     return line.append(f"  the other words {rest:+.2f}", "dim") if len(words) > len(shown) else line
 
 
-def draw_pairs(explanation: Explanation, number: int, path: Path) -> None:
+def draw_heat_map(explanation: Explanation, number: int, path: Path) -> None:
     """Writes a heat map of all pairs as PNG: columns are the states, rows their sources, dark is a large weight.
 
     Args:

@@ -4,6 +4,9 @@
   recurrence computes the states from the pre-activations, one in reverse the gradients.
 - Gates on all of h_{t-1} (`recurrent`): the sequential scan, or an iteration over all steps at once (`fixed_point`).
 
+`solver="auto"` is the first for elementwise gates, on each platform as `ranjax.scan.AUTO_BY_PLATFORM` says, and the
+sequential scan for gates on all of h_{t-1}.
+
 Public names: `solve`, `solve_adjoint`, `FixedPoint`, `Result`, `Status`.
 """
 

@@ -15,7 +15,7 @@ from ranjax.solvers.fixed_point import FixedPoint, iterate, or_sequential, relat
 from ranjax.solvers.masks import Steps, seen
 from ranjax.solvers.result import Result, exact
 
-FADED = 1e-3  # cotangents below this share of their sequence's largest are accurate to that share only
+FADED = 1e-3  # cotangents below this share of their sequence's largest have an absolute accuracy only
 
 
 class Method(NamedTuple):

@@ -25,7 +25,8 @@ class Loop:
       step: of training, with the text; it may donate the state.
       text: on the device, `(batch, length)`.
       windows: steps an epoch.
-      stop: read after each burst of steps; with all saved it ends the program.
+      stop: the request to stop of Ctrl-C or SIGTERM, read after each burst of steps: the state is saved, then it ends
+        the program.
     """
 
     checkpoints: Checkpoints
@@ -78,7 +79,7 @@ class Loop:
     def validated(self, state: TrainState, evaluation: Evaluation) -> TrainState:
         """Ends an epoch: keeps the state if it is the best so far, reports it, and saves it to go on from.
 
-        Reported first: the report of a state that was not saved is repeated when the run goes on.
+        It is reported before it is saved: after a kill between the two, the resumed run reports it again.
         """
         if not math.isfinite(evaluation.nats):
             kept = "no epoch before it was validated"
@@ -97,7 +98,7 @@ class Loop:
         return state
 
     def save(self, state: TrainState) -> None:
-        """The end of an epoch is saved before its validation and after it: the number grows with either."""
+        """Saves the full state. An epoch's end is saved before and after its validation, hence the two numbers."""
         self._write("latest", int(state.step) + int(state.epoch), state)
 
     def _write(self, kind: str, number: int, tree: Any) -> None:

@@ -104,7 +104,8 @@ def initial_state(
     zero, count = jnp.zeros(()), jnp.zeros((), jnp.int32)
     state = TrainState(
         params=params, optimizer=optimizer.init(params), carry=carry, step=count, epoch=count, loss=zero,
-        tokens=count, bad=count, bad_in_row=count, best=jnp.array(jnp.finfo(jnp.float32).max), seconds=zero, timed=count, iterations=zero,
+        tokens=count, bad=count, bad_in_row=count, best=jnp.array(jnp.finfo(jnp.float32).max), seconds=zero,
+        timed=count, iterations=zero,
     )  # fmt: skip
     return jax.tree.map(jnp.copy, state)  # donated buffers must be distinct
 

@@ -70,14 +70,14 @@ def test_quartiles_beyond_the_horizon_are_printed_as_or_more():
 
 @pytest.mark.parametrize("count", [12, 80])
 def test_a_figure_has_states_across_and_sources_down(tmp_path, count):
-    render.draw_pairs(explained(["$word"] * count, np.tril(np.ones((count, count)))), 1, tmp_path / "map.png")
+    render.draw_heat_map(explained(["$word"] * count, np.tril(np.ones((count, count)))), 1, tmp_path / "map.png")
     pixels = imread(tmp_path / "map.png")[..., 0]
     height, width = pixels.shape
     assert pixels[height // 3, width * 3 // 5] == 0  # an earlier word in a later state
     assert pixels[height * 3 // 5, width // 3] == 1  # a later word in an earlier state
 
 
-@pytest.mark.parametrize(("draw", "name"), [(render.draw_pairs, "map.png"), (render.write_page, "page.html")])
+@pytest.mark.parametrize(("draw", "name"), [(render.draw_heat_map, "map.png"), (render.write_page, "page.html")])
 def test_a_file_that_cannot_be_replaced_is_kept_and_nothing_is_left_beside_it(tmp_path, draw, name):
     (tmp_path / name).mkdir()
     with pytest.raises(OSError, match="Is a directory"):
