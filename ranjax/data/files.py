@@ -18,7 +18,7 @@ from ranjax.errors import UserError
 
 SPLITS = ("train", "valid", "test")
 SUFFIXES = (".txt", ".tokens", ".raw", ".parquet")
-PACKED = (".7z", ".bz2", ".tar", ".tgz", ".xz", ".zip", ".zst")  # archives are refused: read as bytes they would pass for a text
+PACKED = (".7z", ".bz2", ".tar", ".tgz", ".xz", ".zip", ".zst")  # archives: as bytes they would pass for a text
 SHARES = (0.90, 0.05)  # of a single text: train, valid; the rest is test
 WHOLE = "whole"  # a single text, not divided; of one that comes in splits it is none
 # What systems and people put beside a text: hidden files, those of Windows and of its downloads, notes.
