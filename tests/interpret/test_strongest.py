@@ -114,3 +114,8 @@ def test_arguments_of_top_out_of_range_raise():
     for k in (0, 2.5, True):
         with pytest.raises(ValueError, match=f"`k` must be a whole number, at least 1; got {k}"):
             weights.top(parts, k)
+
+
+def test_more_sources_than_steps_are_as_many_as_there_are():
+    parts = constant(0.5, 0.5, steps=3)
+    jax.tree.map(np.testing.assert_array_equal, weights.top(parts, 10**9), weights.top(parts, 3))
