@@ -57,12 +57,13 @@ def sample(key: Array, logits: Array, sampling: Sampling) -> Array:
         return jnp.argmax(logits)
     logits = logits / min(sampling.temperature, 1e30)  # float32 has no 1e39
     order = jnp.argsort(-logits)  # of equal ones the first comes first, as in argmax
+    never = jnp.finfo(logits.dtype).min  # finite, for JAX_DEBUG_INFS
     kept = jnp.arange(len(logits)) < min(sampling.top_k or len(logits), len(logits))
     if sampling.top_p < 1:
-        sums = jnp.cumsum(jax.nn.softmax(jnp.where(kept, logits[order], -jnp.inf)))
+        sums = jnp.cumsum(jax.nn.softmax(jnp.where(kept, logits[order], never)))
         kept &= jnp.concatenate([jnp.zeros(1), sums[:-1]]) < sampling.top_p  # a token counts if those above fall short
         kept = kept.at[0].set(True)  # however float32 rounds the sum
-    return jax.random.categorical(key, jnp.where(kept[jnp.argsort(order)], logits, -jnp.inf))
+    return jax.random.categorical(key, jnp.where(kept[jnp.argsort(order)], logits, never))
 
 
 def generate(

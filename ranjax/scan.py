@@ -46,6 +46,19 @@ def linear_recurrence(
     Solvers agree as long as the states and the products of decays are finite. Otherwise the parallel solvers may lose
     or introduce NaN and infinity: `"associative"` does so wherever a product of decays overflows.
 
+    With decays of 1 and inputs of one sign, rounding errors add up. They grow like
+
+    | solver | relative error | float32, 500,000 steps |
+    | --- | --- | --- |
+    | `"sequential"`, below 4096 steps | eps * time | |
+    | `"sequential"`, from 4096 steps on | eps: sums are compensated | 1e-8 |
+    | `"chunked"` | eps * (64 + time / 64), at most eps * (64 + 4096) | 4e-7 |
+    | `"associative"` | eps * log(time) | 1e-8 |
+    | `"pallas"` | eps * time, or less where time is split | not measured |
+
+    Decays below 1 forget earlier errors: time is then the number of steps that a state remembers. Steps that are not
+    linear (diagonal gates) are not compensated.
+
     Inside `jax.shard_map` the sequence may be spread over the devices of a mesh axis, with the same number of steps on
     each. With `axis_name` every device solves its part; devices exchange two states each, the product of the decays and
     the last state from zero.

@@ -182,3 +182,32 @@ def test_inputs_of_another_size_are_refused():
         cell.apply(variables, c, np.float32(1))
     with pytest.raises(ValueError, match="`activation` must be one of 'tanh', 'identity'; got 'relu'"):
         ranjax.cell.step(variables["params"], jnp.asarray(c), jnp.asarray(inputs(2, 3)), "relu")
+
+
+@pytest.mark.parametrize("options", [{"gates": "input"}, {"gates": "recurrent", "projection": 3}], ids=str)
+def test_biases_are_not_rounded_with_bfloat16_products(options):
+    """1.0039 is 1 in bfloat16. The products are 0 here."""
+    cell, x, c = RANCell(3, dtype=jnp.bfloat16, **options), jnp.ones((1, 2)), jnp.full((1, 3), 0.5)
+    zeros = jax.tree.map(jnp.zeros_like, cell.init(jax.random.key(0), c, x))
+    variables = jax.tree_util.tree_map_with_path(lambda path, a: a + 1.0039 * (path[-1].key == "bias"), zeros)
+    params, rows = cell.apply(variables, x, method="parameters")
+    assert params["gates"]["kernel"].dtype == rows.dtype == jnp.bfloat16
+    for path, leaf in jax.tree_util.tree_leaves_with_path(params):
+        assert path[-1].key != "bias" or jnp.all(leaf == jnp.float32(1.0039))
+    products = jnp.full((1, 2, 3), 1 + 2**-7, jnp.bfloat16)
+    summed = ranjax.cell.plus_bias(products, params["gates"]["bias"])
+    np.testing.assert_array_equal(summed, jnp.full((1, 2, 3), 1 + 2**-7 + 1.0039).astype(jnp.bfloat16))
+
+
+def test_orthogonal_weights_are_those_of_one_decomposition_for_each_gate():
+    """One batched QR decomposition draws what two did."""
+    cell = RANCell(5)
+    params = cell.init(jax.random.key(3), jnp.zeros((1, 5)), jnp.ones((1, 2)))["params"]
+    one = cell.copy(recurrent_kernel_init=lambda *options: ranjax.cell._orthogonal(*options))
+    jax.tree.map(
+        np.testing.assert_array_equal,
+        params,
+        one.init(jax.random.key(3), jnp.zeros((1, 5)), jnp.ones((1, 2)))["params"],
+    )
+    program = jax.make_jaxpr(cell.init)(jax.random.key(3), jnp.zeros((1, 5)), jnp.ones((1, 2)))
+    assert str(program).count("geqrf") == 1

@@ -213,7 +213,7 @@ def test_products_with_x_are_outside_the_loop():
         ({"seq_lengths": np.array([1, 2, 3])}, ValueError, r"`seq_lengths` must have the shape \(2,\).*got \(3,\)"),
         ({"seq_lengths": np.array([7, 2])}, ValueError, r"`seq_lengths` must be from 0 to 6, .*; got \[7, 2\]"),
         ({"seq_lengths": np.array([1, -1])}, ValueError, r"`seq_lengths` must be from 0 to 6, .*; got \[1, -1\]"),
-        ({"segment_starts": np.zeros((2, 6))}, TypeError, "`segment_starts` must be of dtype bool; got float"),
+        ({"segment_starts": np.zeros((2, 6), complex)}, TypeError, "`segment_starts` must be of dtype bool; got compl"),
         ({"inputs": 1j * inputs(2, 6, 3)}, TypeError, "`inputs` must be real; got complex64"),
         ({"inputs": inputs(3)}, ValueError, r"`inputs` must have the axes \(\*batch, time, in\); got the shape \(3,\)"),
         ({"segment_starts": np.zeros((6, 2), bool)}, ValueError, r"`segment_starts` must have the shape \(2, 6\)"),
@@ -271,6 +271,36 @@ def test_init_key_draws_the_initial_carry():
     layer, x = RAN(cell, return_carry=True), jnp.zeros((2, 0, 3))
     carry, _ = layer.apply(layer.init(jax.random.key(0), x), x, init_key=key)
     np.testing.assert_array_equal(carry, cell.initialize_carry(key, (2, 3)))
+
+
+def test_segments_begin_at_the_initial_state_of_the_cell_or_are_refused():
+    x, starts = inputs(2, 6, 3), np.zeros((2, 6), bool)
+    layer = RAN(RANCell(4, carry_init=nn.initializers.constant(2.0)))
+    variables = layer.init(jax.random.key(0), x)
+    with pytest.raises(ValueError, match=r"`segment_starts` begins every segment from zeros; got .*`carry_init`"):
+        layer.apply(variables, x, segment_starts=starts)
+    RAN(RANCell(4, carry_init=nn.initializers.zeros)).apply(variables, x, segment_starts=starts)
+
+
+def test_remat_with_a_flag_of_a_call():
+    class Model(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            return nn.remat(RAN, static_argnums=6)(RANCell(4))(x, None, None, None, None, True)
+
+    carry, h = Model().init_with_output(jax.random.key(0), inputs(2, 5, 3))[0]
+    np.testing.assert_array_equal(jnp.tanh(carry), h[:, -1])
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize("gates", GATES)
+def test_strict_promotion_of_dtypes(gates):
+    """As some users have it; also with products in bfloat16."""
+    layer, variables = layer_and_variables({"gates": gates, "dtype": jnp.bfloat16})
+    masks = {"seq_lengths": np.array([6, 4]), "segment_starts": np.arange(6)[None] == np.array([[3], [2]])}
+    with jax.numpy_dtype_promotion("strict"):
+        found = jax.grad(lambda v: jnp.sum(layer.apply(v, inputs(2, 6, 3), **masks)[1].astype(jnp.float32)))(variables)
+    assert all(jnp.all(jnp.isfinite(leaf)) for leaf in jax.tree.leaves(found))
 
 
 @pytest.mark.parametrize("name", ["return_carry", "time_major", "reverse", "keep_order"])

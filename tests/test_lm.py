@@ -172,6 +172,8 @@ def test_sizes_in_a_list_are_hashable():
         ((TOKENS, (np.zeros((2, 6), np.float32),)), "`state` must be one carry for each of 2 layers; got 1"),
         ((TOKENS, ()), "`state` must be one carry for each of 2 layers; got 0"),
         ((TOKENS * 1.0,), "`tokens` must be ids, which are integers; got float"),
+        ((TOKENS * 0 - 1,), "`tokens` must be ids from 0 to 10, the model's; got -1 to -1"),
+        ((TOKENS * 0 + 11,), "`tokens` must be ids from 0 to 10, the model's; got 11 to 11"),
         ((TOKENS[:1], (np.zeros((2, 6), np.float32),) * 2), r"`state\[0\]` must have the shape \(1, 6\), .* \(2, 6\)"),
     ],
 )
@@ -287,3 +289,18 @@ def test_fixed_point_equals_sequential_and_sows_its_results():
     results = [layer["result"] for layer in sown["solver"].values()]
     assert len(results) == 2
     assert all(bool(result.converged) and int(result.iterations) > 2 for result in results)
+
+
+@pytest.mark.parametrize("tie", [True, False])
+def test_parameters_and_logits_are_float32_where_jax_has_float64(tie, x64):
+    model, variables = model_and_variables(tie=tie)
+    assert {leaf.dtype for leaf in jax.tree.leaves(variables)} == {jnp.dtype("float32")}
+    assert model.apply(variables, TOKENS, deterministic=True)[0].dtype == jnp.float32
+
+
+@pytest.mark.parametrize("cell", CELLS)
+def test_the_table_of_flax_counts_operations(cell):
+    table = LanguageModel(11, cell=cell, features=4).tabulate(
+        jax.random.key(0), TOKENS, deterministic=True, compute_flops=True, compute_vjp_flops=True
+    )
+    assert "stack_1/cell" in table

@@ -240,6 +240,8 @@ def test_auto_selects_the_kernel_on_supported_gpus(patch):
     assert not taken(None)
     patch(ranjax.scan, "find_spec", lambda name: None)  # a JAX without Triton
     assert not taken("9.0")
+    with pytest.raises(ValueError, match=r"solver='pallas' needs `jax.experimental.pallas.triton`, which .* not have"):
+        ranjax.linear_recurrence(*problem(dtype=np.float32), solver="pallas")
 
 
 def test_inside_shard_map_the_kernel_needs_check_vma_off(patch):

@@ -72,20 +72,25 @@ class Derivative(NamedTuple):
 
     def tangent(self, tangents: Operands) -> Array:
         """dc, from the tangents of the operands."""
-        system = _tied((tangents, jnp.zeros_like(self.c)))
+        r = jnp.broadcast_to(_zero(tangents), self.c.shape).astype(self.c.dtype)
+        system = _tied((tangents, r))
         return lax.custom_linear_solve(self.residual, system, self.solve, self.transpose_solve)[1]
 
     def residual(self, unknowns: tuple[Operands, Array]) -> tuple[Operands, Array]:
         """The left-hand side of the system."""
         tangents, d_c = _tied(unknowns)
-        (d_c0, d_weights, d_arrays), (z, u) = tangents, self.arrays
 
-        def rows(z, u):
-            return tuple(a.astype(self.c.dtype) for a in (z[..., 0, :], z[..., 1, :], u))
+        def after(c, c0, weights, arrays):
+            """c_1 ... c_T from c_0 ... c_{T-1}."""
+            rows = tuple(a.astype(c.dtype) for a in (arrays[0][..., 0, :], arrays[0][..., 1, :], arrays[1]))
+            return self.step(before(c, c0, 1), weights, rows)
 
-        point = before(self.c, self.c0, 1), self.weights, rows(z, u)
-        _, d_after = jax.jvp(self.step, point, (before(d_c, d_c0, 1), d_weights, rows(*d_arrays)))
-        return _tied((tangents, d_c - d_after))
+        @partial(jax.checkpoint, prevent_cse=False)  # else JAX stores gates with what a first derivative reads
+        def product(point, direction):
+            return jax.jvp(after, point, direction)[1]
+
+        point = self.c, self.c0, self.weights, self.arrays
+        return _tied((tangents, d_c - product(point, (d_c, *tangents))))
 
     def solve(self, _: Any, system: tuple[Operands, Array]) -> tuple[Operands, Array]:
         """The system by one recurrence."""
@@ -148,12 +153,15 @@ def _tied(system: Any) -> Any:
     JAX transposes a linear system only if all of its right-hand side is linear in what is differentiated, and here the
     initial state, say, may not be. XLA removes the term.
     """
-    leaves, structure = jax.tree.flatten(system)
-    zero = jnp.zeros((), leaves[0].dtype)
-    for leaf in leaves:
-        first = lax.slice(leaf, (0,) * leaf.ndim, (1,) * leaf.ndim).reshape(())
-        zero += lax.select(np.False_, first, jnp.zeros_like(first)).astype(zero.dtype)
-    return jax.tree.unflatten(structure, [leaf + zero.astype(leaf.dtype) for leaf in leaves])
+    zero = _zero(system)
+    return jax.tree.map(lambda leaf: leaf + zero.astype(leaf.dtype), system)
+
+
+def _zero(system: Any) -> Array:
+    """0, as a linear function of all arrays."""
+    firsts = [lax.slice(leaf, (0,) * leaf.ndim, (1,) * leaf.ndim).reshape(()) for leaf in jax.tree.leaves(system)]
+    total = sum(first.astype(firsts[0].dtype) for first in firsts)
+    return lax.select(np.False_, total, jnp.zeros_like(total))
 
 
 def _elementwise_step(c: Array, weights: Rows, rows: Rows, activation: str) -> Array:

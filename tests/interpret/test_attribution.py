@@ -230,3 +230,15 @@ def test_a_traced_id_out_of_range_gives_nan():
     params = model.init(jax.random.key(0), tokens[None], deterministic=True)["params"]
     (parts,) = jax.jit(partial(attribution.decompositions, model))(params, tokens)
     np.testing.assert_array_equal(jnp.isnan(parts.c).any(-1), [False, True, True])
+
+
+def test_memory_of_integrated_gradients_does_not_grow_with_the_nodes():
+    model, ids = ranjax.LanguageModel(vocabulary=11, features=6), jnp.arange(50) % 11
+    params = model.init(jax.random.key(0), ids[None], deterministic=True)["params"]
+
+    def memory(nodes):
+        shares = jax.jit(lambda params: attribution.integrated_gradients(model, params, ids, 7, 49, nodes=nodes))
+        return shares.lower(params).compile().memory_analysis().temp_size_in_bytes
+
+    gradients = 2000 * (50 + 2) * 6 * 4  # what is left of a node
+    assert memory(2000) < memory(64) + 3 * gradients

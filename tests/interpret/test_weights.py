@@ -212,3 +212,12 @@ def test_arguments_out_of_range_raise():
     for share in (0, 1, -0.5):
         with pytest.raises(ValueError, match=f"`share` must be above 0 and below 1; got {share}"):
             weights.spans(parts, share=share)
+
+
+@pytest.mark.parametrize("rule", [weights.half_lives, weights.spans, lambda parts: weights.top(parts, 2)])
+def test_strict_promotion_of_dtypes(rule):
+    f = jnp.full((10, 2), 0.9)
+    parts = weights.Decomposition(i=f, f=f, u=f, c=f, c0=f[0])
+    expected = rule(parts)
+    with jax.numpy_dtype_promotion("strict"):
+        jax.tree.map(np.testing.assert_array_equal, rule(parts), expected)

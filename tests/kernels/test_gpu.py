@@ -2,9 +2,11 @@
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 from recurrences import compare, compare_narrow, directions, kinds, lengths_and_widths, linear, lowered, needs, problem
 
+from ranjax import linear_recurrence
 from ranjax.kernels import gpu
 from ranjax.kernels.base import Recurrence
 
@@ -101,3 +103,10 @@ def test_the_shipped_tiling_interpreted(time, tiling):
     assert (gpu.LOADS, gpu.LANES) == (16, 16)
     assert gpu.Tiling.of(recurrence) == tiling
     compare(lambda recurrence: gpu.run(recurrence, interpret=True), recurrence)
+
+
+def test_works_where_jit_is_disabled():
+    a = jnp.full((1, 9, 2), 0.5)
+    expected = linear_recurrence(a, a, solver="sequential")
+    with jax.disable_jit():
+        np.testing.assert_allclose(linear_recurrence(a, a, solver="pallas"), expected, rtol=1e-6)

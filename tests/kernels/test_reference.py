@@ -48,3 +48,32 @@ def test_sequential_solver_equals_a_loop():
         c = a[:, t] * c + b[:, t]
         np.testing.assert_allclose(states[:, t], c, rtol=1e-4, atol=1e-5)
     np.testing.assert_allclose(end, c, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.quick
+@pytest.mark.shipped
+@pytest.mark.parametrize("solve", [reference.sequential, reference.chunked], ids=lambda solve: solve.__name__)
+@directions
+def test_errors_do_not_grow_with_the_length(solve, reverse):
+    """Decays of 1 and inputs of one sign: plain sums are off by 4e-5 after 10,000 steps and 4e-4 after 100,000."""
+    for time in (reference.LONG, 100_000):
+        ones, inputs = jnp.ones((1, time, 1)), jnp.full((1, time, 1), 1e-3)
+        recurrence = Recurrence(linear, (jnp.zeros((1, 1)),), (ones, inputs), ((1, jnp.float32),), affine=True)
+        (end,), (states,) = solve(recurrence._replace(reverse=reverse))
+        expected = float(np.float32(1e-3)) * time
+        assert abs(float(end[0, 0]) - expected) / expected < (1e-7 if solve is reference.sequential else 2e-5)
+        assert states[0, 0 if reverse else -1] == end
+
+
+def test_compensated_sums_have_the_values_of_plain_ones():
+    for kind in ("linear", "reading ahead", "planes"):
+        recurrence = problem(kind, 2, 19, 5)
+        expected = reference.sequential(recurrence)
+        with pytest.MonkeyPatch.context() as context:
+            context.setattr(reference, "LONG", 1)
+            compare_all(reference.sequential(recurrence), expected)
+
+
+def compare_all(found, expected):
+    for a, b in zip(found[0] + found[1], expected[0] + expected[1], strict=True):
+        np.testing.assert_allclose(np.asarray(a, np.float32), np.asarray(b, np.float32), rtol=2e-2, atol=1e-5)

@@ -79,3 +79,58 @@ def test_states_are_float32_with_bfloat16_products_and_every_solver(solver):
     carry, _ = RAN(cell, solver, return_carry=True).apply(variables, x)
     parts = weights.decompose(variables["params"]["cell"], x, dtype=jnp.bfloat16)
     np.testing.assert_allclose(carry, parts.c[:, -1], rtol=0, atol=3e-6)
+
+
+TWICE = {
+    "forward": lambda f, x: jax.jvp(f, (x,), (x,))[1],
+    "linearized": lambda f, x: jax.linearize(f, x)[1](x),
+    "forward over reverse": lambda f, x: jax.jvp(jax.grad(f), (x,), (x,))[1],
+    "reverse over forward": lambda f, x: jax.grad(lambda x: jax.jvp(f, (x,), (jnp.ones_like(x),))[1])(x),
+    "reverse over reverse": lambda f, x: jax.grad(lambda x: jnp.sum(jnp.sin(jax.grad(f)(x))))(x),
+}
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize("gates", ELEMENTWISE)
+@pytest.mark.parametrize("order", TWICE)
+def test_forward_mode_and_second_derivatives_are_those_of_the_sequential_solver(gates, order, x64):
+    layer, variables = layer_and_variables({"gates": gates}, dtype=jnp.float64)
+    other, x = RAN(layer.cell, solver="sequential", return_carry=True), jnp.asarray(inputs(2, 7, 3), jnp.float64)
+    masks = {"seq_lengths": np.array([7, 5]), "segment_starts": np.arange(7)[None] == np.array([[3], [2]])}
+
+    def derivative(layer):
+        def f(scale):
+            scaled = jax.tree.map(lambda a: scale[0, 0, 0] * a, variables)
+            return jnp.sum(jnp.sin(layer.apply(scaled, scale * x, **masks)[1]))
+
+        return jax.jit(lambda x: TWICE[order](f, x))(1 + x / 9)
+
+    np.testing.assert_allclose(derivative(layer), derivative(other), rtol=1e-9, atol=1e-11)
+
+
+@pytest.mark.parametrize("gates", ELEMENTWISE)
+def test_the_hessian_of_the_content_alone(gates, x64):
+    """Where neither the gates nor the initial state are differentiated, and for each sequence of a batch."""
+    layer, variables = layer_and_variables({"gates": gates}, dtype=jnp.float64)
+    other, x = RAN(layer.cell, solver="sequential", return_carry=True), jnp.asarray(inputs(2, 5, 3), jnp.float64)
+
+    def hessians(layer):
+        def f(kernel, x):
+            content = {"content": {"kernel": kernel}}
+            params = {"cell": variables["params"]["cell"] | content}
+            return jnp.sum(jnp.sin(layer.apply({"params": params}, x)[1]))
+
+        kernel = variables["params"]["cell"]["content"]["kernel"]
+        return jax.jit(jax.vmap(jax.hessian(f), (None, 0)))(kernel, x)
+
+    np.testing.assert_allclose(hessians(layer), hessians(other), rtol=1e-9, atol=1e-11)
+
+
+@pytest.mark.skipif(jax.default_backend() != "cpu", reason="reads a CPU's program")
+@pytest.mark.parametrize("gates", ELEMENTWISE)
+def test_a_gradient_runs_one_loop_forward_and_one_in_reverse(gates):
+    """What only second derivatives read is in no compiled gradient."""
+    layer, variables = layer_and_variables({"gates": gates})
+    gradient = jax.grad(lambda v, x: jnp.sum(layer.apply(v, x)[1]), (0, 1))
+    program = jax.jit(gradient).lower(variables, inputs(2, 500, 3)).compile().as_text()
+    assert program.count(" while(") == 2

@@ -94,3 +94,26 @@ def test_filled_steps_keep_the_state(batch):
     np.testing.assert_array_equal(jax.nn.sigmoid(z[3:, ..., 0, :]), 0)
     np.testing.assert_array_equal(jax.nn.sigmoid(z[3:, ..., 1, :]), 1)
     assert filled(steps, 3) is steps
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize("gates", GATES)
+def test_masks_have_no_infinity(gates):
+    """`JAX_DEBUG_INFS` points at infinities that are a mistake."""
+    layer, variables = layer_and_variables({"gates": gates})
+    masks = {"seq_lengths": np.array([6, 4]), "segment_starts": np.arange(6)[None] == np.array([[3], [2]])}
+    with jax.debug_infs(True):
+        jax.grad(lambda x: jnp.sum(layer.apply(variables, x, **masks)[1]))(inputs(2, 6, 3))
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.int32])
+def test_segment_starts_as_numbers(dtype):
+    layer, variables = layer_and_variables({})
+    x, starts = inputs(1, 6, 3), np.arange(6)[None] == 3
+    expected = layer.apply(variables, x, segment_starts=starts)
+    found = layer.apply(variables, x, segment_starts=starts.astype(dtype))
+    jax.tree.map(np.testing.assert_array_equal, found, expected)
+    traced = jax.jit(lambda starts: layer.apply(variables, x, segment_starts=starts))(starts.astype(dtype))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6), traced, expected)
+    with pytest.raises(ValueError, match="`segment_starts` must be bool, or the numbers 0 and 1; got others"):
+        layer.apply(variables, x, segment_starts=2 * starts.astype(dtype))

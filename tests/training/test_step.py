@@ -215,3 +215,25 @@ def test_the_learning_rate_decays_once_an_epoch_after_the_first_ones(decay, deca
     steps = np.concatenate([[0], *([k * per_epoch - 1, k * per_epoch] for k in range(1, 17))])
     expected = 0.8 * np.float64(decay) ** np.maximum(steps // per_epoch + 1 - decay_after, 0)
     np.testing.assert_allclose([float(rate(jnp.int32(n))) for n in steps], expected, rtol=1e-6)
+
+
+def test_the_dropout_of_a_seed_does_not_use_the_key_of_the_weights_of_another(pets, monkeypatch):
+    keys, split = [], jax.random.fold_in
+    monkeypatch.setattr(jax.random, "fold_in", lambda key, data: (keys.append(key), split(key, data))[1])
+    config = dataclasses.replace(pets, seed=3)
+    _, state, advance = initialised(config, 1)
+    del keys[:]
+    advance(state, rows_of_text(config, 8))
+    assert not any(np.array_equal(jax.random.key_data(k), jax.random.key_data(jax.random.key(4))) for k in keys)
+
+
+def test_training_with_strict_promotion_of_dtypes(pets):
+    with jax.numpy_dtype_promotion("strict"):
+        _, state, advance = initialised(dataclasses.replace(pets, schedule="decay"), 1)
+        assert int(advance(state, rows_of_text(pets, 8)).step) == 1
+
+
+def test_training_has_no_infinity(pets):
+    with jax.debug_infs(True):
+        _, state, advance = initialised(pets, 1)
+        advance(state, rows_of_text(pets, 8))
