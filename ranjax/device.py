@@ -25,7 +25,7 @@ def check_device() -> None:
     except (RuntimeError, AssertionError) as error:  # the latter for a plugin that is not installed
         why = str(error).splitlines()[0].rstrip(".") if str(error) else "it is not installed"
         raise UserError(
-            f"JAX has no device of the platforms it is to use, {jax.config.jax_platforms or 'those it finds'} "
+            f"JAX has no device of the platforms it is to use, {jax.config.read('jax_platforms') or 'those it finds'} "
             f"(JAX_PLATFORMS): {why}. Name one that is there, such as JAX_PLATFORMS=cpu, or install its driver and "
             "plugin."
         ) from None
