@@ -2,6 +2,7 @@
 
 import io
 import os
+import shutil
 import signal
 import sys
 import threading
@@ -86,8 +87,22 @@ def options(kind: type, argv: list[str] | None, program: str, default: Any = Non
     defaults = {} if default is None else {"default": default}
     registry = ConstructorRegistry()
     registry.primitive_rule(_optional_text)
-    with registry:
+    with registry, _readable_width():
         return tyro.cli(kind, args=argv, prog=program, **defaults, **how)
+
+
+@contextmanager
+def _readable_width(least: int = 20) -> Iterator[None]:
+    """A terminal of so many columns, for tyro, which on one of six fills the memory with its lines."""
+    columns = os.environ.get("COLUMNS")
+    if shutil.get_terminal_size().columns < least:
+        os.environ["COLUMNS"] = str(least)
+    try:
+        yield
+    finally:
+        os.environ.pop("COLUMNS", None)
+        if columns is not None:
+            os.environ["COLUMNS"] = columns
 
 
 def _optional_text(info: Any) -> Any:

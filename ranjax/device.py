@@ -24,8 +24,9 @@ def check_device() -> None:
         jax.devices()
     except (RuntimeError, AssertionError) as error:  # the latter for a plugin that is not installed
         why = str(error).splitlines()[0].rstrip(".") if str(error) else "it is not installed"
+        asked = jax.config.jax_platforms  # pyright: ignore[reportAttributeAccessIssue]  # as all of its settings are
         raise UserError(
-            f"JAX has no device of the platforms it is to use, {jax.config.jax_platforms or 'those it finds'} "
+            f"JAX has no device of the platforms it is to use, {asked or 'those it finds'} "
             f"(JAX_PLATFORMS): {why}. Name one that is there, such as JAX_PLATFORMS=cpu, or install its driver and "
             "plugin."
         ) from None

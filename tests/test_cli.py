@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import pytest
 from small_runs import files_of_at_most, with_startup_code
 
-from ranjax import cli
+from ranjax import cli, generate
 from ranjax.cli import Stop, Stopped, exit_with_message, stopping
 from ranjax.errors import UserError, flag
 
@@ -317,6 +317,16 @@ def test_help_has_every_flag_and_waits_for_no_large_import(program):
     assert all(flag(field.name) in said for field in dataclasses.fields(options))
     assert "tyro" in loaded.split()
     assert not {"jax", "flax", "datasets", "matplotlib", "tokenizers"} & set(loaded.split())
+
+
+@pytest.mark.parametrize("columns", ["1", "0", "-5", "x", "100000"])
+def test_flags_are_read_and_described_at_any_width(columns, monkeypatch, capsys):
+    monkeypatch.setenv("COLUMNS", columns)
+    for flags, code in (["--help"], 0), (["--nonsense"], 1):
+        with pytest.raises(SystemExit, match=str(code)):
+            generate.main(flags)
+    assert "nonsense" in capsys.readouterr().err
+    assert os.environ["COLUMNS"] == columns
 
 
 def test_importing_the_library_loads_no_programs():

@@ -31,7 +31,7 @@ def path_texts(path: Path, wanted: Sequence[str] = SPLITS) -> list[bytes]:
     found = _found(path)
     if WHOLE in found:
         text = _read_file(found[WHOLE][0])
-        parts = dict(zip((*SPLITS, WHOLE), (*split_text(text), text), strict=True))
+        parts: dict[str, bytes] = dict(zip((*SPLITS, WHOLE), (*split_text(text), text), strict=True))
         return [parts[split] for split in wanted]
     if not all(_is_split(found.get(split, [])) for split in wanted):
         got = ", ".join(f"{split}: {', '.join(f.name for f in found[split]) or 'none'}" for split in SPLITS)
@@ -148,14 +148,14 @@ def _offline() -> Iterator[None]:
     from datasets import config
     from huggingface_hub import constants
 
-    before = [(module, module.HF_HUB_OFFLINE) for module in (config, constants)]
-    for module, _ in before:
-        module.HF_HUB_OFFLINE = True
+    before = [(vars(module), module.HF_HUB_OFFLINE) for module in (config, constants)]
     try:
+        for names, _ in before:
+            names["HF_HUB_OFFLINE"] = True
         yield
     finally:
-        for module, value in before:
-            module.HF_HUB_OFFLINE = value
+        for names, value in before:
+            names["HF_HUB_OFFLINE"] = value
 
 
 def _hub_answers() -> bool:

@@ -1,14 +1,13 @@
 """The settings of a training run: defaults, the papers' presets, and how flags are read."""
 
 import dataclasses
+import math
 import os
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from numbers import Integral, Real
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple, get_args, get_origin, get_type_hints
-
-import numpy as np
 
 from ranjax import cli
 from ranjax.choices import Activation, Cell, Gates, Solver, Tokenizer
@@ -36,20 +35,11 @@ def _whole(least: int) -> Rule:
     return Rule(lambda v: is_size(v, least) and v < 2**31, f"a whole number, at least {least} and below 2**31")
 
 
+def _is_finite(value: Any) -> bool:
+    return is_number(value) and math.isfinite(value)
+
+
 MOST_LAYERS = 1000  # each is compiled
-
-
-def _in_float32(holds: Callable[[Any], Any]) -> Callable[[Any], bool]:
-    """Whether a number is finite and `holds` as the float32 that it is used as, which is 0 below 1e-38."""
-
-    def check(value: Any) -> bool:
-        if not is_number(value):
-            return False
-        with np.errstate(over="ignore"):
-            used = np.float32(value)
-        return bool(np.isfinite(used) and holds(used if abs(used) >= np.finfo(np.float32).tiny else np.float32(0)))
-
-    return check
 
 
 Size = Annotated[int, _whole(1)]
@@ -60,11 +50,11 @@ Sizes = Annotated[
     Rule(lambda v: v and all(map(_whole(1).holds, v)), "one or more whole numbers, each at least 1 and below 2**31"),
     Rule(lambda v: len(v) <= MOST_LAYERS, f"at most {MOST_LAYERS:,} sizes"),
 ]
-Positive = Annotated[float, Rule(_in_float32(lambda v: v > 0), "finite and above 0 in float32")]
-NotNegative = Annotated[
-    float, Rule(lambda v: v >= 0 and _in_float32(lambda v: v >= 0)(v), "finite and at least 0 in float32")
-]
-Rate = Annotated[float, Rule(lambda v: v >= 0 and _in_float32(lambda v: v < 1)(v), "in [0, 1) in float32")]
+# Settings are used as float32, in which numbers below are 0 and those above infinite.
+_Float32 = Rule(lambda v: v == 0 or 2.0**-126 <= v < 2.0**128, "between 1.2e-38 and 3.4e38, the range of float32")
+Positive = Annotated[float, Rule(lambda v: _is_finite(v) and v > 0, "finite and above 0"), _Float32]
+NotNegative = Annotated[float, Rule(lambda v: _is_finite(v) and v >= 0, "finite and at least 0"), _Float32]
+Rate = Annotated[float, Rule(lambda v: _is_finite(v) and 0 <= v < 1 - 2.0**-25, "in [0, 1), as float32")]
 Text = Annotated[str, Rule(is_path, "a name or a path")]
 Folder = Annotated[str, Rule(is_path, "a path")]
 

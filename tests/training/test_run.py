@@ -147,7 +147,7 @@ def test_a_diverging_run_keeps_its_last_good_checkpoint(copied_run, monkeypatch)
 
 
 def test_settings_are_checked_before_anything_is_written(tmp_path):
-    with pytest.raises(UserError, match="--clip must be finite and above 0 in float32; got 0"):
+    with pytest.raises(UserError, match="--clip must be finite and above 0; got 0"):
         train(settings("markov", tmp_path / "run", clip=0))
     assert list(tmp_path.iterdir()) == []
 
