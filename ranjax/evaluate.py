@@ -49,7 +49,7 @@ def main(argv: list[str] | None = None) -> None:
         options = cli.options(Options, argv, "python -m ranjax.evaluate")
         from ranjax.data import load_split
         from ranjax.data.vocabulary import unknown
-        from ranjax.training.metrics import make_evaluator
+        from ranjax.training.metrics import finite, make_evaluator
         from ranjax.training.run import load_run, load_text
 
         run = load_run(options.checkpoint)
@@ -57,7 +57,7 @@ def main(argv: list[str] | None = None) -> None:
             ids = load_text(run, options.checkpoint, options.split, options.data_dir)
         else:
             ids = load_split(options.dataset, options.split, run.vocabulary, options.data_dir)
-        evaluation = make_evaluator(run.model, run.config.streams)(run.params, ids)
+        evaluation = finite(make_evaluator(run.model, run.config.streams)(run.params, ids))
         line = evaluation.line(run.vocabulary.unit, unknown(run.vocabulary, ids[1:]))
         print(f"{options.dataset or run.config.dataset} {options.split}: {line}")
 

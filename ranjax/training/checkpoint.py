@@ -129,7 +129,7 @@ def _load(path: Path, like: Any) -> Any:
 
 def _write(path: Path, tree: Any) -> None:
     """Writes a checkpoint in the place of a damaged one or of none: whole or not at all."""
-    unfinished = path.with_name(f".{path.name}")
+    unfinished = path.with_name(".unfinished")  # always the same: orbax and tensorstore keep what they know of a path
     unfinished.mkdir()
     try:
         save_arrays(unfinished, ARRAYS, tree)
