@@ -79,8 +79,8 @@ def finite(evaluation: Evaluation) -> Evaluation:
     """
     if not math.isfinite(evaluation.nats):
         raise DivergedError(
-            f"the loss on this text is {evaluation.nats}: the model's parameters, or what it computes with them, are not "
-            "finite. Train again, with a lower --learning-rate or --clip."
+            f"the loss on this text is {evaluation.nats}: the model's parameters, or what it computes with them, are "
+            "not finite. Train again, with a lower --learning-rate or --clip."
         )
     return evaluation
 
