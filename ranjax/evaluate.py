@@ -51,7 +51,7 @@ def main(argv: list[str] | None = None) -> None:
         check_device()
         from ranjax.data import load_split, split_of
         from ranjax.data.vocabulary import unknown
-        from ranjax.training.metrics import make_evaluator
+        from ranjax.training.metrics import finite, make_evaluator
         from ranjax.training.run import load_run, load_text
 
         run = load_run(options.checkpoint)
@@ -61,7 +61,7 @@ def main(argv: list[str] | None = None) -> None:
         else:
             split = options.split or split_of(options.dataset)
             ids = load_split(options.dataset, split, run.vocabulary, options.data_dir)
-        evaluation = make_evaluator(run.model, run.config.streams)(run.params, ids)
+        evaluation = finite(make_evaluator(run.model, run.config.streams)(run.params, ids))
         line = evaluation.line(run.vocabulary.unit, unknown(run.vocabulary, ids[1:]))
         print(f"{options.dataset or run.config.dataset} {split}: {line}")
 

@@ -86,7 +86,6 @@ sys.meta_path.insert(0, Hidden())
     ("package", "flags"),
     [
         ("tyro", []),
-        ("orbax", []),
         ("optax", []),
         ("filelock", []),
         ("rich", []),

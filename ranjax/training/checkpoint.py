@@ -17,7 +17,7 @@ from ranjax.training.arrays import load_arrays, save_arrays, saved_shapes
 from ranjax.training.folder import SameFolder
 
 KEPT = {"latest": 2, "best": 1}  # how many of each kind
-ARRAYS, SUMS = "arrays", "sha256.json"
+SUMS = "sha256.json"
 
 
 class _DamagedError(Exception):
@@ -118,13 +118,11 @@ class Checkpoints:
 
 def _load(path: Path, like: Any) -> Any:
     _verify(path)
+    _check_shapes(path, like)
     try:
-        _check_shapes(path, like)
-        return load_arrays(path, ARRAYS, like)
-    except UserError:
-        raise
-    except (ValueError, KeyError, FileNotFoundError) as error:  # of orbax: of another version, or just replaced
-        raise _DamagedError(f"its arrays cannot be read: {' '.join(str(error).split()):.200}") from None
+        return load_arrays(path, like)
+    except (ValueError, FileNotFoundError) as error:  # of another version, or replaced just now
+        raise _DamagedError(f"its arrays cannot be read: {error}") from None
 
 
 def _write(path: Path, tree: Any) -> None:
@@ -132,8 +130,7 @@ def _write(path: Path, tree: Any) -> None:
     unfinished = path.with_name(f".{path.name}")
     unfinished.mkdir()
     try:
-        save_arrays(unfinished, ARRAYS, tree)
-        (unfinished / SUMS).write_text(json.dumps(_checksums(unfinished), indent=0))
+        (unfinished / SUMS).write_text(json.dumps(save_arrays(unfinished, tree), indent=0))
         shutil.rmtree(path, ignore_errors=True)
         unfinished.rename(path)
     except BaseException:
@@ -149,10 +146,11 @@ def _verify(path: Path) -> None:
         raise _DamagedError(f"{SUMS} is missing") from None
     except ValueError:
         raise _DamagedError(f"{SUMS} cannot be read") from None
-    found = _checksums(path)
-    changed = [name for name, checksum in saved.items() if found.get(name) != checksum]
-    if changed or not saved:
-        raise _DamagedError(f"{changed[0] if changed else SUMS} is not as it was saved")
+    for name, checksum in saved.items():
+        if _checksum(path / Path(name).name) != checksum:
+            raise _DamagedError(f"{name} is not as it was saved")
+    if not saved:
+        raise _DamagedError(f"{SUMS} is empty")
 
 
 def _is_whole(path: Path) -> bool:
@@ -163,23 +161,18 @@ def _is_whole(path: Path) -> bool:
     return True
 
 
-def _checksums(path: Path) -> dict[str, str]:
-    """The SHA-256 of each file below a folder, by its path there."""
-
-    def refused(error: OSError) -> None:
-        raise error
-
-    sums = {}
-    for folder, _, names in os.walk(path, onerror=refused):
-        for file in (Path(folder, name) for name in sorted(names)):
-            with file.open("rb") as opened:
-                sums[file.relative_to(path).as_posix()] = hashlib.file_digest(opened, "sha256").hexdigest()
-    return sums
+def _checksum(path: Path) -> str | None:
+    """The SHA-256 of a file; None for one that is missing."""
+    try:
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except FileNotFoundError:
+        return None
 
 
 def _check_shapes(path: Path, like: Any) -> None:
-    """Orbax's own message for a tree that does not fit does not say what differs."""
-    have, want = sorted(saved_shapes(path, ARRAYS)), sorted(a.shape for a in jax.tree.leaves(like))
+    """Raises a UserError for a tree of other arrays than were saved."""
+    have, want = sorted(saved_shapes(path)), sorted(a.shape for a in jax.tree.leaves(like))
     if have != want:
         raise UserError(
             f"{path} does not fit the configuration beside it: expected arrays of {want}, got {have}. "

@@ -12,7 +12,7 @@ import numpy as np
 import optax
 from jaxtyping import Float, Int
 
-from ranjax.errors import UserError, check_size
+from ranjax.errors import DivergedError, UserError, check_size
 from ranjax.lm import LanguageModel, checked_text, zero_state
 
 MOST = 1e100  # perplexity: JSON and pictures have no infinity
@@ -69,6 +69,20 @@ class Evaluation:
         bits = f", {self.bits:.4f} bits per {unit}" if unit else ""
         tokens = f"{self.tokens:,} tokens" + (f", {unknown:,} of them <unk>" if unknown else "")
         return f"perplexity {shown(self.perplexity)}{bits}, {self.nats:.4f} nats, {tokens}"
+
+
+def finite(evaluation: Evaluation) -> Evaluation:
+    """The same evaluation.
+
+    Raises:
+      DivergedError: for one that is not finite, which is no result.
+    """
+    if not math.isfinite(evaluation.nats):
+        raise DivergedError(
+            f"the loss on this text is {evaluation.nats}: the model's parameters, or what it computes with them, are "
+            "not finite. Train again, with a lower --learning-rate or --clip."
+        )
+    return evaluation
 
 
 def make_evaluator(

@@ -25,7 +25,7 @@ from ranjax.training.config import Config, check, check_same, load_config, norma
 from ranjax.training.environment import check_environment, save_environment
 from ranjax.training.folder import absolute
 from ranjax.training.loop import Loop
-from ranjax.training.metrics import make_evaluator
+from ranjax.training.metrics import finite, make_evaluator
 from ranjax.training.report import Report
 from ranjax.training.size import COPIES, check_memory
 from ranjax.training.step import (
@@ -81,7 +81,7 @@ def train(config: Config, *, constrain: Constraint = unconstrained, stop: Stop |
         try:
             state = loop.epochs(state, config.epochs, lambda params: evaluate(params, corpus.valid))
             best = checkpoints.load("best", state.params)
-            return report.result(corpus, state, evaluate(best, corpus.test))
+            return report.result(corpus, state, finite(evaluate(best, corpus.test)))
         except Stopped:
             report.interrupted()
             raise

@@ -215,7 +215,6 @@ def test_signals_are_handled_as_before_once_a_run_has_ended(pets, tmp_path):
     assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == before
 
 
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # a thread of orbax goes on
 def test_a_full_disk_ends_a_run_with_one_message_and_loses_nothing(copied_run, monkeypatch):
     config = resumed(copied_run, epochs=4)
     save, before = Checkpoints.save, saved_state(config)
