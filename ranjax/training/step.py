@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Callable, Sequence
-from functools import partial
+from functools import partial, wraps
 from typing import Any, NamedTuple
 
 import jax
@@ -78,6 +78,21 @@ def _with_flags(message: str, names: Sequence[str]) -> str:
 
 def learning_rate(config: Config, per_epoch: int) -> optax.Schedule:
     """The learning rate at a step, for an epoch of so many steps."""
+    return _promoting(_schedule(config, per_epoch))
+
+
+def _promoting(function: Callable) -> Callable:
+    """A function of optax, whose arithmetic mixes dtypes, also where `jax_numpy_dtype_promotion` is "strict"."""
+
+    @wraps(function)
+    def call(*arguments):
+        with jax.numpy_dtype_promotion("standard"):
+            return function(*arguments)
+
+    return call
+
+
+def _schedule(config: Config, per_epoch: int) -> optax.Schedule:
     peak, total = config.learning_rate, config.epochs * per_epoch
     if config.schedule == "constant":
         return optax.constant_schedule(peak)
@@ -93,7 +108,8 @@ def make_optimizer(config: Config, per_epoch: int) -> optax.GradientTransformati
     """Global-norm clipping, then the update rule at the scheduled rate."""
     rate = learning_rate(config, per_epoch)
     rule = optax.sgd(rate) if config.optimizer == "sgd" else optax.adamw(rate, weight_decay=config.weight_decay)
-    return optax.chain(optax.clip_by_global_norm(config.clip), rule)
+    chain = optax.chain(optax.clip_by_global_norm(config.clip), rule)
+    return optax.GradientTransformation(chain.init, _promoting(chain.update))
 
 
 def unconstrained(params: Any) -> Any:
@@ -158,8 +174,8 @@ def make_step(
             carry=kept[2],
             step=state.step + 1,
             loss=jnp.where(fresh, 0, state.loss) + jnp.where(good, loss, 0) * config.batch_size,
-            tokens=jnp.where(fresh, 0, state.tokens) + good * config.batch_size * config.steps,
-            bad=state.bad + ~good,
+            tokens=jnp.where(fresh, 0, state.tokens) + jnp.where(good, config.batch_size * config.steps, 0),
+            bad=jnp.where(good, state.bad, state.bad + 1),
             bad_in_row=jnp.where(good, 0, state.bad_in_row + 1),
             iterations=jnp.where(fresh, 0, state.iterations) + iterations,
         )
