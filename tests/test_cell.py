@@ -205,5 +205,7 @@ def test_orthogonal_weights_are_those_of_one_decomposition_for_each_gate():
     cell, each = (RANCell(5, recurrent_kernel_init=init) for init in (None, lambda *a: ranjax.cell._orthogonal(*a)))
     jax.tree.map(np.testing.assert_array_equal, cell.init(*arguments), each.init(*arguments))
     if jax.default_backend() == "cpu":
-        counts = [jax.jit(one.init).lower(*arguments).compile().as_text().count("lapack_sgeqrf") for one in (cell, each)]
+        counts = [
+            jax.jit(one.init).lower(*arguments).compile().as_text().count("lapack_sgeqrf") for one in (cell, each)
+        ]
         assert 2 * counts[0] == counts[1]

@@ -277,7 +277,7 @@ def test_segments_begin_at_the_initial_state_of_the_cell_or_are_refused():
     x, starts = inputs(2, 6, 3), np.zeros((2, 6), bool)
     layer = RAN(RANCell(4, carry_init=nn.initializers.constant(2.0)))
     variables = layer.init(jax.random.key(0), x)
-    with pytest.raises(ValueError, match="`segment_starts` begins every segment from zeros; got .*`carry_init`"):
+    with pytest.raises(ValueError, match=r"`segment_starts` begins every segment from zeros; got .*`carry_init`"):
         layer.apply(variables, x, segment_starts=starts)
     RAN(RANCell(4, carry_init=nn.initializers.zeros)).apply(variables, x, segment_starts=starts)
 

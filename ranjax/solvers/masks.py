@@ -78,7 +78,7 @@ def checked_lengths(value: ArrayLike | None, batch: tuple[int, ...], time: int |
 
 
 def checked_starts(value: ArrayLike | None, shape: tuple[int, ...]) -> Array | None:
-    """Checked segment starts as bool, or None; numbers 0 and 1 are taken too. Traced ones are not compared with these."""
+    """Checked segment starts as bool, or None. The numbers 0 and 1 are taken too; traced ones are not compared."""
     if value is None:
         return None
     starts = jnp.asarray(value)

@@ -127,10 +127,10 @@ def initial_state(
     tokens = jnp.zeros((config.batch_size, config.steps), jnp.int32)
     params = constrain(model.init(jax.random.key(config.seed), tokens, deterministic=True)["params"])
     carry = zero_state(model, params, config.batch_size)
-    zero, count = jnp.zeros(()), jnp.zeros((), jnp.int32)
+    zero, count, most = jnp.zeros(()), jnp.zeros((), jnp.int32), jnp.array(jnp.finfo(jnp.float32).max)
     state = TrainState(
         params=params, optimizer=optimizer.init(params), carry=carry, step=count, epoch=count, loss=zero,
-        tokens=count, bad=count, bad_in_row=count, best=jnp.array(jnp.finfo(jnp.float32).max), seconds=zero, timed=count, iterations=zero,
+        tokens=count, bad=count, bad_in_row=count, best=most, seconds=zero, timed=count, iterations=zero,
     )  # fmt: skip
     return jax.tree.map(jnp.copy, state)  # donated buffers must be distinct
 

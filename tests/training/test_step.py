@@ -164,7 +164,7 @@ def test_solver_iterations_are_averaged_over_layers_and_summed_over_steps(pets):
     for n in range(2):
         window, carry = ids[:, 7 * n : 7 * n + 8], jax.tree.map(jnp.copy, state.carry)
         _, sown = model.apply({"params": state.params}, window[:, :-1], carry, deterministic=True, mutable="solver")
-        iterations = [float(layer["record"].iterations) for layer in sown["solver"].values()]
+        iterations = [float(layer["result"].iterations) for layer in sown["solver"].values()]
         assert len(iterations) == 2
         expected += np.mean(iterations)
         state = advance(state, ids)
