@@ -110,7 +110,7 @@ class RAN(nn.Module):
     ) -> Any:
         """Runs the cell over the sequence; arguments that are not None replace the attributes.
 
-        Flags are Python values; `nn.remat` takes them by position: `nn.remat(RAN, static_argnums=6)`, `return_carry`.
+        Flags are Python values. `nn.remat` takes them by position: `return_carry` is number 6 of its `static_argnums`.
 
         Args:
           inputs: `(*batch, time, in)`, or `(time, *batch, in)` if time-major.

@@ -239,7 +239,7 @@ def checked_ids(tokens: ArrayLike, vocabulary: int) -> Array:
     if not jnp.issubdtype(ids.dtype, jnp.integer):
         raise ValueError(f"`tokens` must be ids, which are integers; got {ids.dtype}.")
     if ids.size and not isinstance(tokens, Tracer):
-        least, largest = np.min(tokens), np.max(tokens)
+        least, largest = np.asarray(tokens).min(), np.asarray(tokens).max()
         if not 0 <= least <= largest < vocabulary:
             raise ValueError(f"`tokens` must be ids from 0 to {vocabulary - 1}, the model's; got {least} to {largest}.")
     return ids

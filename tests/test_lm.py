@@ -301,6 +301,11 @@ def test_parameters_and_logits_are_float32_where_jax_has_float64(tie, x64):
 @pytest.mark.parametrize("cell", CELLS)
 def test_the_table_of_flax_counts_operations(cell):
     table = LanguageModel(11, cell=cell, features=4).tabulate(
-        jax.random.key(0), TOKENS, deterministic=True, compute_flops=True, compute_vjp_flops=True
+        jax.random.key(0),
+        TOKENS,
+        deterministic=True,
+        compute_flops=True,
+        compute_vjp_flops=True,
+        console_kwargs={"width": 300},
     )
     assert "stack_1/cell" in table

@@ -240,7 +240,9 @@ def test_auto_selects_the_kernel_on_supported_gpus(patch):
     assert not taken(None)
     patch(ranjax.scan, "find_spec", lambda name: None)  # a JAX without Triton
     assert not taken("9.0")
-    with pytest.raises(ValueError, match=r"solver='pallas' needs `jax.experimental.pallas.triton`, which .* not have"):
+    with pytest.raises(
+        ValueError, match=r"solver='pallas' needs `jax.experimental.pallas.triton`, which JAX .* not have"
+    ):
         ranjax.linear_recurrence(*problem(dtype=np.float32), solver="pallas")
 
 

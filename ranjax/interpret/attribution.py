@@ -197,7 +197,8 @@ def integrated_gradients(
 
     Args:
       model, params, tokens, target, step, state: as for `shares`.
-      nodes: nodes of the Gauss-Legendre quadrature at which the gradient is computed, at most 32 at once (default: 32).
+      nodes: nodes of the Gauss-Legendre quadrature, at which the gradient is computed (default: 32); at most 32 of them
+        at once.
 
     Returns:
       `Shares`, whose `total` is the logit up to the error of the quadrature.

@@ -78,12 +78,12 @@ def checked_lengths(value: ArrayLike | None, batch: tuple[int, ...], time: int |
 
 
 def checked_starts(value: ArrayLike | None, shape: tuple[int, ...]) -> Array | None:
-    """Checked segment starts as bool, or None; the numbers 0 and 1 are taken too, traced ones unchecked."""
+    """Checked segment starts as bool, or None. The numbers 0 and 1 are taken too; traced ones are not compared."""
     if value is None:
         return None
     starts = jnp.asarray(value)
     if jnp.issubdtype(starts.dtype, jnp.integer) or jnp.issubdtype(starts.dtype, jnp.floating):
-        if not isinstance(value, Tracer) and not np.isin(value, (0, 1)).all():
+        if not isinstance(value, Tracer) and not np.isin(np.asarray(value), (0, 1)).all():
             raise ValueError("`segment_starts` must be bool, or the numbers 0 and 1; got others.")
         starts = starts != 0
     return checked("segment_starts", starts, jnp.bool_, shape)

@@ -1,7 +1,7 @@
 """One step of training: the state it changes, the update rule, the jitted step."""
 
 from collections.abc import Callable
-from functools import partial
+from functools import partial, wraps
 from typing import Any, NamedTuple
 
 import jax
@@ -68,6 +68,21 @@ def abstract_params(model: LanguageModel) -> Any:
 
 def learning_rate(config: Config, per_epoch: int) -> optax.Schedule:
     """The learning rate at a step, for an epoch of so many steps."""
+    return _promoting(_schedule(config, per_epoch))
+
+
+def _promoting(function: Callable) -> Callable:
+    """A function of optax, whose arithmetic mixes dtypes, also where `jax_numpy_dtype_promotion` is "strict"."""
+
+    @wraps(function)
+    def call(*arguments):
+        with jax.numpy_dtype_promotion("standard"):
+            return function(*arguments)
+
+    return call
+
+
+def _schedule(config: Config, per_epoch: int) -> optax.Schedule:
     peak, total = config.learning_rate, config.epochs * per_epoch
     if config.schedule == "constant":
         return optax.constant_schedule(peak)
@@ -83,7 +98,8 @@ def make_optimizer(config: Config, per_epoch: int) -> optax.GradientTransformati
     """Global-norm clipping, then the update rule at the scheduled rate."""
     rate = learning_rate(config, per_epoch)
     rule = optax.sgd(rate) if config.optimizer == "sgd" else optax.adamw(rate, weight_decay=config.weight_decay)
-    return optax.chain(optax.clip_by_global_norm(config.clip), rule)
+    chain = optax.chain(optax.clip_by_global_norm(config.clip), rule)
+    return optax.GradientTransformation(chain.init, _promoting(chain.update))
 
 
 def unconstrained(params: Any) -> Any:
@@ -101,11 +117,10 @@ def initial_state(
     tokens = jnp.zeros((config.batch_size, config.steps), jnp.int32)
     params = constrain(model.init(jax.random.key(config.seed), tokens, deterministic=True)["params"])
     carry = zero_state(model, params, config.batch_size)
-    zero, count = jnp.zeros(()), jnp.zeros((), jnp.int32)
+    zero, count, most = jnp.zeros(()), jnp.zeros((), jnp.int32), jnp.array(jnp.finfo(jnp.float32).max)
     state = TrainState(
         params=params, optimizer=optimizer.init(params), carry=carry, step=count, epoch=count, loss=zero,
-        tokens=count, bad=count, bad_in_row=count, best=jnp.array(jnp.finfo(jnp.float32).max), seconds=zero,
-        timed=count, iterations=zero,
+        tokens=count, bad=count, bad_in_row=count, best=most, seconds=zero, timed=count, iterations=zero,
     )  # fmt: skip
     return jax.tree.map(jnp.copy, state)  # donated buffers must be distinct
 
@@ -149,8 +164,8 @@ def make_step(
             carry=kept[2],
             step=state.step + 1,
             loss=jnp.where(fresh, 0, state.loss) + jnp.where(good, loss, 0) * config.batch_size,
-            tokens=jnp.where(fresh, 0, state.tokens) + good * config.batch_size * config.steps,
-            bad=state.bad + ~good,
+            tokens=jnp.where(fresh, 0, state.tokens) + jnp.where(good, config.batch_size * config.steps, 0),
+            bad=jnp.where(good, state.bad, state.bad + 1),
             bad_in_row=jnp.where(good, 0, state.bad_in_row + 1),
             iterations=jnp.where(fresh, 0, state.iterations) + iterations,
         )

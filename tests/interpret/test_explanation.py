@@ -130,12 +130,12 @@ def test_the_memory_is_that_of_the_device_with_the_parameters(monkeypatch):
 
 def test_explains_where_jit_is_disabled():
     """Without a comparison of memory, since nothing is compiled."""
-    expected = explanation.explain(characters_run("abc", features=2), "abba")
+    expected = explanation.explain(characters_run("abc"), "abba")
     with jax.disable_jit():
-        found = explanation.explain(characters_run("abc", features=2), "abba")
+        found = explanation.explain(characters_run("abc"), "abba")
     np.testing.assert_allclose(found.layers[0].own, expected.layers[0].own, rtol=1e-5)
 
 
 def test_explains_under_strict_promotion_of_dtypes():
     with jax.numpy_dtype_promotion("strict"):
-        assert explanation.explain(characters_run("abc", features=2), "abba").words == ["a", "b", "b", "a"]
+        assert explanation.explain(characters_run("abc"), "abba").words == ["a", "b", "b", "a"]
