@@ -1,14 +1,13 @@
 """What the programs share: how they start and end, signals, messages, files written whole."""
 
 import io
-import json
 import os
 import signal
 import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -17,6 +16,8 @@ from ranjax.errors import UserError
 
 TUNABLES = "glibc.malloc.hugetlb=1"
 EXTRA = "pip install 'ranjax[train]'"
+# Ctrl-C, the wish of a system or of a batch system to end the program, a terminal that is gone. Windows has no others.
+SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1") if hasattr(signal, name)]
 
 
 def start(main: Callable[[], None], huge_pages: bool = False) -> None:
@@ -108,6 +109,11 @@ def _fail(message: str) -> None:
     raise SystemExit(1) from None
 
 
+def warn(message: str) -> None:
+    """Says something on standard error that the user should know and the program can go on with."""
+    print(f"warning: {message}", file=sys.stderr)
+
+
 class Stopped(SystemExit):
     """Ends a program that was asked to stop, all that it had to save being saved."""
 
@@ -144,7 +150,7 @@ class Stop:
 
 @contextmanager
 def stopping(minutes: float | None = None) -> Iterator[Stop]:
-    """Within it the first SIGINT or SIGTERM sets a flag, the `Stop`; the second of the same kind acts as before.
+    """Within it the first signal of each of `SIGNALS` sets a flag, the `Stop`; the second acts as before.
 
     Args:
       minutes: after so many the flag is set, too.
@@ -157,11 +163,12 @@ def stopping(minutes: float | None = None) -> Iterator[Stop]:
     def ask(number: int, _: Any) -> None:
         stop.ask(number)
         signal.signal(number, previous[number])
-        if sys.stdout is not None and sys.stdout.isatty():
-            os.write(sys.stdout.fileno(), b"\x1b[?25h")  # the cursor, which a progress bar hides
+        with suppress(OSError):  # of a terminal that is gone
+            if sys.stdout is not None and sys.stdout.isatty():
+                os.write(sys.stdout.fileno(), b"\x1b[?25h")  # the cursor, which a progress bar hides
 
     previous = {}
-    for number in (signal.SIGINT, signal.SIGTERM):
+    for number in SIGNALS:
         if signal.getsignal(number) not in (signal.SIG_IGN, None):
             previous[number] = signal.signal(number, ask)
     try:
@@ -175,22 +182,6 @@ def check_utf8(flag: str, text: str) -> None:
     """Raises a UserError for a flag whose bytes are not UTF-8: Python keeps each of them as half a character."""
     if any("\ud800" <= c <= "\udfff" for c in text):
         raise UserError(f"{flag} is not UTF-8 text; got {text[:40]!a}. Give it in UTF-8.")
-
-
-def read_json(path: Path, *names: str) -> dict[str, Any]:
-    """The object that a file of a run holds, with these names in it.
-
-    Raises:
-      UserError: for a file that is missing or damaged.
-    """
-    try:
-        saved = json.loads(path.read_text("utf-8"))
-    except (OSError, ValueError) as error:  # neither JSON nor UTF-8 is a ValueError
-        raise UserError(f"{path} cannot be read: {error}. Restore it, or train again.") from None
-    if not isinstance(saved, dict) or not saved.keys() >= set(names):
-        expected = " and ".join(("an object", *map(repr, names)))
-        raise UserError(f"{path} must hold {expected}; got {saved!r:.40}. Restore it, or train again.")
-    return saved
 
 
 def write_whole(path: Path, content: str | bytes) -> None:

@@ -10,6 +10,7 @@ PACKAGE = Path(__file__).resolve().parents[1] / "ranjax"
 ORDER = (
     ("errors", "choices"),
     ("cli", "sharding"),
+    ("saved",),
     ("kernels", "data", "figure"),
     ("scan",),
     ("cell",),

@@ -316,26 +316,3 @@ def test_a_refusal_of_the_system_says_how_to_go_on(tmp_path):
     message = rf"{path} cannot be written: Not a directory\. What was saved before is intact: try again once that is"
     with pytest.raises(UserError, match=message), cli.refusals(path, "try again"):
         cli.write_whole(path, "")
-
-
-@pytest.mark.parametrize(
-    ("content", "message"),
-    [
-        (None, r"x\.json cannot be read: .*No such file"),
-        (b"{", r"x\.json cannot be read: Expecting property name"),
-        (b"\xff", r"x\.json cannot be read: 'utf-8' codec"),
-        (b"[]", r"x\.json must hold an object and 'a' and 'b'; got \[\]\. Restore it, or train again\."),
-        (b'{"a": 1}', r"x\.json must hold an object and 'a' and 'b'; got {'a': 1}"),
-    ],
-)
-def test_a_damaged_json_file_is_named(content, message, tmp_path):
-    path = tmp_path / "x.json"
-    if content is not None:
-        path.write_bytes(content)
-    with pytest.raises(UserError, match=message):
-        cli.read_json(path, "a", "b")
-
-
-def test_the_object_of_a_json_file_is_read(tmp_path):
-    (tmp_path / "x.json").write_text('{"a": "caf\u00e9", "c": [1]}', "utf-8")
-    assert cli.read_json(tmp_path / "x.json", "a") == {"a": "caf\u00e9", "c": [1]}

@@ -1,6 +1,5 @@
 """Vocabularies: text to token ids and back. The ids of each are exactly 0 ... len - 1."""
 
-import json
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -10,8 +9,8 @@ from typing import ClassVar, Protocol
 
 import numpy as np
 
-from ranjax.cli import read_json
 from ranjax.errors import UserError
+from ranjax.saved import MEND, is_text, parse_object, read_sealed, write_sealed
 
 EOS, UNK = "<eos>", "<unk>"
 TOKENIZERS = ("word", "character", "byte", "bpe")
@@ -203,7 +202,7 @@ class BytePairs:
 
 def save_vocabulary(vocabulary: Vocabulary, path: Path) -> None:
     """Writes a vocabulary as JSON."""
-    path.write_text(json.dumps({"tokenizer": vocabulary.tokenizer, "content": vocabulary.content()}), "utf-8")
+    write_sealed(path, {"tokenizer": vocabulary.tokenizer, "content": vocabulary.content()})
 
 
 def unknown(vocabulary: Vocabulary, ids: np.ndarray) -> int:
@@ -213,7 +212,7 @@ def unknown(vocabulary: Vocabulary, ids: np.ndarray) -> int:
 
 def load_vocabulary(path: Path) -> Vocabulary:
     """Reads a vocabulary that `save_vocabulary` wrote."""
-    saved = read_json(path, "tokenizer", "content")
+    saved = read_sealed(path, {"tokenizer": is_text, "content": lambda value: isinstance(value, str | list)})
     content = saved["content"]
     match saved["tokenizer"], content:
         case "word", [_, *_] if all(isinstance(word, str) for word in content) and len(set(content)) == len(content):
@@ -225,17 +224,25 @@ def load_vocabulary(path: Path) -> Vocabulary:
         case "bpe", str() if _is_bpe(content):
             return BytePairs(content)
         case name, _ if name in TOKENIZERS:
-            raise UserError(f"{path} must hold what `{name}` reads; got {content!r:.40}. Restore it, or train again.")
+            raise UserError(f"{path} must hold what `{name}` reads; got {content!a:.40}. {MEND}")
         case other, _:
-            raise UserError(f"{path} names the tokenizer {other!r}; expected one of {', '.join(TOKENIZERS)}.")
+            raise UserError(f"{path} names the tokenizer {other!a:.40}; expected one of {', '.join(TOKENIZERS)}.")
 
 
 def _is_bpe(content: str) -> bool:
-    """Whether it is what the library `tokenizers` writes; its own error has no type of its own."""
+    """Whether it is what the library `tokenizers` writes, with ids without gaps, and can read.
+
+    Its own error has no type of its own, and a panic of it is no Exception.
+    """
     try:
-        model = json.loads(content)["model"]
-        return bool(model["vocab"]) and isinstance(model["merges"], list)
-    except (ValueError, KeyError, TypeError):
+        vocabulary = parse_object(content, {"model": lambda value: isinstance(value, dict)})["model"]["vocab"]
+        whole = bool(vocabulary) and sorted(vocabulary.values()) == list(range(len(vocabulary)))
+        return whole and len(BytePairs(content)) == len(vocabulary)
+    except ModuleNotFoundError:
+        raise
+    except BaseException as error:
+        if isinstance(error, KeyboardInterrupt | SystemExit | MemoryError):
+            raise
         return False
 
 

@@ -1,24 +1,34 @@
-"""Saving and loading of trees of arrays: the only file that knows orbax."""
+"""The checkpoints of a run: which are kept, and which of them are whole."""
 
-import logging
+import hashlib
+import json
 import os
-import re
 import shlex
-from collections.abc import Iterator
-from contextlib import contextmanager
+import shutil
 from pathlib import Path
 from typing import Any
 
 import jax
 
+from ranjax.cli import warn
 from ranjax.errors import UserError
+from ranjax.saved import parse_object
+from ranjax.training.arrays import load_arrays, save_arrays, saved_shapes
+from ranjax.training.folder import SameFolder
+
+KEPT = {"latest": 2, "best": 1}  # how many of each kind
+ARRAYS, SUMS = "arrays", "sha256.json"
+
+
+class _DamagedError(Exception):
+    """The files of a checkpoint are not those that were saved; the message says what is wrong."""
 
 
 class Checkpoints:
-    """The two checkpoints of a run: the latest full training state, and the parameters that validated best.
+    """The checkpoints of a run: its latest full training states, and the parameters that validated best.
 
-    Both are written beside the old one and replace it only when complete, so that a kill at any moment leaves
-    one to go on from.
+    Each is a folder `checkpoints/KIND/NUMBER` with the arrays and the checksums of their files. It is written under
+    another name and takes its own once it is complete, so that a kill at any moment leaves one to go on from.
 
     Args:
       directory: of the run; absolute.
@@ -26,86 +36,150 @@ class Checkpoints:
 
     def __init__(self, directory: Path):
         self.run, self.directory = directory, directory / "checkpoints"
+        self._same = SameFolder(directory)
+        self._damaged: set[Path] = set()  # as found on loading
 
     def save(self, kind: str, number: int, tree: Any) -> None:
-        """Saves `tree` as the newest checkpoint of its kind, `"latest"` or `"best"`, and drops the older ones.
+        """Saves `tree` as the newest checkpoint of its kind, `"latest"` or `"best"`, and drops older ones.
+
+        One of this number that is whole is left as it is: a run that goes on computes the same again.
 
         Raises:
           OSError: where the system refuses it, as on a disk that is full; what was saved before is intact.
+          UserError: if the run's directory has been moved.
         """
-        # What a save that was killed has left goes, too: this one is by a training, of which a run has one at a time.
-        with _refused_as_oserror(), self._open(kind, cleanup_tmp_directories=True) as checkpointer:
-            if number not in [saved.step for saved in checkpointer.checkpoints]:
-                checkpointer.save_checkpointables(number, {"tree": tree}, force=True)
+        self._same.check()
+        folder = self.directory / kind
+        self.directory.mkdir(exist_ok=True)
+        folder.mkdir(exist_ok=True)
+        self._drop(path for path in folder.iterdir() if path.name.startswith("."))  # of saves that were killed
+        if not _is_whole(folder / str(number)):
+            _write(folder / str(number), tree)
+        older = [n for n in self._numbers(kind) if n < number and folder / str(n) not in self._damaged]
+        kept = {str(n) for n in (number, *older[: KEPT[kind] - 1])}
+        self._drop(path for path in folder.iterdir() if path.name not in kept)
 
     def load(self, kind: str, like: Any) -> Any:
-        """Loads the newest checkpoint of a kind, also while a training saves newer ones.
+        """Loads the newest checkpoint of a kind that is whole, also while a training saves newer ones.
 
         Args:
           kind: `"latest"` or `"best"`.
           like: a tree of arrays or of `jax.ShapeDtypeStruct`, as it was saved.
 
         Raises:
-          UserError: if there is none, if it is damaged, or if it is not a tree of these shapes.
+          UserError: if there is none, if all are damaged or may not be read, or if it is not a tree of these shapes.
         """
+        while True:
+            before = self._numbers(kind)
+            try:
+                return self._load(kind, before, like)
+            except UserError:
+                if self._numbers(kind) == before:
+                    raise  # otherwise a training that goes on has put a newer one in its place
+
+    def _load(self, kind: str, numbers: list[int], like: Any) -> Any:
+        damaged: dict[Path, str] = {}
+        for number in numbers:
+            path = self.directory / kind / str(number)
+            try:
+                loaded = _load(path, like)
+            except _DamagedError as error:
+                damaged[path] = str(error)
+                continue
+            except OSError as error:
+                raise UserError(f"{error.filename or path} cannot be read: {error.strerror or error}.") from None
+            for other, why in damaged.items():
+                warn(f"{other} is damaged: {why}. The one before it is used: {path}")
+            self._damaged |= damaged.keys()
+            return loaded
+        for path, why in damaged.items():
+            raise UserError(f"{path} is damaged: {why}. Restore it, or train again.")
         out = shlex.quote(str(self.run))
-        why = {
+        mend = {
             "best": f"no epoch of it has been validated. Go on with: python -m ranjax.train --out {out} --resume",
             "latest": "it had one from its beginning. Restore it, or train again.",
         }
-        none = UserError(f"{self.run} has no {kind} checkpoint: {why[kind]}")
+        raise UserError(f"{self.run} has no {kind} checkpoint: {mend[kind]}")
+
+    def _numbers(self, kind: str) -> list[int]:
+        """The numbers of the checkpoints of a kind, newest first."""
         folder = self.directory / kind
-        if not folder.is_dir():
-            raise none
-        here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-        abstract = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=here), like)
-        while True:
-            before = os.listdir(folder)
-            try:
-                with self._open(kind) as checkpointer:
-                    if checkpointer.latest is None:
-                        raise none
-                    saved = checkpointer.checkpointables_metadata(checkpointer.latest).metadata["tree"]
-                    _check_shapes(folder, jax.tree.leaves(saved), jax.tree.leaves(like))
-                    return checkpointer.load_checkpointables(checkpointer.latest, {"tree": abstract})["tree"]
-            except (ValueError, KeyError, FileNotFoundError, NotADirectoryError) as error:
-                if set(os.listdir(folder)) != set(before):
-                    continue  # a training that goes on has put a newer one in its place
-                if isinstance(error, UserError):
-                    raise
-                raise UserError(
-                    f"{folder} is damaged: its arrays cannot be read. Restore it, or train again."
-                ) from None
+        try:
+            return sorted((int(name) for name in os.listdir(folder) if name.isdecimal()), reverse=True)
+        except (FileNotFoundError, NotADirectoryError):
+            return []
+        except OSError as error:
+            raise UserError(f"{folder} cannot be read: {error.strerror}.") from None
 
-    def _open(self, kind: str, **options: Any):
-        from orbax.checkpoint import v1 as ocp
-
-        keep: Any = ocp.training.preservation_policies.LatestN(1)
-        return ocp.training.Checkpointer(str(self.directory / kind), preservation_policy=keep, **options)
+    def _drop(self, paths: Any) -> None:
+        for path in list(paths):
+            shutil.rmtree(path, ignore_errors=True)
 
 
-@contextmanager
-def _refused_as_oserror() -> Iterator[None]:
-    """Orbax has a ValueError for what the system refuses, and logs it once more for each of its threads."""
-    log = logging.getLogger("absl")
-    level = log.level
-    log.setLevel(logging.CRITICAL)
+def _load(path: Path, like: Any) -> Any:
+    _verify(path)
     try:
-        yield
-    except ValueError as error:
-        code = re.search(r"os_error_code='(\d+)'", str(error))
-        if code is None:
-            raise
-        raise OSError(int(code[1]), os.strerror(int(code[1]))) from None
-    finally:
-        log.setLevel(level)
+        _check_shapes(path, like)
+        return load_arrays(path, ARRAYS, like)
+    except UserError:
+        raise
+    except (ValueError, KeyError, FileNotFoundError) as error:  # of orbax: of another version, or just replaced
+        raise _DamagedError(f"its arrays cannot be read: {' '.join(str(error).split()):.200}") from None
 
 
-def _check_shapes(path: Path, saved: list, expected: list) -> None:
+def _write(path: Path, tree: Any) -> None:
+    """Writes a checkpoint in the place of a damaged one or of none: whole or not at all."""
+    unfinished = path.with_name(f".{path.name}")
+    unfinished.mkdir()
+    try:
+        save_arrays(unfinished, ARRAYS, tree)
+        (unfinished / SUMS).write_text(json.dumps(_checksums(unfinished), indent=0))
+        shutil.rmtree(path, ignore_errors=True)
+        unfinished.rename(path)
+    except BaseException:
+        shutil.rmtree(unfinished, ignore_errors=True)
+        raise
+
+
+def _verify(path: Path) -> None:
+    """Raises _DamagedError for a checkpoint that is not as it was saved, an OSError for one that may not be read."""
+    try:
+        saved = parse_object((path / SUMS).read_text("utf-8"), {})
+    except (FileNotFoundError, NotADirectoryError):
+        raise _DamagedError(f"{SUMS} is missing") from None
+    except ValueError:
+        raise _DamagedError(f"{SUMS} cannot be read") from None
+    found = _checksums(path)
+    changed = [name for name, checksum in saved.items() if found.get(name) != checksum]
+    if changed or not saved:
+        raise _DamagedError(f"{changed[0] if changed else SUMS} is not as it was saved")
+
+
+def _is_whole(path: Path) -> bool:
+    try:
+        _verify(path)
+    except (_DamagedError, OSError):
+        return False
+    return True
+
+
+def _checksums(path: Path) -> dict[str, str]:
+    """The SHA-256 of each file below a folder, by its path there."""
+
+    def refused(error: OSError) -> None:
+        raise error
+
+    sums = {}
+    for folder, _, names in os.walk(path, onerror=refused):
+        for file in (Path(folder, name) for name in sorted(names)):
+            with file.open("rb") as opened:
+                sums[file.relative_to(path).as_posix()] = hashlib.file_digest(opened, "sha256").hexdigest()
+    return sums
+
+
+def _check_shapes(path: Path, like: Any) -> None:
     """Orbax's own message for a tree that does not fit does not say what differs."""
-    have, want = sorted(a.shape for a in saved), sorted(a.shape for a in expected)
-    if not have:
-        raise UserError(f"{path} is damaged: it holds no arrays. Restore it, or train again.")
+    have, want = sorted(saved_shapes(path, ARRAYS)), sorted(a.shape for a in jax.tree.leaves(like))
     if have != want:
         raise UserError(
             f"{path} does not fit the configuration beside it: expected arrays of {want}, got {have}. "

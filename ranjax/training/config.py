@@ -1,7 +1,6 @@
 """The settings of a training run: defaults, the papers' presets, and how flags are read."""
 
 import dataclasses
-import json
 import math
 import os
 from collections.abc import Callable
@@ -15,6 +14,8 @@ from ranjax.choices import Activation, Cell, Gates, Solver, Tokenizer
 from ranjax.data import EMBEDDED, KNOWN
 from ranjax.data.builtin import task_of
 from ranjax.errors import UserError, flag, is_choice, is_size
+from ranjax.saved import MEND, read_sealed, write_sealed
+from ranjax.training.folder import absolute
 
 ITERATING = "fixed_point", "newton"  # solvers that iterate over all steps until they agree
 
@@ -45,8 +46,10 @@ Sizes = Annotated[
     tuple[int, ...],
     Rule(lambda v: v and all(map(_whole(1).holds, v)), "one or more whole numbers, each at least 1 and below 2**31"),
 ]
-Positive = Annotated[float, Rule(lambda v: v > 0 and math.isfinite(v), "finite and above 0")]
-NotNegative = Annotated[float, Rule(lambda v: v >= 0 and math.isfinite(v), "finite and at least 0")]
+# Settings are used as float32, in which numbers below are 0 and those above infinite.
+_Float32 = Rule(lambda v: v == 0 or 2.0**-126 <= v < 2.0**128, "between 1.2e-38 and 3.4e38, the range of float32")
+Positive = Annotated[float, Rule(lambda v: v > 0 and math.isfinite(v), "finite and above 0"), _Float32]
+NotNegative = Annotated[float, Rule(lambda v: v >= 0 and math.isfinite(v), "finite and at least 0"), _Float32]
 Rate = Annotated[float, Rule(lambda v: 0 <= v < 1, "in [0, 1)")]
 Text = Annotated[str, Rule(_is_path, "a name or a path")]
 Folder = Annotated[str, Rule(_is_path, "a path")]
@@ -125,7 +128,7 @@ class Config:
     def directory(self) -> Path:
         """Where the run is kept, absolute."""
         out = self.out or f"runs/{Path(self.dataset).stem}-{self.cell}"
-        return Path(os.path.expanduser(out)).resolve()
+        return absolute(out)
 
 
 def check(config: Config) -> None:
@@ -242,12 +245,12 @@ def normalised(config: Config) -> Config:
     path = Path(os.path.expanduser(dataset))
     named = dataset in (*KNOWN, *EMBEDDED) or task_of(dataset) is not None
     if dataset and os.path.exists(path) and not named:  # False, too, for a name that no path can have
-        dataset = str(path.resolve())
+        dataset = str(absolute(dataset))
     return replace(
         config,
         dataset=dataset,
         out=config.out and str(config.out),
-        data_dir=data_dir and str(Path(os.path.expanduser(data_dir)).resolve()),
+        data_dir=data_dir and str(absolute(data_dir)),
         features=tuple(map(_number, features)) if isinstance(features, tuple | list) else features,
     )
 
@@ -275,23 +278,28 @@ def check_same(config: Config, saved: Config) -> None:
 
 def save_config(config: Config, directory: Path) -> None:
     """Writes the settings beside the checkpoints."""
-    text = json.dumps(dataclasses.asdict(config) | {"resume": False}, indent=2)
-    cli.write_whole(directory / "config.json", text + "\n")
+    write_sealed(directory / "config.json", dataclasses.asdict(config) | {"resume": False})
 
 
-def load_config(directory: Path) -> Config:
+def load_config(directory: str | Path) -> Config:
     """Reads the settings of a run."""
-    path = Path(os.path.expanduser(directory)).resolve() / "config.json"
-    if not path.is_file():
-        raise UserError(f"{path.parent} is not a run: it has no config.json. Give the --out directory of a run.")
-    saved = cli.read_json(path, "features")
-    fields = {field.name for field in dataclasses.fields(Config)}
-    if set(saved) - fields:
-        unknown = ", ".join(sorted(set(saved) - fields))
-        raise UserError(f"{path} has settings this version does not know: {unknown}. Use the version that wrote it.")
+    path = absolute(directory) / "config.json"
+    try:
+        os.stat(path)
+    except (FileNotFoundError, NotADirectoryError):
+        raise UserError(
+            f"{path.parent} is not a run: it has no config.json. Give the --out directory of a run."
+        ) from None
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror}.") from None
+    saved = read_sealed(path, {"features": lambda _: True})  # `check` looks at the values
+    unknown = sorted(saved.keys() - {field.name for field in dataclasses.fields(Config)})
+    if unknown:
+        names = ", ".join(map(ascii, unknown))
+        raise UserError(f"{path} has settings this version does not know: {names}. Use the version that wrote it.")
     config = Config(**saved)
     try:
         check(config)
     except UserError as error:
-        raise UserError(f"{path} is damaged: {error} Restore it, or train again.") from None
+        raise UserError(f"{path} is damaged: {error} {MEND}") from None
     return normalised(config)

@@ -16,15 +16,26 @@ import jax
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TimeRemainingColumn
 
-from ranjax.cli import read_json, refusals, write_whole
+from ranjax.cli import refusals, warn, write_whole
 from ranjax.data import Corpus
 from ranjax.errors import UserError
 from ranjax.figure import blank_figure, write_figure
+from ranjax.saved import Schema, is_count, is_number, is_text, parse_object, read_json
 from ranjax.training.config import ITERATING, Config
+from ranjax.training.folder import SameFolder
 from ranjax.training.metrics import Evaluation, perplexity, shown
 from ranjax.training.step import TrainState
 
 LOG_SECONDS = 15.0
+ROW: Schema = {"step": is_count, "epoch": is_number, "train_perplexity": is_number}
+# What is read of a finished training's result, where it is written again.
+RESULT: Schema = {
+    "valid_perplexities": lambda value: isinstance(value, list) and all(map(is_number, value)),
+    "train_perplexities": lambda value: isinstance(value, list) and all(map(is_number, value)),
+    "device": is_text,
+    "date": is_text,
+    "versions": lambda value: isinstance(value, dict),
+}
 
 
 class Report:
@@ -44,6 +55,7 @@ class Report:
 
     def __init__(self, directory: Path, config: Config, windows: int, first_step: int, validated: int):
         self.directory, self.config, self.windows = directory, config, windows
+        self._same = SameFolder(directory)
         self.steps, self.at = 0, first_step
         self._rows = [
             row
@@ -51,6 +63,8 @@ class Report:
             if row["step"] <= first_step and ("valid_perplexity" not in row or row["epoch"] <= validated)
         ]
         with refusals(directory / "metrics.jsonl"):
+            for left in directory.glob(".*.new"):  # by a program that was killed
+                left.unlink()
             write_whole(directory / "metrics.jsonl", "".join(json.dumps(row) + "\n" for row in self._rows))
         self._console = Console()
         columns = "{task.description}", BarColumn(None), "{task.fields[status]}", TimeRemainingColumn()
@@ -120,6 +134,7 @@ class Report:
             "config": asdict(self.config) | {"resume": False},
         }
         result |= self._process(valid)
+        self._same.check()
         with refusals(self.directory):
             write_whole(self.directory / "result.json", json.dumps(result, indent=2) + "\n")
             if epochs:
@@ -139,16 +154,15 @@ class Report:
         deleted, its `result.json` is the only record of the curves.
         """
         now = {"device": device(), "date": date.today().isoformat(), "versions": versions()}
-        curves = "valid_perplexities", "train_perplexities"
         if self.steps:
             return now
         try:
-            saved = read_json(self.directory / "result.json", *curves, *now)
+            saved = read_json(self.directory / "result.json", RESULT)
         except UserError:  # missing or damaged: it is written again
             return now
         if valid_perplexities not in ([], saved["valid_perplexities"]):
             return now
-        return {name: saved[name] for name in (*curves, *now)}
+        return {name: saved[name] for name in RESULT}
 
     def _row(self, state: TrainState, **values: float) -> None:
         row = {"step": int(state.step), "epoch": int(state.step) / self.windows, **values}
@@ -157,6 +171,7 @@ class Report:
         row |= {"skipped_steps": int(state.bad), "training_seconds": float(state.seconds)}
         self._rows.append(row)
         path = self.directory / "metrics.jsonl"
+        self._same.check()
         with refusals(path), path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(row) + "\n")
 
@@ -205,17 +220,21 @@ def _version(name: str) -> str:
 
 
 def _read_rows(path: Path) -> list[dict[str, float]]:
-    if not path.exists():
+    """The rows of a run so far. One that is damaged is left out, with a warning where no kill has cut it short."""
+    try:
+        lines = path.read_text("utf-8", "replace").splitlines()
+    except FileNotFoundError:
         return []
-    rows, lines = [], path.read_text("utf-8", "replace").splitlines()
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror or error}.") from None
+    rows = []
     for number, line in enumerate(lines, 1):
         try:
-            row = json.loads(line)
-            if not isinstance(row, dict) or not row.keys() >= {"step", "epoch"}:
-                raise ValueError("it is no row")
-        except ValueError:
-            if number == len(lines):  # a kill cut it short
-                break
-            raise UserError(f"line {number} of {path} must be a row; got {line!r:.40}. Restore or delete it.") from None
-        rows.append(row)
+            row = parse_object(line, ROW)
+            if not all(map(is_number, row.values())):
+                raise ValueError("it holds what is no number")
+            rows.append(row)
+        except ValueError as error:
+            if number < len(lines):
+                warn(f"line {number} of {path} is left out: {error}.")
     return rows

@@ -1,11 +1,10 @@
 """A whole run: its beginning, its training, its end, and its trained model."""
 
-import json
 import os
 import secrets
 import shlex
 import shutil
-from contextlib import ExitStack, nullcontext
+from contextlib import ExitStack, nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,13 +13,17 @@ import jax
 import numpy as np
 from filelock import FileLock, Timeout
 
-from ranjax.cli import Stop, Stopped, read_json, refusals, stopping
+from ranjax.cli import Stop, Stopped, refusals, stopping
 from ranjax.data import Corpus, columns, identity, load_corpus, load_split, windows_per_epoch
+from ranjax.data.files import SPLITS
 from ranjax.data.vocabulary import Vocabulary, load_vocabulary, save_vocabulary
 from ranjax.errors import UserError
 from ranjax.lm import LanguageModel
+from ranjax.saved import read_sealed, write_sealed
 from ranjax.training.checkpoint import Checkpoints
 from ranjax.training.config import Config, check, check_same, load_config, normalised, save_config
+from ranjax.training.environment import check_environment, save_environment
+from ranjax.training.folder import absolute
 from ranjax.training.loop import Loop
 from ranjax.training.metrics import make_evaluator
 from ranjax.training.report import Report
@@ -35,6 +38,7 @@ from ranjax.training.step import (
     unconstrained,
 )
 
+UNFINISHED = ".ranjax-"  # begins the name of a run's directory until it is complete
 CHANGES = "(the embedded corpora change with the version of Python)"
 
 
@@ -45,7 +49,7 @@ def train(config: Config, *, constrain: Constraint = unconstrained, stop: Stop |
       config: the settings.
       constrain: a function of the parameters, what the model computes with in their place; the identity by default.
         What is saved is constrained. Resume with the same one: it is not saved.
-      stop: where a caller listens for signals itself, its wish to stop. By default SIGINT and SIGTERM are listened for.
+      stop: where a caller listens for signals itself, its wish to stop. By default `cli.SIGNALS` are listened for.
 
     Returns:
       The content of `result.json`.
@@ -86,10 +90,14 @@ def _check_directory(config: Config) -> None:
     directory = config.directory
     if config.resume:
         check_same(config, load_config(directory))
-    elif directory.exists():
-        resume = f"Go on with it: --out {shlex.quote(str(directory))} --resume; or give"
-        mend = resume if (directory / "config.json").exists() else "Give"
-        raise UserError(f"--out {directory} exists and is left unchanged. {mend} another --out.")
+    elif os.path.lexists(directory):
+        raise _exists(directory)
+
+
+def _exists(directory: Path) -> UserError:
+    resume = f"Go on with it: --out {shlex.quote(str(directory))} --resume; or give"
+    mend = resume if (directory / "config.json").exists() else "Give"
+    return UserError(f"--out {directory} exists and is left unchanged. {mend} another --out.")
 
 
 def _begin(config: Config, corpus: Corpus, state: TrainState, windows: int, held: ExitStack) -> TrainState:
@@ -98,32 +106,62 @@ def _begin(config: Config, corpus: Corpus, state: TrainState, windows: int, held
     The run is then this program's alone until `held` is closed.
     """
     directory = config.directory
-    if config.resume:
-        _lock(directory, held)
-        _check_text(directory, corpus)
-        state = Checkpoints(directory).load("latest", state)
-        if int(state.step) > config.epochs * windows:
-            begun = -(-int(state.step) // windows)
-            raise UserError(f"--epochs must be at least {begun}, which the run has begun; got {config.epochs}.")
-        with refusals(directory / "config.json"):
-            save_config(config, directory)
+    if not config.resume:
+        _create(config, corpus, state, held)
         return state
-    # A kill leaves no run that is half complete. In containers a process number is no name: many have the same.
-    unfinished = directory.with_name(f".{directory.name}.{secrets.token_hex(4)}")
+    _lock(directory, held)
+    _check_text(directory, corpus)
+    check_environment(directory)
+    state = Checkpoints(directory).load("latest", state)
+    if int(state.step) > config.epochs * windows:
+        begun = -(-int(state.step) // windows)
+        raise UserError(f"--epochs must be at least {begun}, which the run has begun; got {config.epochs}.")
+    with refusals(directory / "config.json"):
+        save_config(config, directory)
+    return state
+
+
+def _create(config: Config, corpus: Corpus, state: TrainState, held: ExitStack) -> None:
+    """Creates the run's directory, all of it or none: a kill leaves no run that is half complete."""
+    directory = config.directory
+    # In containers a process number is no name: many have the same.
+    unfinished = directory.with_name(f"{UNFINISHED}{secrets.token_hex(4)}")
     try:
         unfinished.mkdir(parents=True)
-        _save_text(unfinished, corpus)
-        Checkpoints(unfinished).save("latest", 0, state)
-        save_config(config, unfinished)
+        with FileLock(unfinished / ".open"):
+            _clean(directory.parent)
+            _save_text(unfinished, corpus)
+            save_environment(unfinished)
+            Checkpoints(unfinished).save("latest", 0, state)
+            _read_back(unfinished, state)
+            save_config(config, unfinished)
+        (unfinished / ".open").unlink(missing_ok=True)
         unfinished.rename(directory)
     except BaseException as error:
         shutil.rmtree(unfinished, ignore_errors=True)
+        if isinstance(error, OSError) and os.path.lexists(directory):  # begun by another program meanwhile
+            raise _exists(directory) from None
         if isinstance(error, OSError):
             why = error.strerror or error
             raise UserError(f"--out {directory} cannot be written: {why}. Give another --out.") from None
         raise
     _lock(directory, held)
-    return state
+
+
+def _read_back(directory: Path, state: TrainState) -> None:
+    """Raises a UserError where a state does not come back as it was saved, so that no training is lost there."""
+    loaded = Checkpoints(directory).load("latest", state)
+    if not all(map(np.array_equal, jax.tree.leaves(loaded), jax.tree.leaves(state))):
+        raise UserError(f"what is saved in {directory.parent} is not read as it was written. Give another --out.")
+
+
+def _clean(parent: Path) -> None:
+    """Removes what runs that were killed before their first step have left beside this one."""
+    for path in parent.glob(f"{UNFINISHED}*"):
+        with suppress(Timeout, OSError):
+            if (path / ".open").exists():
+                with FileLock(path / ".open", blocking=False):
+                    shutil.rmtree(path)
 
 
 def _lock(directory: Path, held: ExitStack) -> None:
@@ -134,19 +172,23 @@ def _lock(directory: Path, held: ExitStack) -> None:
         raise UserError(
             f"the run in {directory} is being trained by another program. Wait for its end, or stop it, and --resume."
         ) from None
+    except OSError as error:
+        raise UserError(
+            f"{directory} cannot be written: {error.strerror or error}. A run is trained where it can be saved."
+        ) from None
 
 
 def _save_text(directory: Path, corpus: Corpus) -> None:
     """The vocabulary, and what identifies the text."""
     save_vocabulary(corpus.vocabulary, directory / "vocabulary.json")
-    (directory / "text.json").write_text(json.dumps(_identity(corpus), indent=2) + "\n", "utf-8")
+    write_sealed(directory / "text.json", _identity(corpus))
 
 
 def _check_text(directory: Path, corpus: Corpus) -> None:
     """A run goes on with the text and the vocabulary it began with."""
     if load_vocabulary(directory / "vocabulary.json") != corpus.vocabulary:
         changed = "the vocabulary of the data set"
-    elif read_json(directory / "text.json") != _identity(corpus):
+    elif _read_text(directory) != _identity(corpus):
         changed = "the text of the data set"
     else:
         return
@@ -154,6 +196,11 @@ def _check_text(directory: Path, corpus: Corpus) -> None:
         f"{changed} is not the one the run in {directory} was trained with. Resume with the text it began with "
         f"{CHANGES}."
     )
+
+
+def _read_text(directory: Path) -> dict[str, Any]:
+    """What identifies each split of the text of a run."""
+    return read_sealed(directory / "text.json", dict.fromkeys(SPLITS, lambda value: isinstance(value, dict)))
 
 
 def _identity(corpus: Corpus) -> dict[str, Any]:
@@ -176,7 +223,7 @@ def load_run(directory: str | Path) -> Run:
     Raises:
       UserError: if the directory is not a run, has no checkpoint yet, or one that does not fit its settings.
     """
-    directory = Path(os.path.expanduser(directory)).resolve()
+    directory = absolute(directory)
     config = load_config(directory)
     vocabulary = load_vocabulary(directory / "vocabulary.json")
     model = build_model(config, len(vocabulary))
@@ -198,7 +245,7 @@ def load_text(run: Run, directory: str | Path, split: str, data_dir: str | None 
     """
     dataset, data_dir = run.config.dataset, data_dir or run.config.data_dir
     ids = load_split(dataset, split, run.vocabulary, data_dir)
-    if read_json(Path(os.path.expanduser(directory)) / "text.json").get(split) != identity(ids):
+    if _read_text(absolute(directory))[split] != identity(ids):
         there = f"--split {split} --dataset {shlex.quote(dataset)}"
         there += f" --data-dir {shlex.quote(data_dir)}" if data_dir else ""
         raise UserError(

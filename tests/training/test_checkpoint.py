@@ -24,14 +24,20 @@ def test_a_saved_tree_is_loaded_bitwise(like, tmp_path):
     assert [leaf.dtype for leaf in jax.tree.leaves(loaded)] == [leaf.dtype for leaf in jax.tree.leaves(TREE)]
 
 
-def test_one_checkpoint_of_a_kind_is_kept(tmp_path):
+def numbers(folder):
+    return sorted(path.name for path in folder.iterdir())
+
+
+def test_the_newest_two_states_and_the_best_are_kept(tmp_path):
     """And nothing of one whose saving was killed."""
-    folder = tmp_path / "checkpoints" / "latest"
-    for n in range(3):
-        Checkpoints(tmp_path).save("latest", n, {"a": np.full(3, n)})
-        (folder / f"{7 + n}.orbax-checkpoint-tmp" / "tree").mkdir(parents=True)
-    Checkpoints(tmp_path).save("latest", 3, {"a": np.full(3, 3)})
-    assert [path.name for path in folder.iterdir() if path.is_dir()] == ["3"]
+    run = Checkpoints(tmp_path)
+    for n in range(4):
+        run.save("latest", n, {"a": np.full(3, n)})
+        run.save("best", n, {"a": np.full(3, n)})
+        (tmp_path / "checkpoints" / "latest" / f".{7 + n}" / "arrays").mkdir(parents=True)
+    run.save("latest", 4, {"a": np.full(3, 4)})
+    assert numbers(run.directory / "latest") == ["3", "4"]
+    assert numbers(run.directory / "best") == ["3"]
 
 
 def test_a_checkpoint_that_is_replaced_during_loading_is_loaded_from_the_newer_one(tmp_path, monkeypatch):
@@ -48,6 +54,15 @@ def test_a_checkpoint_that_is_replaced_during_loading_is_loaded_from_the_newer_o
     np.testing.assert_array_equal(kept.load("best", {"a": np.zeros(3, int)})["a"], 3)
 
 
+@pytest.mark.parametrize("name", ["x[a]", "y[!b]z", "a**b", "q?r", "caf\udce9", "{a}\n", "\u4e16 %s"])
+def test_a_directory_may_have_any_name(name, tmp_path):
+    (tmp_path / name).mkdir()
+    Checkpoints(tmp_path / name).save("best", 1, TREE)
+    loaded = Checkpoints(tmp_path / name).load("best", TREE)
+    jax.tree.map(np.testing.assert_array_equal, loaded, TREE)
+    assert numbers(tmp_path / name / "checkpoints" / "best") == ["1"]
+
+
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # a thread of orbax goes on
 def test_arrays_that_the_system_refuses_are_an_oserror(tmp_path, caplog):
     numbers = {"a": np.random.default_rng(0).normal(size=100_000)}
@@ -57,22 +72,81 @@ def test_arrays_that_the_system_refuses_are_an_oserror(tmp_path, caplog):
     assert logging.getLogger("absl").level < logging.CRITICAL
 
 
-@pytest.mark.parametrize(
-    ("file", "content", "message"),
-    [
-        ("best/*/tree/_METADATA", None, "best is damaged: it holds no arrays"),
-        ("best/*/tree/array_metadatas/process_0", b"garbage", "best is damaged: its arrays cannot be read"),
-        ("best/*/tree", None, "best is damaged: its arrays cannot be read"),
-    ],
-)
-def test_damaged_checkpoints_are_named(file, content, message, tmp_path):
-    Checkpoints(tmp_path).save("best", 1, TREE)
-    (path,) = (tmp_path / "checkpoints").glob(file)
+def files(folder):
+    """Those of the newest checkpoint."""
+    newest = max(folder.iterdir(), key=lambda path: int(path.name))
+    return sorted(path for path in newest.rglob("*") if path.is_file())
+
+
+def test_a_flipped_bit_in_any_file_is_named(tmp_path):
+    run, rng = Checkpoints(tmp_path), np.random.default_rng(0)
+    run.save("best", 1, TREE)
+    for file in files(run.directory / "best"):
+        content = bytearray(file.read_bytes())
+        for at in rng.integers(len(content), size=3) if content else ():
+            content[at] ^= (flip := 1 << rng.integers(8))
+            file.write_bytes(content)
+            with pytest.raises(UserError, match=r"best/1 is damaged: .*(not as it was saved|read)\. Restore it"):
+                run.load("best", TREE)
+            content[at] ^= flip
+        file.write_bytes(content)
+    jax.tree.map(np.testing.assert_array_equal, run.load("best", TREE), TREE)
+
+
+@pytest.mark.parametrize("name", ["sha256.json", "arrays/tree/_METADATA", "arrays", ""])
+def test_a_damaged_newest_state_gives_way_to_the_one_before(name, tmp_path, capsys):
+    """And is not counted among those that are kept."""
+    run = Checkpoints(tmp_path)
+    for n in (1, 2):
+        run.save("latest", n, {"a": np.full(3, n)})
+    path = run.directory / "latest" / "2" / name
     shutil.rmtree(path) if path.is_dir() else path.unlink()
-    if content is not None:
-        path.write_bytes(content)
-    with pytest.raises(UserError, match=message):
-        Checkpoints(tmp_path).load("best", TREE)
+    (run.directory / "latest" / "2").mkdir(exist_ok=True)
+    run = Checkpoints(tmp_path)
+    np.testing.assert_array_equal(run.load("latest", {"a": np.zeros(3, int)})["a"], 1)
+    said = capsys.readouterr().err
+    assert said.startswith(f"warning: {run.directory}/latest/2 is damaged: ")
+    assert said.endswith(f"The one before it is used: {run.directory}/latest/1\n")
+    run.save("latest", 3, {"a": np.full(3, 3)})
+    assert numbers(run.directory / "latest") == ["1", "3"]
+
+
+def test_a_damaged_state_is_saved_again_once_training_comes_there(tmp_path):
+    run = Checkpoints(tmp_path)
+    for n in (1, 2):
+        run.save("latest", n, {"a": np.full(3, n)})
+    (run.directory / "latest" / "2" / "sha256.json").unlink()
+    run.load("latest", {"a": np.zeros(3, int)})
+    run.save("latest", 2, {"a": np.full(3, 2)})
+    assert numbers(run.directory / "latest") == ["1", "2"]
+    np.testing.assert_array_equal(Checkpoints(tmp_path).load("latest", {"a": np.zeros(3, int)})["a"], 2)
+
+
+def test_a_state_that_may_not_be_read_is_not_called_damaged(tmp_path):
+    """Root may read all; a link that leads to itself is refused to anyone."""
+    run = Checkpoints(tmp_path)
+    for n in (1, 2):
+        run.save("latest", n, {"a": np.full(3, n)})
+    for name in ("sha256.json", "arrays/tree/_METADATA"):
+        file = run.directory / "latest" / "2" / name
+        kept = file.rename(tmp_path / "kept")
+        file.symlink_to(file)
+        with pytest.raises(UserError, match=f"2/{name} cannot be read: Too many levels of symbolic links"):
+            run.load("latest", {"a": np.zeros(3, int)})
+        kept.replace(file)
+
+
+def test_nothing_is_saved_where_a_run_was_before(tmp_path):
+    (tmp_path / "run").mkdir()
+    run = Checkpoints(tmp_path / "run")
+    (tmp_path / "run").rename(tmp_path / "moved")
+    with pytest.raises(UserError, match="run is no longer the directory of this run: it was moved or removed"):
+        run.save("latest", 1, TREE)
+    assert numbers(tmp_path) == ["moved"]
+    (tmp_path / "run").mkdir()
+    with pytest.raises(UserError, match="no longer the directory of this run"):
+        run.save("latest", 1, TREE)
+    assert numbers(tmp_path / "run") == []
 
 
 def test_a_checkpoint_of_other_shapes_is_refused(tmp_path):

@@ -12,6 +12,7 @@ import pytest
 from small_runs import resumed, settings
 
 from ranjax.errors import UserError
+from ranjax.saved import write_sealed
 from ranjax.training.config import (
     PRESETS,
     Config,
@@ -164,6 +165,11 @@ SIZES = "one or more whole numbers, each at least 1 and below 2**31"
         ({"init_scale": 0.0}, "--init-scale must be finite and above 0; got 0.0"),
         ({"learning_rate": 10**400}, "--learning-rate must be finite and above 0; got 1000"),
         ({"learning_rate": math.nan}, "--learning-rate must be finite and above 0; got nan"),
+        *(
+            ({name: 1e-50}, "must be between 1.2e-38 and 3.4e38")
+            for name in ("clip", "decay", "init_scale", "weight_decay")
+        ),
+        *(({name: 1e308}, "must be between 1.2e-38 and 3.4e38") for name in ("clip", "learning_rate", "weight_decay")),
         *(({name: math.inf}, "must be finite and ") for name in ("clip", "decay", "init_scale", "weight_decay")),
         *(({name: 2**31}, f"below 2**31; got {2**31}") for name in ("epochs", "embedding", "decay_after")),
         ({"optimizer": "sgd", "weight_decay": 0.1}, "--weight-decay is for --optimizer adamw; got 0.1 with sgd"),
@@ -177,19 +183,40 @@ def test_settings_from_python_are_checked_as_flags_are(options, message):
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (b"{", "config.json cannot be read: Expecting property name"),
-        (b"\xff", "config.json cannot be read: 'utf-8' codec"),
-        (b"[]", r"config.json must hold an object and 'features'; got \[\]"),
-        (b"{}", r"config.json must hold an object and 'features'; got \{\}"),
-        (b'{"features": 8}', "damaged: --features must be one or more whole numbers, .*got 8"),
-        (b'{"features": [8], "steps": "7"}', "damaged: --steps must be a whole number, .*got '7'"),
-        (b'{"features": [8], "new": 1}', "has settings this version does not know: new"),
+        ({}, "damaged: it has no 'features'"),
+        ({"features": 8}, "damaged: --features must be one or more whole numbers, .*got 8"),
+        ({"features": [8], "steps": "7"}, "damaged: --steps must be a whole number, .*got '7'"),
+        ({"features": [8], "steps": {"7": []}}, "damaged: --steps must be a whole number, .*got {'7'"),
+        ({"features": [8], "new\x1b": 1}, r"has settings this version does not know: 'new\\x1b'"),
     ],
 )
-def test_damaged_saved_settings_are_named(content, message, tmp_path):
-    (tmp_path / "config.json").write_bytes(content)
+def test_saved_settings_that_are_none_are_named(content, message, tmp_path):
+    write_sealed(tmp_path / "config.json", content)
     with pytest.raises(UserError, match=message):
         load_config(tmp_path)
+
+
+def test_settings_that_are_not_those_saved_are_refused(tmp_path):
+    """Such as a flipped bit, which would be other settings."""
+    save_config(Config(out=str(tmp_path)), tmp_path)
+    path = tmp_path / "config.json"
+    path.write_text(path.read_text().replace('"dropout": 0.2', '"dropout": 0.3'))
+    with pytest.raises(UserError, match="is damaged: its content does not fit its checksum"):
+        load_config(tmp_path)
+
+
+def test_settings_that_may_not_be_read_are_not_called_missing(tmp_path):
+    (tmp_path / "config.json").symlink_to("config.json")
+    with pytest.raises(UserError, match=r"config.json cannot be read: Too many levels of symbolic links\."):
+        load_config(tmp_path)
+
+
+def test_a_path_that_leads_through_what_is_not_there_is_one_path_everywhere(tmp_path):
+    config = Config(out=str(tmp_path / "a" / ".." / "run"))
+    assert config.directory == tmp_path / "run"
+    (tmp_path / "run").mkdir()
+    save_config(config, config.directory)
+    assert load_config(tmp_path / "b" / ".." / "run").out == config.out
 
 
 def test_a_run_resumes_with_its_own_settings_only(tmp_path):

@@ -73,8 +73,8 @@ def test_a_row_comes_every_fifteen_seconds_and_at_the_end_of_an_epoch(seconds, s
 
 
 def test_rows_beyond_the_saved_state_are_dropped_on_resumption(pets, tmp_path):
-    early, unsaved = {"step": 5, "epoch": 1.0}, {"step": 5, "epoch": 1.0, "valid_perplexity": 2.0}
-    before = early, unsaved, {"step": 6, "epoch": 1.2}
+    early = {"step": 5, "epoch": 1.0, "train_perplexity": 3.0}
+    before = early, early | {"valid_perplexity": 2.0}, early | {"step": 6, "epoch": 1.2}
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in before))
     Report(tmp_path, pets, windows=5, first_step=5, validated=0)
     assert rows(tmp_path) == [early]
@@ -87,14 +87,54 @@ def test_only_solvers_that_iterate_report_iterations(pets, tmp_path):
         assert rows(tmp_path)[-1].get("mean_iterations") == (None if solver == "sequential" else 4.0)
 
 
-def test_a_row_that_a_kill_cut_short_is_dropped(tmp_path):
-    row = {"step": 1, "epoch": 0.5}
-    (tmp_path / "metrics.jsonl").write_text(json.dumps(row) + '\n{"step": 2, "ep')
-    assert report._read_rows(tmp_path / "metrics.jsonl") == [row]
+ROW = {"step": 1, "epoch": 0.5, "train_perplexity": 3.0}
 
 
-@pytest.mark.parametrize("line", ["5", '{"epoch": 1}', '{"step": 1, "ep'])
-def test_a_damaged_row_before_the_last_is_named(line, tmp_path):
-    (tmp_path / "metrics.jsonl").write_text(line + '\n{"step": 1, "epoch": 0.5}\n')
-    with pytest.raises(UserError, match=r"line 1 of .*metrics.jsonl must be a row; got"):
-        report._read_rows(tmp_path / "metrics.jsonl")
+def test_a_row_that_a_kill_cut_short_is_dropped(tmp_path, capsys):
+    (tmp_path / "metrics.jsonl").write_text(json.dumps(ROW) + '\n{"step": 2, "ep')
+    assert report._read_rows(tmp_path / "metrics.jsonl") == [ROW]
+    assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize(
+    ("line", "why"),
+    [
+        ("5", "it must hold an object; got 5"),
+        ("", "Expecting value"),
+        ("[" * 100_000, "nested too deeply"),
+        ('{"epoch": 1}', "it has no 'step'"),
+        ('{"step": 1, "ep', "Unterminated"),
+        (json.dumps(ROW | {"step": "1"}), "its 'step' is not valid; got '1'"),
+        (json.dumps(ROW | {"epoch": None}), "its 'epoch' is not valid; got None"),
+        (json.dumps({"step": 1, "epoch": 0.5}), "it has no 'train_perplexity'"),
+        (json.dumps(ROW | {"valid_perplexity": "\x1b"}), "it holds what is no number"),
+        (json.dumps(ROW | {"valid_perplexity": float("nan")}), "it holds what is no number"),
+    ],
+)
+def test_a_damaged_row_costs_that_row(line, why, tmp_path, capsys):
+    (tmp_path / "metrics.jsonl").write_text(line + "\n" + json.dumps(ROW) + "\n")
+    assert report._read_rows(tmp_path / "metrics.jsonl") == [ROW]
+    said = capsys.readouterr().err
+    assert said.startswith(f"warning: line 1 of {tmp_path}/metrics.jsonl is left out: ")
+    assert why in said
+
+
+def test_rows_that_may_not_be_read_are_not_lost(pets, tmp_path):
+    (tmp_path / "metrics.jsonl").symlink_to("metrics.jsonl")
+    with pytest.raises(UserError, match=r"metrics.jsonl cannot be read: Too many levels"):
+        Report(tmp_path, pets, windows=5, first_step=0, validated=0)
+
+
+def test_nothing_is_reported_where_a_run_was_before(pets, tmp_path):
+    (tmp_path / "run").mkdir()
+    reported = Report(tmp_path / "run", pets, windows=5, first_step=0, validated=0)
+    (tmp_path / "run").rename(tmp_path / "moved")
+    with pytest.raises(UserError, match="run is no longer the directory of this run"):
+        reported.progress(blank_state(step=5), steps=5, seconds=2.0)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_file_that_a_kill_left_unfinished_is_removed(pets, tmp_path):
+    (tmp_path / ".loss.png.new").write_bytes(b"half")
+    Report(tmp_path, pets, windows=5, first_step=0, validated=0)
+    assert not (tmp_path / ".loss.png.new").exists()

@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import os
 import re
 import shutil
 import signal
@@ -12,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from filelock import FileLock
 from small_runs import (
     TEXT,
     assert_same,
@@ -41,6 +41,7 @@ from ranjax.training.run import load_run, load_text, train
 def test_a_run_writes_all_its_files(pets_run):
     config, result = pets_run
     names = {"config.json", "vocabulary.json", "text.json", "metrics.jsonl", "result.json", "loss.png", "checkpoints"}
+    names |= {"environment.json"}
     assert {path.name for path in config.directory.iterdir()} - {".lock"} == names
     assert json.loads((config.directory / "result.json").read_text()) == json.loads(json.dumps(result))
     assert load_config(config.directory) == config
@@ -62,7 +63,7 @@ def test_the_result_of_a_run_says_what_was_trained_where(pets_run, pets_text):
     assert promised | {"device", "date", "versions"} <= set(result)
     assert result["test_tokens"] == len(load_corpus(pets_text).test) - 1
     assert result["parameters"] == sum(p.size for p in jax.tree.leaves(load_run(config.directory).params))
-    assert result["config"] == json.loads((config.directory / "config.json").read_text()) | {"features": (8,)}
+    assert result["config"] == dataclasses.asdict(load_config(config.directory))
 
 
 def test_markov_is_learnt_to_its_entropy(tmp_path):
@@ -175,11 +176,16 @@ def test_a_run_that_could_not_be_created_leaves_no_directory(pets_text, tmp_path
     assert (tmp_path / "run" / "result.json").exists()
 
 
-def test_an_unfinished_run_of_another_program_is_left_unchanged(pets_text, tmp_path):
-    other = tmp_path / f".run.{os.getpid()}"  # in containers many a program has the same number
-    other.mkdir()
-    train(settings(pets_text, tmp_path / "run", epochs=1))
-    assert sorted(path.name for path in tmp_path.iterdir()) == [other.name, "run"]
+def test_what_a_killed_program_has_left_of_a_run_is_removed_by_the_next(pets_text, tmp_path):
+    """But not what another program is about to complete, nor what is not of a run."""
+    killed, alive, other = (tmp_path / name for name in (".ranjax-1", ".ranjax-2", ".ranjax-notes"))
+    for folder in (killed, alive, other):
+        folder.mkdir()
+    (killed / ".open").touch()
+    (killed / "vocabulary.json").touch()
+    with FileLock(alive / ".open"):
+        train(settings(pets_text, tmp_path / "run", epochs=1, batch_size=40))
+    assert sorted(path.name for path in tmp_path.iterdir()) == [alive.name, other.name, "run"]
 
 
 def test_a_run_is_trained_by_one_program_at_a_time(pets_text, tmp_path, monkeypatch):
@@ -258,10 +264,10 @@ def test_a_disk_that_is_full_for_a_small_file_loses_nothing(copied_run, monkeypa
 @pytest.mark.parametrize(
     ("file", "content", "message"),
     [
-        ("config.json", b"{", "config.json cannot be read: Expecting property name"),
-        ("config.json", b'{"features": [16]}', "does not fit the configuration beside it"),
-        ("vocabulary.json", None, "vocabulary.json cannot be read: .*No such file"),
-        ("text.json", b"\xff", "text.json cannot be read: 'utf-8' codec"),
+        ("config.json", b"{", "config.json is damaged: Expecting property name"),
+        ("config.json", b'{"features": [16]}', "config.json is damaged: it has no 'sha256'"),
+        ("vocabulary.json", None, "vocabulary.json cannot be read: No such file"),
+        ("text.json", b"\xff", "text.json is damaged: 'utf-8' codec"),
         ("checkpoints/best", None, "has no best checkpoint: no epoch of it has been validated"),
     ],
 )
@@ -272,6 +278,68 @@ def test_damaged_files_of_a_run_are_named(file, content, message, copied_run):
         path.write_bytes(content)
     with pytest.raises(UserError, match=message):
         load_text(load_run(copied_run.directory), copied_run.directory, "test")
+
+
+def test_settings_of_another_model_do_not_fit(copied_run):
+    save_config(dataclasses.replace(copied_run, features=(16,)), copied_run.directory)
+    with pytest.raises(UserError, match="does not fit the configuration beside it"):
+        load_run(copied_run.directory)
+
+
+@pytest.mark.parametrize("name", ["x[a]", "a**b", "caf\udce9"])
+def test_the_directory_of_a_run_may_have_any_name(name, pets_text, tmp_path):
+    config = settings(pets_text, tmp_path / name, epochs=1, batch_size=40)
+    train(config)
+    assert train(resumed(config, epochs=2))["config"]["out"] == config.out
+    assert load_run(tmp_path / "nowhere" / ".." / name).params
+    assert [path.name for path in tmp_path.iterdir()] == [name]
+
+
+def test_a_loop_of_links_is_refused_before_the_first_step(pets_text, tmp_path):
+    (tmp_path / "loop").symlink_to("loop")
+    with pytest.raises(UserError, match="loop exists and is left unchanged"):
+        train(settings(pets_text, tmp_path / "loop"))
+    with pytest.raises(UserError, match="loop/run cannot be written: Too many levels of symbolic links"):
+        train(settings(pets_text, tmp_path / "loop" / "run"))
+    with pytest.raises(UserError, match="cannot be read: Too many levels of symbolic links"):
+        load_run(tmp_path / "loop")
+
+
+def test_a_state_that_does_not_come_back_is_refused_before_the_first_step(pets_text, tmp_path, monkeypatch):
+    load = Checkpoints.load
+    monkeypatch.setattr(Checkpoints, "load", lambda *a: jax.tree.map(lambda x: x + 1, load(*a)))
+    with pytest.raises(UserError, match=r"is not read as it was written\. Give another --out"):
+        train(settings(pets_text, tmp_path / "run"))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_run_that_another_program_has_begun_meanwhile_is_left_unchanged(pets_text, tmp_path, monkeypatch):
+    config, save = settings(pets_text, tmp_path / "run"), save_config
+
+    def meanwhile(*args):
+        save(*args)
+        (tmp_path / "run").mkdir()
+        save(config, tmp_path / "run")
+
+    monkeypatch.setattr(run_module, "save_config", meanwhile)
+    with pytest.raises(UserError, match=r"run exists and is left unchanged\. Go on with it"):
+        train(config)
+    assert [path.name for path in (tmp_path / "run").iterdir()] == ["config.json"]
+
+
+def test_a_run_that_is_moved_while_it_trains_stops_and_can_be_resumed(pets_text, tmp_path, monkeypatch):
+    config, epoch = settings(pets_text, tmp_path / "run"), Report.epoch
+
+    def moved(self, *args):
+        epoch(self, *args)
+        (tmp_path / "run").rename(tmp_path / "moved")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Report, "epoch", moved)
+        with pytest.raises(UserError, match="run is no longer the directory of this run: it was moved or removed"):
+            train(config)
+    assert [path.name for path in tmp_path.iterdir()] == ["moved"]
+    assert len(train(resumed(dataclasses.replace(config, out=str(tmp_path / "moved"))))["valid_perplexities"]) == 2
 
 
 def test_the_text_of_a_run_is_loaded_by_its_splits(pets_run, pets_text, tmp_path, monkeypatch):

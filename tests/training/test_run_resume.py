@@ -309,3 +309,21 @@ def test_a_finished_run_that_is_only_read_again_keeps_the_device_it_was_trained_
         saved.write_text(old)
         assert train(longer)["date"] != "2020-01-01"
     assert os.listdir(copied_run.directory / "checkpoints" / "latest")
+
+
+def test_a_run_whose_newest_state_is_damaged_resumes_bitwise_from_the_one_before(straight, tmp_path, capsys):
+    broken = dataclasses.replace(straight, out=str(tmp_path / "broken"))
+    train(dataclasses.replace(broken, epochs=1))
+    newest = max((broken.directory / "checkpoints" / "latest").iterdir(), key=lambda path: int(path.name))
+    (newest / "sha256.json").write_text("{}")
+    assert_resumes_as(straight, broken)
+    assert f"warning: {newest} is damaged" in capsys.readouterr().err
+
+
+def test_a_damaged_row_does_not_end_a_finished_training(pets_run, copied_run, capsys):
+    path = copied_run.directory / "metrics.jsonl"
+    first, *rest = path.read_text().splitlines()
+    path.write_text("\n".join([first.replace("epoch", "epock"), *rest]) + "\n")
+    again = train(resumed(copied_run))
+    assert again["valid_perplexities"] == pets_run[1]["valid_perplexities"]
+    assert "line 1 of" in capsys.readouterr().err
