@@ -6,10 +6,14 @@ one line. `docs/robustness.md` says what each of them does.
 """
 
 import datetime
+import io
 import json
+import random
+import shutil
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
+from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -80,8 +84,6 @@ class Tally:
 
 def calls(place: Place, number: str, seed: int) -> Iterator[Outcome]:
     """The wrong calls of the table, or so many of each half of it."""
-    import random
-
     run, out = place.reference.run, place.new()
     (place.directory / "empty").mkdir(exist_ok=True)
     lines = list(robustness_calls.command_lines())
@@ -93,6 +95,7 @@ def calls(place: Place, number: str, seed: int) -> Iterator[Outcome]:
         yield _called(line, place, out)
     for call in python:
         yield _called_from_python(call)
+        shutil.rmtree(out, ignore_errors=True)
 
 
 def _called(call: robustness_calls.Call, place: Place, out: Path) -> Outcome:
@@ -100,8 +103,9 @@ def _called(call: robustness_calls.Call, place: Place, out: Path) -> Outcome:
     argv = [word.format(**known) if "{" in word else word for word in call.argv]
     answer = Process(call.program, argv).answer() if call.alone else called(call.program, argv)
     failure = not_refused(answer, call.named.format(**known))
-    if failure is None and out.exists():
-        failure = "a run was begun"
+    if out.exists():
+        failure = failure or "a run was begun"
+        shutil.rmtree(out)
     example = f"{' '.join(call.argv)!r:.150}: {answer}"
     return Outcome("wrong calls", call.program, failure, example)
 
@@ -109,7 +113,7 @@ def _called(call: robustness_calls.Call, place: Place, out: Path) -> Outcome:
 def _called_from_python(call: robustness_calls.PythonCall) -> Outcome:
     failure, example = "accepted", call.text
     try:
-        with limited():
+        with limited(), redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):
             call.call()
     except (ValueError, TypeError) as error:
         failure = None if call.named.lower() in str(error).lower() else "an error that does not name the argument"

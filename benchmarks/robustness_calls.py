@@ -195,7 +195,7 @@ def python_calls(run: Path, text: Path, out: Path) -> Iterator[PythonCall]:
     yield from _of_layers()
 
 
-def _calls(name: str, function: Callable, argument: str, values: tuple, **others: Any) -> Iterator[PythonCall]:
+def _calls(name: str, function: Callable, argument: str, values: tuple, /, **others: Any) -> Iterator[PythonCall]:
     """One argument of a function, with each of these values."""
     for value in values:
         call = lambda value=value: function(**others, **{argument: value})  # noqa: E731
@@ -276,8 +276,8 @@ def _of_layers() -> Iterator[PythonCall]:
     for name in ("cell", "gates", "activation", "solver"):
         yield from _calls("LanguageModel", model, name, ("x", "", None, 1))
     yield from _calls("LanguageModel", model, "dropout", (-1, 1.5, NAN, "x", None))
-    yield from _calls("linear_recurrence", ranjax.linear_recurrence, "solver", ("x", "", None, 1), a=x, b=x)
-    yield from _calls("linear_recurrence", ranjax.linear_recurrence, "a", (x[:, :2], x[..., :3], x * 1j, "x"), b=x)
+    yield from _calls("linear_recurrence", ranjax.linear_recurrence, "solver", ("x", "", None, 1), decay=x, inputs=x)
+    yield from _calls("linear_recurrence", ranjax.linear_recurrence, "decay", (x[:, :2], x[..., :3], "x"), inputs=x)
     parts = ranjax.weights.decompose(ranjax.RAN(ranjax.RANCell(4, "input")).init(key, x)["params"]["cell"], x)
     yield from _calls("weights.top", ranjax.weights.top, "k", (0, -1, 1.5, "x", None, True, 10**15), parts=parts)
     yield from _calls("weights.top", ranjax.weights.top, "reduce", ("x", "", None, 1), parts=parts, k=1)

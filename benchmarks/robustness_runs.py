@@ -105,7 +105,7 @@ def limited(seconds: float = END_SECONDS) -> Iterator[None]:
 
 def called(program: str, flags: Sequence[str]) -> Answer:
     """A program in this process, which spares its start."""
-    out, err, code = io.StringIO(), io.StringIO(), 0
+    (out, err), code = (io.TextIOWrapper(io.BytesIO(), encoding="utf-8", errors="replace") for _ in range(2)), 0
     main = import_module(f"ranjax.{program}").main
     with redirect_stdout(out), redirect_stderr(err):
         try:
@@ -120,7 +120,13 @@ def called(program: str, flags: Sequence[str]) -> Answer:
             traceback.print_exc()
     if code == 130:
         raise KeyboardInterrupt  # meant for this tool
-    return Answer(code, out.getvalue(), err.getvalue())
+    return Answer(code, *(_written(stream) for stream in (out, err)))
+
+
+def _written(stream: io.TextIOWrapper) -> str:
+    stream.flush()
+    stream.seek(0)
+    return stream.read()
 
 
 class Process:

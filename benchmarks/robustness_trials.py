@@ -116,7 +116,7 @@ def flips(place: Place, number: int, seed: int, programs: int = 4) -> Iterator[O
         path = draw.choice(_files(copy, kind))
         what = _flip(path, draw)
         evaluate = called if n >= programs else lambda *command: Process(*command).answer()
-        wrong = _wrong_result(place, copy, evaluate, expected)
+        wrong = _wrong_result(place, copy, evaluate, expected, resume=n % 4 == 0)
         failure, example = wrong or (None, "")
         yield Outcome("flipped bits", kind, failure, f"{path.relative_to(copy)}, {what}: {example}")
 
@@ -146,17 +146,22 @@ def _flip(path: Path, draw: random.Random) -> str:
 
 
 def _wrong_result(
-    place: Place, run: Path, evaluate: Callable[..., Answer], expected: tuple[Answer, tuple]
+    place: Place, run: Path, evaluate: Callable[..., Answer], expected: tuple[Answer, tuple], resume: bool
 ) -> tuple[str, str] | None:
-    """The kind of failure of a run whose files are damaged, and an example; None if it held."""
+    """The kind of failure of a run whose files are damaged, and an example; None if it held.
+
+    A run that is not evaluated is resumed only if `resume`: most of those are refused for the same reason.
+    """
     answer = evaluate("evaluate", ["--checkpoint", str(run)])
     if answer.code == 0 and answer.out != expected[0].out:
         return "another perplexity", f"{answer.out.strip()} for {expected[0].out.strip()}"
     if answer.code != 0 and (wrong := not_refused(answer)) is not None:
         return f"evaluation: {wrong}", str(answer)
+    if answer.code != 0 and not resume:
+        return None
     answer, found = _resumed(place, run)
     if found is not None and (differs := difference(found, expected[1][1])):
-        return f"resumed with another result: {differs}", str(answer)
+        return "resumed with another result", differs
     if found is None and (wrong := not_refused(answer)) is not None:
         return f"resumption: {wrong}", str(answer)
     return None
