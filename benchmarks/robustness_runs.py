@@ -25,7 +25,7 @@ import numpy as np
 
 PROGRAMS = "train", "evaluate", "generate", "explain"
 END_SECONDS = 60.0  # by then a program that was stopped or refused has ended, on a busy machine too
-WORDS = "the cat dog mat log sat ran saw on by".split()
+WORDS = ["the", "cat", "dog", "mat", "log", "sat", "ran", "saw", "on", "by"]
 
 
 class Outcome(NamedTuple):
@@ -191,7 +191,7 @@ class Place:
         """Of the training: its beginning or, where there is a run, its resumption."""
         if run.exists():
             return ["--out", str(run), "--resume", "--epochs", str(epochs or self.epochs)]
-        sizes = "--features 8 --layers 1 --batch-size 8 --steps 10 --learning-rate 0.005".split()
+        sizes = ["--features", "8", "--layers", "1", "--batch-size", "8", "--steps", "10", "--learning-rate", "0.005"]
         return ["--dataset", str(self.text), "--out", str(run), "--epochs", str(epochs or self.epochs), *sizes]
 
     @cached_property
