@@ -11,6 +11,7 @@ import pytest
 from small_runs import command, position, run_program, settings, with_startup_code
 
 from ranjax import train
+from ranjax.cli import SIGNALS
 from ranjax.data import load_corpus
 from ranjax.training.config import PRESETS, Config, load_config
 
@@ -157,7 +158,7 @@ def wait_for_steps(process, out):
 
 @pytest.mark.parametrize(
     ("wait", "number"),
-    [(wait_for_compilation, signal.SIGINT), (wait_for_steps, signal.SIGINT), (wait_for_steps, signal.SIGTERM)],
+    [(wait_for_compilation, signal.SIGINT), *((wait_for_steps, number) for number in SIGNALS)],
 )
 def test_a_signal_during_training_saves_the_run_and_says_how_to_resume(wait, number, pets_text, tmp_path):
     out = tmp_path / "run"

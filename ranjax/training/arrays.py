@@ -1,6 +1,7 @@
 """Trees of arrays as files: one `.npy` for each leaf, named after its place in the tree."""
 
 import hashlib
+import re
 from pathlib import Path
 from typing import Any
 
@@ -55,9 +56,12 @@ class _Hashed:
 
 
 def _named(tree: Any) -> list[tuple[str, Any]]:
-    leaves = jax.tree_util.tree_leaves_with_path(tree)
-    names = [jax.tree_util.keystr(path, simple=True, separator=".") for path, _ in leaves]
-    return [(f"{n:03}-{name}.npy", leaf) for n, (name, (_, leaf)) in enumerate(zip(names, leaves, strict=True))]
+    """The leaves with the names of their files, which a number makes unique."""
+    named = []
+    for n, (path, leaf) in enumerate(jax.tree_util.tree_leaves_with_path(tree)):
+        place = re.sub(r"[^\w.-]", "_", jax.tree_util.keystr(path, simple=True, separator="."), flags=re.ASCII)
+        named.append((f"{n:03}-{place:.200}.npy", leaf))
+    return named
 
 
 def _read(path: Path, dtype: Any) -> jax.Array:

@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 
 from ranjax.cli import Stop, Stopped
-from ranjax.errors import UserError
+from ranjax.errors import DivergedError, UserError
 from ranjax.lm import LanguageModel
 from ranjax.training import metrics
-from ranjax.training.metrics import Evaluation, cross_entropy, make_evaluator, perplexity, shown
+from ranjax.training.metrics import Evaluation, cross_entropy, finite, make_evaluator, perplexity, shown
 
 VOCABULARY = 15
 
@@ -140,3 +140,10 @@ def test_the_line_of_an_evaluation_names_its_units():
     assert Evaluation(math.log(8), 1).bits == pytest.approx(3)
     assert "perplexity 8.00, 3.0000 bits per byte, " in Evaluation(math.log(8), 10).line("byte")
     assert dataclasses.asdict(Evaluation(1.0, 2)) == {"nats": 1.0, "tokens": 2}
+
+
+@pytest.mark.parametrize("nats", [math.nan, math.inf])
+def test_a_loss_that_is_not_finite_is_an_error(nats):
+    assert finite(Evaluation(1.0, 10)) == Evaluation(1.0, 10)
+    with pytest.raises(DivergedError, match=f"the loss on this text is {nats}: .* not finite"):
+        finite(Evaluation(nats, 10))

@@ -138,6 +138,14 @@ def test_the_state_that_validates_best_is_kept_and_tested(tmp_path, monkeypatch)
         assert_same(params, ended[0])
 
 
+def test_a_test_that_is_not_finite_is_an_error_and_no_result(copied_run, monkeypatch):
+    (copied_run.directory / "result.json").unlink()
+    monkeypatch.setattr(run_module, "make_evaluator", lambda *_: lambda *_: Evaluation(float("nan"), 10))
+    with pytest.raises(UserError, match="the loss on this text is nan"):
+        train(resumed(copied_run))
+    assert not (copied_run.directory / "result.json").exists()
+
+
 def test_a_diverging_run_keeps_its_last_good_checkpoint(copied_run, monkeypatch):
     before = saved_state(copied_run)
     monkeypatch.setattr("ranjax.training.step.cross_entropy", lambda logits, targets: logits[..., 0] * jnp.nan)
