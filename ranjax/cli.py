@@ -144,7 +144,8 @@ def exit_with_message() -> Iterator[None]:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # takes what Python writes at its end
         raise SystemExit(1) from None
     except OSError as error:  # a disk that is full, a name that is too long, a directory that may not be written
-        _fail(f"{error.filename or 'the system'}: {error.strerror or error}.")
+        where = error.filename or "what the program reads, or prints to a file or a terminal,"
+        _fail(f"{where} cannot be read or written: {error.strerror or error}.")
     except RuntimeError as error:  # of XLA, where the memory of a device does not suffice
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise

@@ -59,9 +59,13 @@ def assert_exits(error, code, capsys, message):
         (
             FileNotFoundError(2, "No such file or directory", "x.txt"),
             1,
-            r"error: x\.txt: No such file or directory\.\n",
+            r"error: x\.txt cannot be read or written: No such file or directory\.\n",
         ),
-        (OSError("of a library"), 1, r"error: the system: of a library\.\n"),
+        (
+            OSError("of a library"),
+            1,
+            r"error: what the program reads, or prints .* cannot be read or written: of a library\.\n",
+        ),
         (SystemExit(2), 1, ""),  # a wrong flag, which has its message
         (SystemExit(143), 143, ""),
         (KeyboardInterrupt(), 130, ""),

@@ -5,11 +5,14 @@ import re
 import shlex
 import shutil
 
+import jax
+import jax.numpy as jnp
 import pytest
 from small_runs import TEXT, resumed, settings
 
 from ranjax import evaluate, train
 from ranjax.training import metrics, run
+from ranjax.training.checkpoint import Checkpoints
 
 
 def test_the_names_of_the_program_are_those_of_training():
@@ -29,6 +32,15 @@ def test_a_run_is_evaluated_on_its_test_split(pets_run, capsys):
     assert capsys.readouterr().out == (
         f"{config.dataset} test: {bits}, {result['test_nats']:.4f} nats, {result['test_tokens']:,} tokens\n"
     )
+
+
+def test_a_perplexity_that_is_not_finite_is_an_error(copied_run, capsys):
+    saved = Checkpoints(copied_run.directory)
+    params = run.load_run(copied_run.directory).params
+    saved.save("best", 10**6, jax.tree.map(lambda p: p * jnp.nan, params))
+    with pytest.raises(SystemExit, match="1"):
+        evaluate.main(["--checkpoint", str(copied_run.directory)])
+    assert capsys.readouterr().err.startswith("error: the loss on this text is nan: ")
 
 
 def test_a_run_is_evaluated_on_another_split_or_text(pets_run, tmp_path, capsys):

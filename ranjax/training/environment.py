@@ -4,7 +4,7 @@ from pathlib import Path
 
 import jax
 
-from ranjax.cli import warn
+from ranjax.cli import refusals, warn
 from ranjax.errors import UserError
 from ranjax.saved import read_sealed, write_sealed
 from ranjax.training.report import device, versions
@@ -38,7 +38,8 @@ def check_environment(directory: Path) -> None:
     if changed:
         names = "; ".join(f"{name} {then[name]} -> {here[name]}" for name in changed)
         warn(f"the run goes on with what it did not begin with, so not bit for bit as it would have ({names}).")
-        save_environment(directory)
+        with refusals(directory / "environment.json"):
+            save_environment(directory)
 
 
 def _environment() -> dict[str, str]:

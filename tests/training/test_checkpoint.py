@@ -30,7 +30,7 @@ def test_types_and_shapes_of_all_kinds_come_back(tmp_path):
         "b": jnp.arange(5, dtype=jnp.bfloat16),
         "s": jnp.float32(0.1),
         "e": jnp.zeros((0, 3)),
-        "n": (jnp.uint32(7),),
+        "a/b \0": (jnp.uint32(7),),
     }
     Checkpoints(tmp_path).save("best", 1, tree)
     loaded = Checkpoints(tmp_path).load("best", tree)
