@@ -1,4 +1,4 @@
-"""What the trials of `robustness.py` share: a small run, the programs in this process or in their own, their answers."""
+"""What the trials of `robustness.py` share: a small run, programs in this process or their own, answers."""
 
 import hashlib
 import io
