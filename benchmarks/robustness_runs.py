@@ -118,8 +118,8 @@ def called(program: str, flags: Sequence[str]) -> Answer:
         except BaseException:
             code = 1
             traceback.print_exc()
-    if code == 130:
-        raise KeyboardInterrupt  # meant for this tool
+    if code is not None and code > 128:
+        raise SystemExit(code)  # the signal was meant for this tool
     return Answer(code, *(_written(stream) for stream in (out, err)))
 
 
