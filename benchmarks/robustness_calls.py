@@ -80,7 +80,7 @@ TOGETHER = {
         (("--cell", "lstm", "--gates", "input"), "--gates"),
         (("--cell", "gru", "--projection", "4"), "--projection"),
         (("--cell", "rnn", "--activation", "identity"), "--activation"),
-        (("--layers", "3", "--features", "8", "9"), "--layers"),
+        (("--layers", "3", "--features", "8", "9"), "--features"),
         (("--embedding", "5"), "--embedding"),
         (("--batch-size", "100000"), "--batch-size"),
         (("--steps", "100000"), "--steps"),
@@ -93,7 +93,7 @@ TOGETHER = {
     ],
     "evaluate": [(("--dataset", "ptb", "--data-dir", "{out}"), "--data-dir")],
     "generate": [(("--top-k", "1.0"), "--top-k")],
-    "explain": [(("--file", "{text}"), "--file"), (("--out", "{text}", "--file", "{text}"), "--out")],
+    "explain": [(("--file", "{text}"), "--file")],
 }
 # Sizes that no machine has the memory for: in a process of their own, which they might end.
 ENORMOUS = [

@@ -1,4 +1,4 @@
-"""What the trials of `robustness.py` share: a small run, the programs in this process or in their own, their answers."""
+"""What the trials of `robustness.py` share: a small run, programs in this process or their own, answers."""
 
 import hashlib
 import io
@@ -118,8 +118,8 @@ def called(program: str, flags: Sequence[str]) -> Answer:
         except BaseException:
             code = 1
             traceback.print_exc()
-    if code == 130:
-        raise KeyboardInterrupt  # meant for this tool
+    if code is not None and code > 128:
+        raise SystemExit(code)  # the signal was meant for this tool
     return Answer(code, *(_written(stream) for stream in (out, err)))
 
 
