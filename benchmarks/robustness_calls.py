@@ -279,6 +279,6 @@ def _of_layers() -> Iterator[PythonCall]:
     yield from _calls("linear_recurrence", ranjax.linear_recurrence, "solver", ("x", "", None, 1), decay=x, inputs=x)
     yield from _calls("linear_recurrence", ranjax.linear_recurrence, "decay", (x[:, :2], x[..., :3], "x"), inputs=x)
     parts = ranjax.weights.decompose(ranjax.RAN(ranjax.RANCell(4, "input")).init(key, x)["params"]["cell"], x)
-    yield from _calls("weights.top", ranjax.weights.top, "k", (0, -1, 1.5, "x", None, True, 10**15), parts=parts)
+    yield from _calls("weights.top", ranjax.weights.top, "k", (0, -1, 1.5, "x", None, True), parts=parts)
     yield from _calls("weights.top", ranjax.weights.top, "reduce", ("x", "", None, 1), parts=parts, k=1)
     yield from _calls("weights.half_lives", ranjax.weights.half_lives, "most", (0, -1, 1.5, "x"), parts=parts)

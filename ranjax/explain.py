@@ -102,7 +102,8 @@ def main(argv: list[str] | None = None) -> None:
         from ranjax.training.run import load_run
 
         run = load_run(given.checkpoint)
-        if not 1 <= given.layer <= (layers := len(run.model.sizes)):
+        layers = len(run.model.sizes)
+        if not 1 <= given.layer <= layers:
             raise UserError(f"--layer must be from 1 to {layers}, the layers of this run; got {given.layer}.")
         explanation = explain(run, text, reduce=given.reduce, top=given.top)
         if out is not None and len(explanation.words) > DRAWN:

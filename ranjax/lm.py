@@ -16,7 +16,7 @@ from jax.typing import ArrayLike
 
 from ranjax.baselines import Stepwise
 from ranjax.cell import ACTIVATIONS, GATES, RANCell, checked_carry, uniform
-from ranjax.errors import check_choice, check_size
+from ranjax.errors import check_choice, check_size, is_number
 from ranjax.layer import RAN
 from ranjax.scan import state_dtype
 from ranjax.solvers import check_solver, is_sequential
@@ -97,7 +97,7 @@ class LanguageModel(nn.Module):
             check_solver(self.solver, self.gates, self.axis_name)
         if self.init_scale is not None and not self.init_scale > 0:
             raise ValueError(f"`init_scale` must be above 0; got {self.init_scale}.")
-        if not 0 <= self.dropout < 1:
+        if not (is_number(self.dropout) and 0 <= self.dropout < 1):
             raise ValueError(f"`dropout` must be a rate in [0, 1); got {self.dropout}.")
         for name in RAN_ONLY:
             value = getattr(self, name)

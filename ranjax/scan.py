@@ -319,7 +319,10 @@ def _as_states(decay: ArrayLike, inputs: ArrayLike, initial: ArrayLike | None) -
 
 def floating(name: str, value: ArrayLike) -> Array:
     """`value` as an array, after a check that its dtype is a real floating one."""
-    array = jnp.asarray(value)
+    try:
+        array = jnp.asarray(value)
+    except TypeError:  # of JAX, which does not know the argument's name
+        raise TypeError(f"`{name}` must be an array; got {value!r:.40}.") from None
     if not jnp.issubdtype(array.dtype, jnp.floating):
         raise TypeError(
             f"`{name}` must be an array of a floating dtype; got {array.dtype}. "

@@ -1,10 +1,13 @@
 """Where signatures state shapes, they are checked at run time; `x64` turns on float64."""
 
 import os
+import signal
 import subprocess
 import sys
 import tempfile
 
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # in the background of a shell: Ctrl-C is tested all the same
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test reaches for a network
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 if "XLA_FLAGS" not in os.environ:  # devices for tests of meshes

@@ -10,7 +10,7 @@ from typing import ClassVar, Protocol
 
 import numpy as np
 
-from ranjax.errors import UserError
+from ranjax.errors import UserError, is_size
 from ranjax.saved import MEND, is_text, parse_object, read_sealed, write_sealed
 
 EOS, UNK = "<eos>", "<unk>"
@@ -261,11 +261,11 @@ def _lines(text: str) -> Iterator[str]:
 
 def _checked(ids: Iterable[int], tokens: int) -> list[int]:
     """Ids as numbers of Python, after a check that they are those of so many tokens."""
-    ids = [int(i) for i in ids]
-    wrong = [i for i in ids if not 0 <= i < tokens]
+    ids = list(ids)
+    wrong = [i for i in ids if not (is_size(i, 0) and i < tokens)]
     if wrong:
         raise UserError(f"`ids` must be whole numbers from 0 to {tokens - 1}, the vocabulary's; got {_some(wrong)}.")
-    return ids
+    return [int(i) for i in ids]
 
 
 def _code_points(text: str) -> np.ndarray:

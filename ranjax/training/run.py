@@ -247,6 +247,8 @@ def load_text(run: Run, directory: str | Path, split: str, data_dir: str | None 
       UserError: if it is missing, or is another text by now.
       ValueError: for another `split`.
     """
+    if data_dir is not None:
+        check_path("data_dir", data_dir)
     dataset, data_dir = run.config.dataset, data_dir or run.config.data_dir
     ids = load_split(dataset, split, run.vocabulary, data_dir)
     if _read_text(absolute(directory))[split] != identity(ids):
