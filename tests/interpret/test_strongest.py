@@ -23,7 +23,7 @@ def test_top_equals_the_sorted_map_of_all_pairs(x64, patch, reduce, open_gates):
     whole = reduced_by_loop(weights_by_loop(parts.i, parts.f)[0], parts.u, reduce)
     for k in (1, 4, 70):
         values, steps = jax.jit(weights.top, static_argnums=(1, 2))(parts, k, reduce)
-        assert values.shape == steps.shape == (BATCH, 61, k)
+        assert values.shape == steps.shape == (BATCH, 61, min(k, 61))
         order = np.argsort(-whole, axis=-1, kind="stable")[..., :k]
         expected = np.take_along_axis(whole, order, -1)
         found = np.asarray(values)[..., : expected.shape[-1]]
