@@ -56,7 +56,7 @@ def top(
     """
     measure_of(reduce)
     check_size("k", k)
-    k = min(int(k), max(parts.f.shape[-2], 1))
+    k = min(int(k), parts.f.shape[-2])
     return _searched(parts.i * scale_of(parts, reduce), parts.f, k, reduce)
 
 

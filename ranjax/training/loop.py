@@ -11,7 +11,7 @@ from ranjax.errors import DivergedError
 from ranjax.training.checkpoint import Checkpoints
 from ranjax.training.metrics import Evaluation
 from ranjax.training.report import Report
-from ranjax.training.step import BAD_STEPS, TrainState
+from ranjax.training.step import BAD_STEPS, NOT_YET, TrainState
 
 SAVE_SECONDS = 60.0
 
@@ -83,7 +83,7 @@ class Loop:
         """
         if not math.isfinite(evaluation.nats):
             kept = "no epoch before it was validated"
-            if state.epoch:
+            if float(state.best) < NOT_YET:
                 kept = f"the best state before it is kept in {self.checkpoints.run}"
             raise DivergedError(
                 f"the validation loss is {evaluation.nats}; {kept}. Lower --learning-rate or --clip and start again, "

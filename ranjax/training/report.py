@@ -6,6 +6,7 @@ import os
 import platform
 import shlex
 import time
+import zlib
 from dataclasses import asdict
 from datetime import date
 from importlib.metadata import PackageNotFoundError, version
@@ -66,7 +67,7 @@ class Report:
         with refusals(directory / "metrics.jsonl"):
             for left in directory.glob(".*.new"):  # by a program that was killed
                 left.unlink()
-            write_whole(directory / "metrics.jsonl", "".join(json.dumps(row) + "\n" for row in self._rows))
+            write_whole(directory / "metrics.jsonl", "".join(map(_line, self._rows)))
         self._console = Console(force_terminal=None if on_terminal() else False)  # whatever FORCE_COLOR says
         self._live = self._console.is_terminal and not self._console.is_dumb_terminal
         columns = "{task.description}", BarColumn(None), "{task.fields[status]}", TimeRemainingColumn()
@@ -177,7 +178,7 @@ class Report:
         path = self.directory / "metrics.jsonl"
         self._same.check()
         with refusals(path), path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(row) + "\n")
+            file.write(_line(row))
 
 
 def _so_far(state: TrainState) -> float:
@@ -223,10 +224,19 @@ def _version(name: str) -> str:
         return "not installed"
 
 
+def _line(row: dict[str, float]) -> str:
+    """A row as a line of `metrics.jsonl`, with its checksum."""
+    return json.dumps(row | {"crc32": _checksum(row)}) + "\n"
+
+
+def _checksum(row: dict[str, float]) -> int:
+    return zlib.crc32(json.dumps(row).encode())
+
+
 def _read_rows(path: Path) -> list[dict[str, float]]:
     """The rows of a run so far. One that is damaged is left out, with a warning where no kill has cut it short."""
     try:
-        lines = path.read_text("utf-8", "replace").splitlines()
+        lines = path.read_text("utf-8", "replace").splitlines(keepends=True)
     except FileNotFoundError:
         return []
     except OSError as error:
@@ -234,11 +244,13 @@ def _read_rows(path: Path) -> list[dict[str, float]]:
     rows = []
     for number, line in enumerate(lines, 1):
         try:
-            row = parse_object(line, ROW)
+            row = parse_object(line.rstrip("\n"), ROW)
             if not all(map(is_number, row.values())):
                 raise ValueError("it holds what is no number")
+            if row.pop("crc32", None) not in (None, _checksum(row)):
+                raise ValueError("it does not fit its checksum")
             rows.append(row)
         except ValueError as error:
-            if number < len(lines):
+            if line.endswith("\n"):
                 warn(f"line {number} of {path} is left out: {error}.")
     return rows

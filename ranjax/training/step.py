@@ -15,6 +15,7 @@ from ranjax.training.config import Config
 from ranjax.training.metrics import cross_entropy
 
 BAD_STEPS = 5  # in a row, after which a run stops
+NOT_YET = float(jnp.finfo(jnp.float32).max)  # the best loss before the first; finite, for JAX_DEBUG_INFS
 DROPOUT = 1  # folded into the key of the seed, which draws the weights
 
 Constraint = Callable[[Any], Any]  # a function of the parameters: what the model computes with in their place
@@ -30,7 +31,7 @@ class TrainState(NamedTuple):
       epoch: epochs finished, their validation included.
       loss, tokens: summed cross-entropy of the epoch so far, nats, and of how many predictions.
       bad, bad_in_row: steps skipped for a loss or gradient that was not finite.
-      best: lowest validation loss so far, nats per token; the largest float32 before the first.
+      best: lowest validation loss so far, nats per token; `NOT_YET` before the first.
       seconds, timed: spent training, compilation left out, and on how many steps.
       iterations: of the fixed point solver, the mean over the layers, summed over the epoch so far.
     """
@@ -117,7 +118,7 @@ def initial_state(
     tokens = jnp.zeros((config.batch_size, config.steps), jnp.int32)
     params = constrain(model.init(jax.random.key(config.seed), tokens, deterministic=True)["params"])
     carry = zero_state(model, params, config.batch_size)
-    zero, count, most = jnp.zeros(()), jnp.zeros((), jnp.int32), jnp.array(jnp.finfo(jnp.float32).max)
+    zero, count, most = jnp.zeros(()), jnp.zeros((), jnp.int32), jnp.array(NOT_YET)
     state = TrainState(
         params=params, optimizer=optimizer.init(params), carry=carry, step=count, epoch=count, loss=zero,
         tokens=count, bad=count, bad_in_row=count, best=most, seconds=zero, timed=count, iterations=zero,

@@ -227,7 +227,7 @@ def test_decompositions_of_a_batch_are_those_of_each_text(x64):
 def test_a_traced_id_out_of_range_gives_nan():
     """As in the model; a concrete id out of range raises."""
     model, tokens = ranjax.LanguageModel(vocabulary=9, features=4, layers=1), jnp.array([1, 9, 2])
-    params = model.init(jax.random.key(0), tokens[None], deterministic=True)["params"]
+    params = model.init(jax.random.key(0), 0 * tokens[None], deterministic=True)["params"]
     (parts,) = jax.jit(partial(attribution.decompositions, model))(params, tokens)
     np.testing.assert_array_equal(jnp.isnan(parts.c).any(-1), [False, True, True])
 
