@@ -124,7 +124,9 @@ def started(out, text, folder, code):
     """A program that trains for long."""
     flags = ["--dataset", text, "--features", "8", "--layers", "1", "--batch-size", "2", "--epochs", "100000"]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    return subprocess.Popen(command("train", *flags, "--out", out), env=with_startup_code(folder, code), **pipes)
+    environment = with_startup_code(folder, code)
+    environment.pop("XLA_FLAGS", None)  # which a process of its own tries first
+    return subprocess.Popen(command("train", *flags, "--out", out), env=environment, **pipes)
 
 
 def test_ctrl_c_during_the_imports_ends_the_program_without_a_word(pets_text, tmp_path):
