@@ -44,7 +44,9 @@ MOST_LAYERS = 1000  # each is compiled
 
 Size = Annotated[int, _whole(1)]
 Count = Annotated[int, _whole(0)]
-Layers = Annotated[int, Rule(lambda v: is_size(v) and v <= MOST_LAYERS, f"a whole number, 1 to {MOST_LAYERS:,}")]
+Layers = Annotated[
+    int, Rule(lambda v: is_size(v) and v <= MOST_LAYERS, f"a whole number, at least 1 and at most {MOST_LAYERS:,}")
+]
 Sizes = Annotated[
     tuple[int, ...],
     Rule(lambda v: v and all(map(_whole(1).holds, v)), "one or more whole numbers, each at least 1 and below 2**31"),
@@ -54,7 +56,7 @@ Sizes = Annotated[
 _Float32 = Rule(lambda v: v == 0 or 2.0**-126 <= v < 2.0**128, "between 1.2e-38 and 3.4e38, the range of float32")
 Positive = Annotated[float, Rule(lambda v: _is_finite(v) and v > 0, "finite and above 0"), _Float32]
 NotNegative = Annotated[float, Rule(lambda v: _is_finite(v) and v >= 0, "finite and at least 0"), _Float32]
-Rate = Annotated[float, Rule(lambda v: _is_finite(v) and 0 <= v < 1 - 2.0**-25, "in [0, 1), as float32")]
+Rate = Annotated[float, Rule(lambda v: _is_finite(v) and 0 <= v < 1 - 2.0**-25, "in [0, 1)")]
 Text = Annotated[str, Rule(is_path, "a name or a path")]
 Folder = Annotated[str, Rule(is_path, "a path")]
 
