@@ -39,6 +39,7 @@ def test_the_end_of_the_minutes_saves_the_run_and_stops_the_study(pets, tmp_path
         "    table.row(config, study='pets')\n"
         "cli.start(lambda: study.run(main, study.Options, pathlib.Path('the study')), huge_pages=True)\n"
     )
+    (tmp_path / "data").mkdir()
     (tmp_path / "study.py").write_text(program)
     command = [sys.executable, "study.py", "--minutes", "5", "--runs", "kept", "--out", "~/cut", "--data-dir", "data"]
     home = os.environ | {"HOME": str(tmp_path)}
