@@ -38,9 +38,8 @@ RECORDS = "curves", "rows", "valid_perplexity"  # of the end of a run: what come
 
 # Kinds of files of a run, by pattern; one that fits two is of the first.
 FILES = {
-    "arrays of checkpoints": "checkpoints/*/*/arrays/**/d/*",
+    "arrays of checkpoints": "checkpoints/*/*/*.npy",
     "checksums of checkpoints": "checkpoints/*/*/sha256.json",
-    "metadata of checkpoints": "checkpoints/**/*",
     "config.json": "config.json",
     "vocabulary.json": "vocabulary.json",
     "text.json": "text.json",

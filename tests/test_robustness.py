@@ -27,7 +27,8 @@ def test_killed_trainings_are_resumed_to_the_same_end(place):
 
 
 def test_flipped_bits_change_no_answer(place):
-    assert_held(robustness_trials.flips(place, len(robustness_trials.FILES), SEED, programs=0), 9)
+    kinds = len(robustness_trials.FILES)
+    assert_held(robustness_trials.flips(place, kinds, SEED, programs=0), kinds)
 
 
 def test_refused_writes_end_in_one_line_and_lose_nothing(place):
