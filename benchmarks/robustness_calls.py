@@ -7,6 +7,7 @@ trained run, the path of a run that is not there and a directory.
 
 from collections.abc import Callable, Iterator
 from dataclasses import fields
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -198,7 +199,7 @@ def python_calls(run: Path, text: Path, out: Path) -> Iterator[PythonCall]:
 def _calls(name: str, function: Callable, argument: str, values: tuple, /, **others: Any) -> Iterator[PythonCall]:
     """One argument of a function, with each of these values."""
     for value in values:
-        call = lambda value=value: function(**others, **{argument: value})  # noqa: E731
+        call = partial(function, **others, **{argument: value})
         yield PythonCall(f"{name}({argument}={value!r:.30})", call, argument)
 
 
@@ -209,8 +210,8 @@ def _of_settings(text: Path, out: Path) -> Iterator[PythonCall]:
     base = {"dataset": str(text), "out": str(out), "features": (8,)}
     for name, values in SETTINGS.items():
         for value in values:
-            call = lambda name=name, value=value: train(Config(**base | {name: value}))  # noqa: E731
-            yield PythonCall(f"train(Config({name}={value!r:.30}))", call, flag(name))
+            settings = partial(Config, **base | {name: value})
+            yield PythonCall(f"train(Config({name}={value!r:.30}))", lambda of=settings: train(of()), flag(name))
 
 
 def _of_runs(directory: Path) -> Iterator[PythonCall]:
@@ -230,7 +231,10 @@ def _of_runs(directory: Path) -> Iterator[PythonCall]:
     yield from _calls("Sampling", Sampling, "top_k", ("x", 0, -1, 1.5, True, []))
     yield from _calls("Sampling", Sampling, "top_p", ("x", None, 0, -1, 1.5, NAN, True, []))
     base = {"run": run, "prompt": [0], "length": 2, "sampling": Sampling(), "seed": 0}
-    tokens = lambda **arguments: list(generate(**base | arguments))  # noqa: E731
+
+    def tokens(**arguments: Any) -> list[int]:
+        return list(generate(**base | arguments))
+
     yield from _calls("generate", tokens, "length", (0, -1, 1.5, "x", None, True))
     yield from _calls("generate", tokens, "seed", (-1, 1.5, "x", None, 2**31, 10**30, True))
     yield from _calls("generate", tokens, "prompt", ([], [-1], [999], [0.5], [[0]], ["a"]))
@@ -244,7 +248,10 @@ def _of_data(text: Path) -> Iterator[PythonCall]:
     from ranjax.data import columns, load_corpus, load_split
 
     base = {"ids": np.arange(100), "batch_size": 2, "steps": 5}
-    shaped = lambda **arguments: columns(**base | arguments)  # noqa: E731
+
+    def shaped(**arguments: Any) -> Any:
+        return columns(**base | arguments)
+
     for name in ("batch_size", "steps"):
         yield from _calls("columns", shaped, name, (0, -1, 1.5, "x", None, True))
     corpus = load_corpus(text)
@@ -261,16 +268,22 @@ def _of_layers() -> Iterator[PythonCall]:
     import ranjax
 
     key, x = jax.random.key(0), jnp.ones((1, 3, 4))
-    cell = lambda **options: ranjax.RAN(ranjax.RANCell(**{"features": 4} | options)).init(key, x)  # noqa: E731
-    layer = lambda **options: ranjax.RAN(ranjax.RANCell(4), **options).init(key, x)  # noqa: E731
+
+    def cell(**options: Any) -> Any:
+        return ranjax.RAN(ranjax.RANCell(**{"features": 4} | options)).init(key, x)
+
+    def layer(**options: Any) -> Any:
+        return ranjax.RAN(ranjax.RANCell(4), **options).init(key, x)
+
+    def model(**options: Any) -> Any:
+        tokens = jnp.zeros((1, 2), int)
+        return ranjax.LanguageModel(**{"vocabulary": 9} | options).init(key, tokens, deterministic=True)
+
     yield from _calls("RANCell", cell, "features", (0, -1, 1.5, "x", None, True))
     yield from _calls("RANCell", cell, "projection", (0, -1, 1.5, "x", True))
     yield from _calls("RANCell", cell, "gates", ("x", "", None, 1))
     yield from _calls("RANCell", cell, "activation", ("x", "", None, 1))
     yield from _calls("RAN", layer, "solver", ("x", "", None, 1))
-    model = lambda **options: ranjax.LanguageModel(**{"vocabulary": 9} | options).init(  # noqa: E731
-        key, jnp.zeros((1, 2), int), deterministic=True
-    )
     for name in ("vocabulary", "layers", "features", "embedding", "projection"):
         yield from _calls("LanguageModel", model, name, (0, -1, 1.5, "x", True))
     for name in ("cell", "gates", "activation", "solver"):

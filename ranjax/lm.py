@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -231,6 +231,16 @@ def _promoted_but_bias(*arrays: Array | None, dtype: Dtype | None = None, inexac
     """The operands of a product in its dtype; the bias keeps its own, since its gradient is a sum over all rows."""
     *operands, bias = arrays
     return [*promote_dtype(*operands, dtype=dtype, inexact=inexact), bias]
+
+
+class Trained(Protocol):
+    """A model with its parameters; what `ranjax.evaluate.load_run` returns fits."""
+
+    @property
+    def model(self) -> LanguageModel: ...
+
+    @property
+    def params(self) -> Any: ...
 
 
 def checked_ids(tokens: ArrayLike, vocabulary: int) -> Array:

@@ -4,7 +4,7 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache, partial
-from typing import Any, Protocol
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -13,17 +13,7 @@ from jax import Array
 from jax.typing import ArrayLike
 
 from ranjax.errors import UserError, check_seed, check_size, fitting, is_number
-from ranjax.lm import LanguageModel, checked_text, zero_state
-
-
-class Trained(Protocol):
-    """A trained model, as `ranjax.evaluate.load_run` returns it."""
-
-    @property
-    def model(self) -> LanguageModel: ...
-
-    @property
-    def params(self) -> Any: ...
+from ranjax.lm import LanguageModel, Trained, checked_text, zero_state
 
 
 @dataclass(frozen=True)

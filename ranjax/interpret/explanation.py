@@ -16,7 +16,7 @@ from ranjax.errors import UserError, check_size, fitting
 from ranjax.interpret import weights
 from ranjax.interpret.attribution import Shares, decompositions, shares_of
 from ranjax.interpret.decomposition import Decomposition, measure_of, scale_of
-from ranjax.lm import LanguageModel
+from ranjax.lm import LanguageModel, Trained
 
 DRAWN = 1000  # tokens; longer texts come without the map of all pairs
 PREDICTIONS = 5  # likeliest next words
@@ -41,14 +41,8 @@ class Tokens(Protocol):
         ...
 
 
-class TrainedModel(Protocol):
+class TrainedModel(Trained, Protocol):
     """A model with its parameters and its vocabulary; what `ranjax.evaluate.load_run` returns fits."""
-
-    @property
-    def model(self) -> LanguageModel: ...
-
-    @property
-    def params(self) -> Params: ...
 
     @property
     def vocabulary(self) -> Tokens: ...

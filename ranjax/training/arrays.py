@@ -20,7 +20,7 @@ def save_arrays(folder: Path, tree: Any) -> dict[str, str]:
     for name, leaf in _named(tree):
         with (folder / name).open("xb") as file:
             hashed = _Hashed(file)
-            np.save(hashed, np.asarray(leaf), allow_pickle=False)  # type: ignore[arg-type]
+            np.save(hashed, np.asarray(leaf), allow_pickle=False)
             sums[name] = hashed.digest.hexdigest()
     return sums
 

@@ -232,7 +232,8 @@ def test_the_source_of_a_text_of_the_hub_has_the_revision_it_was_built_from(monk
     texts, built = {"train": ["ab" * 50], "validation": ["ba"], "test": ["aa"]}, "0123456789" * 4
     monkeypatch.setitem(data.KNOWN, "text8", replace(data.KNOWN["text8"], totals=(100, 2, 2, 2)))
     for commit, expected in ((built, f"afmck/text8@{built}"), (None, "afmck/text8@main")):
-        monkeypatch.setattr(datasets, "load_dataset", lambda *_, **how: on_the_hub(texts, commit))  # noqa: B023
+        hub = on_the_hub(texts, commit)
+        monkeypatch.setattr(datasets, "load_dataset", lambda *_, hub=hub, **how: hub)
         assert load_corpus("text8").source == expected
 
 

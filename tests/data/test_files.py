@@ -274,7 +274,7 @@ def test_a_hub_out_of_reach_is_asked_again_by_the_next_load(monkeypatch):
     monkeypatch.setattr(datasets, "load_dataset", load)
     monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
     for answers in (False, True):
-        monkeypatch.setattr(files, "_hub_answers", lambda: answers)  # noqa: B023
+        monkeypatch.setattr(files, "_hub_answers", lambda answers=answers: answers)
         with pytest.raises(UserError, match="could not be loaded from the hub"):
             load_corpus("wikitext-2")
     assert seen == [(True, True), (False, False)]
