@@ -295,7 +295,8 @@ def test_a_mesh_with_explicit_axes_and_one_manual_axis(x64, manual):
     with jax.set_mesh(both):
         solve = partial(linear_recurrence, axis_name=axis_name)
         over = jax.jit(jax.shard_map(solve, in_specs=spec, out_specs=spec, axis_names={manual}))
-        assert_close(over(decay, inputs), oracle.recurrence(decay, inputs))
+        arrays = [jax.device_put(a, NamedSharding(both, spec)) for a in (decay, inputs)]
+        assert_close(over(*arrays), oracle.recurrence(decay, inputs))
 
 
 def test_the_largest_of_nan_is_infinite():

@@ -62,7 +62,7 @@ def test_memory_does_not_grow_with_the_iterations():
         return size / (x.shape[0] * x.shape[1] * features * 4)
 
     few, many = (temporaries(FixedPoint(max_iterations=n)) for n in (2, 200))
-    assert few == many < 20
+    assert few == many < 22  # 21 with JAX 0.12, 19 with 0.10
 
 
 @pytest.mark.parametrize("time", [8192, 7000])
