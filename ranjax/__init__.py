@@ -14,10 +14,10 @@ So a state is a weighted sum of the contents of its past, and once the gates are
 Gates that see x only are known beforehand (`gates="input"`, without W_ih and W_fh). Those of the paper read h_{t-1}
 (`gates="recurrent"`, the default).
 
-Public names: `RANCell`, `RAN`, `FixedPoint`, `solve`, `linear_recurrence`, `LanguageModel`; the modules `weights` (the
-inputs that a state is the sum of), `attribution` (the words that a prediction is the sum of), `memory` (how long states
-last over a corpus) and `data`; `config`, `train`, `evaluate`, `generate` and `explain`, the programs from Python;
-`__version__`. They are imported when first used, so that programs answer `--help` at once.
+Public names: `RANCell`, `RAN`, `ResidualBlock`, `FixedPoint`, `solve`, `linear_recurrence`, `LanguageModel`; the
+modules `weights` (the inputs that a state is the sum of), `attribution` (the words that a prediction is the sum of),
+`memory` (how long states last over a corpus) and `data`; `config`, `train`, `evaluate`, `generate` and `explain`, the
+programs from Python; `__version__`. They are imported when first used, so that programs answer `--help` at once.
 """
 
 import signal
@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from ranjax import explain as explain
     from ranjax import generate as generate
     from ranjax import train as train
+    from ranjax.block import ResidualBlock as ResidualBlock
     from ranjax.cell import RANCell as RANCell
     from ranjax.interpret import attribution as attribution
     from ranjax.interpret import memory as memory
@@ -53,6 +54,7 @@ _NAMES = {
     "LanguageModel": "lm",
     "RAN": "layer",
     "RANCell": "cell",
+    "ResidualBlock": "block",
     "linear_recurrence": "scan",
     "solve": "solvers",
 }
@@ -71,6 +73,7 @@ __all__ = [
     "FixedPoint",
     "LanguageModel",
     "RANCell",
+    "ResidualBlock",
     "attribution",
     "config",
     "data",

@@ -11,6 +11,7 @@ gate, 1 the forget gate. The parameters of a `RANCell` are this tree:
     projection/kernel, bias   (features, out), (out,); only with a projection
 """
 
+import math
 from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
@@ -26,7 +27,7 @@ from jax import Array, lax
 from jax.typing import ArrayLike
 from jaxtyping import Float
 
-from ranjax.errors import check_choice, check_size
+from ranjax.errors import check_choice, check_size, is_number
 from ranjax.scan import state_dtype
 
 Params = Mapping[str, Any]  # the tree above
@@ -143,7 +144,9 @@ class RANCell(nn.RNNCellBase):
       kernel_init: initialiser of the kernels that read the input, and of the projection.
       recurrent_kernel_init: initialiser of the weights on h, called separately for each gate. Default: orthogonal; for
         diagonal gates, whose weights have the shape `(features,)`, uniform in +-1/sqrt(features).
-      bias_init: initialiser of the biases.
+      bias_init: initialiser of the biases: of each gate, and of the projection. Zeros, as in the paper.
+      gates_bias_init: initialiser of both gates' biases at once, `(2, features)`, the input gate's first; see
+        `half_life_biases`. None: `bias_init` for each.
       carry_init: initialiser of the carry.
 
     Raises:
@@ -172,6 +175,7 @@ class RANCell(nn.RNNCellBase):
     kernel_init: Initializer = nn.initializers.lecun_normal()
     recurrent_kernel_init: Initializer | None = None
     bias_init: Initializer = nn.initializers.zeros_init()
+    gates_bias_init: Initializer | None = None
     carry_init: Initializer = nn.initializers.zeros_init()
 
     def __post_init__(self):
@@ -218,7 +222,7 @@ class RANCell(nn.RNNCellBase):
         projection = {"kernel": (self.kernel_init, (self.features, out)), "bias": (self.bias_init, (out,))}
         tree = {
             "content": self.param("content", _drawn, content, self.param_dtype),
-            "gates": self.param("gates", _drawn_for_both_gates, gates, self.param_dtype),
+            "gates": self.param("gates", _drawn_for_both_gates, gates, self.param_dtype, self.gates_bias_init),
         }
         if self.projection is not None:
             tree["projection"] = self.param("projection", _drawn, projection, self.param_dtype)
@@ -307,10 +311,12 @@ def _drawn(key: Array, shapes: Mapping[str, tuple[Initializer, tuple[int, ...]]]
     return {name: init(k, shape, dtype) for k, (name, (init, shape)) in zip(keys, shapes.items(), strict=True)}
 
 
-def _drawn_for_both_gates(key: Array, shapes: Mapping, dtype: Dtype) -> Params:
+def _drawn_for_both_gates(key: Array, shapes: Mapping, dtype: Dtype, biases: Initializer | None) -> Params:
     """The blocks of both gates drawn separately, since the fan is that of one gate, and stacked before the features."""
     keys = jax.vmap(partial(jax.random.split, num=len(shapes)))(jax.random.split(key))
     both = {name: _both(init, keys[:, n], shape, dtype) for n, (name, (init, shape)) in enumerate(shapes.items())}
+    if biases is not None:
+        both["bias"] = jax.tree.map(lambda b: biases(keys[0, -1], b.shape, dtype), both["bias"])
     return meta.add_axis(both, -1, {meta.PARTITION_NAME: None})
 
 
@@ -333,3 +339,54 @@ def uniform(bound: float) -> Initializer:
         return jax.random.uniform(key, shape, dtype, -bound, bound)
 
     return init
+
+
+def half_life_biases(longest: float = 64.0, keep_variance: bool = False) -> Initializer:
+    r"""An initialiser of the biases of both gates: where the inputs are 0, states halve after 1 to `longest` steps.
+
+    .. math::
+        f = 2^{-1/n}, \qquad b_f = \ln \frac{f}{1 - f}, \qquad n \text{ from 1 to longest, evenly in } \ln n
+
+    The input gate's biases are 0, or, with `keep_variance`, those of a gate with which a state that sums independent
+    contents keeps their variance:
+
+    .. math::
+        i = \sqrt{1 - f^2}, \qquad b_i = \ln \frac{i}{1 - i}
+
+    Args:
+      longest: half-life of the last feature, in steps, at least 1.
+      keep_variance: whether the input gate belongs to the forget gate.
+
+    Returns:
+      An initialiser for `RANCell(gates_bias_init=...)`; it draws nothing.
+
+    Raises:
+      ValueError: for a `longest` below 1 or not finite.
+
+    Example:
+      >>> import jax, ranjax
+      >>> from ranjax.cell import half_life_biases
+      >>> i, f = jax.nn.sigmoid(half_life_biases(64, keep_variance=True)(jax.random.key(0), (2, 3)))
+      >>> (f ** jax.numpy.array([1, 8, 64])).round(3).tolist(), (i**2 + f**2).round(3).tolist()
+      ([0.5, 0.5, 0.5], [1.0, 1.0, 1.0])
+
+    References:
+      Tallec and Ollivier, "Can Recurrent Neural Networks Warp Time?", ICLR 2018; De et al., "Griffin", 2024, arXiv
+      2402.19427, whose inputs have the factor sqrt(1 - f^2) at every step.
+    """
+    check_half_life("longest", longest)
+
+    def init(key, shape, dtype=jnp.float32):
+        log_f = -math.log(2) / jnp.geomspace(1, longest, shape[-1])
+        forget = log_f - jnp.log(-jnp.expm1(log_f))
+        i = jnp.sqrt(-jnp.expm1(2 * log_f))
+        of_input = jnp.log(i) - jnp.log1p(-i) if keep_variance else jnp.zeros_like(forget)
+        return jnp.stack([of_input, forget]).astype(dtype)
+
+    return init
+
+
+def check_half_life(name: str, value: Any) -> None:
+    """Raises a ValueError for an argument that is no half-life in steps."""
+    if not (is_number(value) and 1 <= value < math.inf):
+        raise ValueError(f"`{name}` must be finite and at least 1, in steps; got {value!r}.")

@@ -7,6 +7,8 @@ from typing import Literal
 
 Cell = Literal["ran", "lstm", "gru", "rnn"]
 Gates = Literal["recurrent", "diagonal", "input"]
+GateInit = Literal["zeros", "half-lives", "half-lives-variance"]
+Block = Literal["plain", "residual"]
 Activation = Literal["tanh", "identity"]
 Solver = Literal["auto", "sequential", "associative", "chunked", "pallas", "fixed_point", "newton"]
 Tokenizer = Literal["word", "character", "byte", "bpe"]

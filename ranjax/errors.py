@@ -44,6 +44,12 @@ def is_number(value: Any) -> bool:
     return isinstance(value, Real) and not isinstance(value, bool)
 
 
+def check_rate(name: str, value: Any) -> None:
+    """Raises a ValueError for an argument that is no rate of dropout."""
+    if not (is_number(value) and 0 <= value < 1):
+        raise ValueError(f"`{name}` must be a rate in [0, 1); got {value}.")
+
+
 def check_seed(name: str, value: Any) -> None:
     """Raises a ValueError for an argument that seeds no random numbers."""
     if not (is_size(value, 0) and value < 2**31):

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 from flax.linen.recurrent import flip_sequences
 from flax.typing import Dtype
-from jax import Array, lax
+from jax import Array
 from jax.typing import ArrayLike
 
 from ranjax.cell import RANCell, checked_carry, output
@@ -15,7 +15,7 @@ from ranjax.scan import state_dtype
 from ranjax.sharding import last_state, steps_before
 from ranjax.solvers import check_solver, states, steps_of
 from ranjax.solvers.fixed_point import FixedPoint
-from ranjax.solvers.masks import checked_lengths, checked_starts, padding_after
+from ranjax.solvers.masks import checked_lengths, checked_starts, padding_after, starts_in_reverse
 
 
 class RAN(nn.Module):
@@ -154,7 +154,7 @@ class RAN(nn.Module):
 
         if reverse:
             x = flip(x)
-            segment_starts = None if segment_starts is None else _starts_in_reverse(flip(segment_starts), time)
+            segment_starts = None if segment_starts is None else starts_in_reverse(flip(segment_starts), time)
         padding = None
         if seq_lengths is not None:
             padding = padding_after(seq_lengths - steps_before(x.shape[time], self.axis_name), x.shape[:-1], time)
@@ -193,9 +193,3 @@ class RAN(nn.Module):
             return checked_carry("initial_carry", carry, (*shape[:-1], self.cell.features))
         c0 = self.cell.initialize_carry(jax.random.key(0) if key is None else key, shape)
         return c0.astype(state_dtype(c0, dtype))
-
-
-def _starts_in_reverse(flipped: Array, time: int) -> Array:
-    """Where segments start in reverse: right after the step that began one."""
-    first = lax.broadcasted_iota(jnp.int32, flipped.shape, time) == 0
-    return jnp.roll(flipped, 1, axis=time) & ~first

@@ -15,8 +15,9 @@ from jax.core import Tracer
 from jax.typing import ArrayLike
 
 from ranjax.baselines import Stepwise
-from ranjax.cell import ACTIVATIONS, GATES, RANCell, checked_carry, uniform
-from ranjax.errors import check_choice, check_size, is_number
+from ranjax.block import ResidualBlock, check_expansion
+from ranjax.cell import ACTIVATIONS, GATES, RANCell, check_half_life, checked_carry, half_life_biases, uniform
+from ranjax.errors import check_choice, check_rate, check_size
 from ranjax.layer import RAN
 from ranjax.scan import state_dtype
 from ranjax.solvers import check_solver, is_sequential
@@ -25,7 +26,10 @@ from ranjax.solvers.fixed_point import FixedPoint
 Carries = tuple  # one carry per layer
 
 CELLS = ("ran", "lstm", "gru", "rnn")
-RAN_ONLY = ("projection", "gates", "activation", "solver", "axis_name")
+RAN_ONLY = ("projection", "gates", "activation", "solver", "axis_name", "gate_init", "half_life")
+BLOCKS = ("plain", "residual")
+RESIDUAL_ONLY = ("conv_width", "expansion")
+GATE_INITS = ("zeros", "half-lives", "half-lives-variance")
 
 
 class LanguageModel(nn.Module):
@@ -35,8 +39,12 @@ class LanguageModel(nn.Module):
         h^0_t = E_{w_t}, \qquad h^l = \text{layer}_l(h^{l-1}), \qquad
         p(w_{t+1} \mid w_{\le t}) = \text{softmax}(W_o h^L_t + b_o)
 
-    Dropout applies to the embedding and to the output of every layer, with independent masks for every step. It never
-    applies to the recurrence. The masks of all steps are drawn outside the loop over time.
+    With `block="residual"` every layer is a `ResidualBlock`, as wide as the embedding, and an RMSNorm is before the
+    output layer.
+
+    Dropout applies to the embedding and to the output of every layer, with independent masks for every step; with
+    residual blocks to what each adds to the stream, and to the last norm. It never applies to the recurrence. The masks
+    of all steps are drawn outside the loop over time.
 
     Attributes:
       vocabulary: number of tokens.
@@ -46,6 +54,12 @@ class LanguageModel(nn.Module):
       layers: number of layers (default: the number of sizes in `features`, or 2 for a single size).
       embedding: size of the embedding (default: that of the last output with `tie`, else that of the first layer).
       projection, gates, activation, solver: of the RAN's cells and layers; see `RANCell` and `RAN`.
+      gate_init: the biases of a RAN's gates at first: `"zeros"`, or `"half-lives"` for forget gates with which states
+        halve after 1 to `half_life` steps, with `"half-lives-variance"` for input gates that belong to them, too; see
+        `ranjax.cell.half_life_biases`.
+      half_life: the longest of these half-lives, in steps (default: 64).
+      block: `"plain"`, layers in sequence, or `"residual"`.
+      conv_width, expansion: of the residual blocks; see `ResidualBlock`.
       dropout: rate, in [0, 1).
       tie: the output layer is the embedding's transpose; the last output must have the embedding's size.
       init_scale: every weight is drawn uniformly from +-init_scale. None: embedding uniform in +-0.1, the default
@@ -55,9 +69,10 @@ class LanguageModel(nn.Module):
         device's part, the state is that of the whole text. Every device needs its own dropout key.
 
     Raises:
-      ValueError: for an unknown cell, gates or activation, a solver that does not fit them, a number of sizes that is
-        not the number of layers, a tied output whose sizes differ, a size below 1, a dropout rate outside [0, 1), an
-        `init_scale` that is not above 0, an option of the RAN for another cell.
+      ValueError: for an unknown cell, block, gates or activation, a solver that does not fit them, a number of sizes
+        that is not the number of layers, a tied output whose sizes differ, a size below 1, a dropout rate outside
+        [0, 1), an `init_scale` that is not above 0, an option of the RAN for another cell, one of residual blocks for
+        plain layers.
 
     Example:
       >>> import jax, jax.numpy as jnp, ranjax
@@ -77,7 +92,12 @@ class LanguageModel(nn.Module):
     projection: int | None = None
     gates: str = "recurrent"
     activation: str = "tanh"
+    gate_init: str = "zeros"
+    half_life: float = 64.0
     solver: str | FixedPoint = "auto"
+    block: str = "plain"
+    conv_width: int = 4
+    expansion: float | None = 1.5
     dropout: float = 0.0
     tie: bool = False
     init_scale: float | None = None
@@ -86,6 +106,7 @@ class LanguageModel(nn.Module):
 
     def __post_init__(self):
         check_choice("cell", self.cell, CELLS)
+        check_choice("block", self.block, BLOCKS)
         if isinstance(self.features, list):
             self.features = tuple(self.features)  # a module is hashed
         check_size("vocabulary", self.vocabulary)
@@ -94,16 +115,22 @@ class LanguageModel(nn.Module):
         if self.cell == "ran":
             check_choice("gates", self.gates, GATES)
             check_choice("activation", self.activation, ACTIVATIONS)
+            check_choice("gate_init", self.gate_init, GATE_INITS)
+            check_half_life("half_life", self.half_life)
             check_solver(self.solver, self.gates, self.axis_name)
         if self.init_scale is not None and not self.init_scale > 0:
             raise ValueError(f"`init_scale` must be above 0; got {self.init_scale}.")
-        if not (is_number(self.dropout) and 0 <= self.dropout < 1):
-            raise ValueError(f"`dropout` must be a rate in [0, 1); got {self.dropout}.")
-        for name in RAN_ONLY:
-            value = getattr(self, name)
-            if self.cell != "ran" and value != getattr(LanguageModel, name):
-                raise ValueError(f"`{name}` is an option of cell='ran'; got {value!r} with cell={self.cell!r}.")
-        last = self._outputs[-1]
+        check_rate("dropout", self.dropout)
+        options = [("cell", "ran", name) for name in RAN_ONLY]
+        options += [("block", "residual", name) for name in RESIDUAL_ONLY]
+        for of, kind, name in options:
+            value, chosen = getattr(self, name), getattr(self, of)
+            if chosen != kind and value != getattr(LanguageModel, name):
+                raise ValueError(f"`{name}` is an option of {of}={kind!r}; got {value!r} with {of}={chosen!r}.")
+        if self.block == "residual":
+            check_size("conv_width", self.conv_width)
+            check_expansion(self.expansion, self.embedding_size)
+        last = self._outputs[-1] if self.block == "plain" else self.embedding_size
         if self.tie and self.embedding_size != last:
             raise ValueError(
                 f"`tie` needs the embedding to be as wide as the last output; got embedding={self.embedding_size} "
@@ -135,6 +162,8 @@ class LanguageModel(nn.Module):
         for n, (carry, size) in enumerate(zip(state, self.sizes, strict=True)):
             shape, got = (*batch, size), jax.tree.map(lambda c: getattr(c, "shape", None), carry)
             expected = (shape, shape) if self.cell == "lstm" else shape
+            if self.block == "residual":
+                expected = expected, (*batch, self.conv_width - 1, self.embedding_size)
             if carry is not None and got != expected:
                 one = " Of a batch of one, jax.tree.map(lambda c: c[0], state) is that of one sequence."
                 raise ValueError(
@@ -142,7 +171,10 @@ class LanguageModel(nn.Module):
                     + one * any(jnp.ndim(c) > len(shape) for c in jax.tree.leaves(carry))
                 )
             if carry is not None and self.cell == "ran":
-                carry = checked_carry(f"state[{n}]", carry, shape)
+                if self.block == "residual":
+                    carry = checked_carry(f"state[{n}][0]", carry[0], shape), carry[1]
+                else:
+                    carry = checked_carry(f"state[{n}]", carry, shape)
             carries.append(carry)
         return tuple(carries)
 
@@ -152,7 +184,7 @@ class LanguageModel(nn.Module):
 
     @property
     def embedding_size(self) -> int:
-        return self.embedding or (self._outputs[-1] if self.tie else self.sizes[0])
+        return self.embedding or (self._outputs[-1] if self.tie and self.block == "plain" else self.sizes[0])
 
     @property
     def _time_major(self) -> bool:
@@ -166,6 +198,8 @@ class LanguageModel(nn.Module):
         self.embed = nn.Embed(self.vocabulary, self.embedding_size, dtype=self.dtype, embedding_init=init)
         self.stack = [self._layer(size) for size in self.sizes]
         self.drop = nn.Dropout(self.dropout)
+        if self.block == "residual":
+            self.norm = nn.RMSNorm(dtype=self.dtype)
         if self.tie:
             self.bias = self.param("bias", nn.initializers.zeros_init(), (self.vocabulary,), jnp.float32)
         else:
@@ -177,14 +211,25 @@ class LanguageModel(nn.Module):
     @nn.nowrap  # flax's tables call every other method again, by itself
     def _layer(self, features: int) -> nn.Module:
         """One layer over a sequence that returns `(carry, outputs)`."""
+        cell = self._cell(features)
+        options: dict = {"time_major": self._time_major, "return_carry": True, "axis_name": self.axis_name}
+        if self.block == "residual":
+            sizes = self.conv_width, self.expansion, self.dropout
+            return ResidualBlock(cell, *sizes, solver=self.solver, **options)
+        return RAN(cell, self.solver, **options) if isinstance(cell, RANCell) else Stepwise(cell)
+
+    @nn.nowrap
+    def _cell(self, features: int) -> Any:
         options: dict = {"dtype": self.dtype}
         if self.init_scale:
             options |= {"kernel_init": uniform(self.init_scale), "recurrent_kernel_init": uniform(self.init_scale)}
         if self.cell == "ran":
-            cell = RANCell(features, self.gates, self.activation, self.projection, **options)
-            return RAN(cell, self.solver, self._time_major, return_carry=True, axis_name=self.axis_name)
+            if self.gate_init != "zeros":
+                keep_variance = self.gate_init == "half-lives-variance"
+                options["gates_bias_init"] = half_life_biases(self.half_life, keep_variance)
+            return RANCell(features, self.gates, self.activation, self.projection, **options)
         cells: dict[str, Callable] = {"lstm": nn.OptimizedLSTMCell, "gru": nn.GRUCell, "rnn": nn.SimpleCell}
-        return Stepwise(cells[self.cell](features, **options))
+        return cells[self.cell](features, **options)
 
     def hidden(self, tokens: ArrayLike, state: Carries | None = None, *, deterministic: bool) -> tuple[Array, Carries]:
         """The outputs of the last layer, `(batch, time, out)`, and the state; see `__call__`."""
@@ -194,9 +239,14 @@ class LanguageModel(nn.Module):
         h = self.drop(self.embed(tokens.T if self._time_major else tokens), deterministic=deterministic)
         carries = []
         for layer, carry in zip(self.stack, self.carries(state, tokens.shape[:1]), strict=True):
-            carry, h = layer(h, initial_carry=carry)
-            h = self.drop(h, deterministic=deterministic)
+            if isinstance(layer, ResidualBlock):
+                carry, h = layer(h, carry, deterministic=deterministic)
+            else:
+                carry, h = layer(h, initial_carry=carry)
+                h = self.drop(h, deterministic=deterministic)
             carries.append(carry)
+        if self.block == "residual":
+            h = self.drop(self.norm(h), deterministic=deterministic)
         return jnp.swapaxes(h, 0, 1) if self._time_major else h, tuple(carries)
 
     def logits(self, hidden: Array) -> Array:

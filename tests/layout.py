@@ -16,11 +16,12 @@ ORDER = (
     ("cell",),
     ("solvers",),
     ("layer", "baselines"),
+    ("block",),
     ("lm",),
     ("sampling", "interpret", "training"),
     ("train", "evaluate", "generate", "explain"),
 )
-CORE = ("kernels", "sharding", "scan", "cell", "solvers", "layer", "baselines", "lm", "sampling", "interpret")
+CORE = ("kernels", "sharding", "scan", "cell", "solvers", "layer", "baselines", "block", "lm", "sampling", "interpret")
 RENDERING = "interpret.render"  # needs more
 
 

@@ -64,3 +64,35 @@ def gates(params, x, states, c0, activation, starts=None, lengths=None):
         padding = (np.arange(x.shape[1]) >= np.asarray(lengths)[:, None])[..., None]
         i, f = np.where(padding, 0, i), np.where(padding, 1, f)
     return i, f
+
+
+def rms_norm(x, scale):
+    return x / np.sqrt(np.mean(x**2, axis=-1, keepdims=True) + 1e-6) * scale
+
+
+def silu(z):
+    return z * sigmoid(z)
+
+
+def residual_block(params, x, step, carry, history, starts=None, lengths=None):
+    """Outputs, carry and history of a residual block over x `(batch, time, in)`; `step(carry, v) -> (carry, h)`."""
+    products = {name for name in params if name in ("gate", "out", "mlp_gate", "mlp_in", "mlp_out")}
+    p = {name: np.asarray(params[name]["kernel"], np.float64) for name in products}
+    scales = {name: np.asarray(params[name]["scale"], np.float64) for name in params if "norm" in name}
+    conv, outputs = np.asarray(params.get("conv", np.zeros((1, 1))), np.float64), []
+    starts = np.zeros(x.shape[:2], bool) if starts is None else starts
+    lengths = np.full(len(x), x.shape[1]) if lengths is None else lengths
+    for t in range(x.shape[1]):
+        before = np.where(starts[:, t, None], 0, carry)
+        n = rms_norm(np.nan_to_num(x[:, t]), scales["norm"])
+        recent = np.concatenate([n[:, None], np.where(starts[:, t, None, None], 0, history)], axis=1)
+        after, h = step(before, n + np.sum(conv * recent, axis=1))
+        z = np.nan_to_num(x[:, t]) + (h * silu(n @ p["gate"])) @ p["out"]
+        if "mlp_in" in p:
+            m = rms_norm(z, scales["mlp_norm"])
+            z = z + ((m @ p["mlp_in"]) * silu(m @ p["mlp_gate"])) @ p["mlp_out"]
+        valid = t < lengths
+        carry = np.where(valid[:, None], after, carry)
+        history = np.where(valid[:, None, None], recent[:, : history.shape[1]], history)
+        outputs.append(z)
+    return np.stack(outputs, axis=1), carry, history

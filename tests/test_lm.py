@@ -6,12 +6,14 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 import numpy as np
+import oracle
 import pytest
 from flax import linen as nn
 from networks import randomised
 
 from ranjax import LanguageModel
-from ranjax.lm import CELLS
+from ranjax.cell import GATES
+from ranjax.lm import BLOCKS, CELLS, zero_state
 from ranjax.training.metrics import cross_entropy
 
 TOKENS = np.random.default_rng(0).integers(0, 11, (2, 9))
@@ -22,9 +24,10 @@ def model_and_variables(**options):
     return model, randomised(model.init(jax.random.key(0), TOKENS, deterministic=True), scale=0.5)
 
 
+@pytest.mark.parametrize("block", BLOCKS)
 @pytest.mark.parametrize("cell", CELLS)
-def test_the_state_continues_a_text(cell):
-    model, variables = model_and_variables(cell=cell)
+def test_the_state_continues_a_text(cell, block):
+    model, variables = model_and_variables(cell=cell, block=block)
     whole, last = model.apply(variables, TOKENS, deterministic=True)
     assert (whole.shape, whole.dtype) == ((2, 9, 11), jnp.float32)
     first, state = model.apply(variables, TOKENS[:, :4], deterministic=True)
@@ -68,6 +71,54 @@ def test_tied_output_is_the_embedding():
     logits, _ = model.apply(variables, TOKENS, deterministic=True)
     embedding, bias = np.asarray(params["embed"]["embedding"]), np.asarray(params["bias"])
     np.testing.assert_allclose(logits, np.asarray(hidden) @ embedding.T + bias, atol=1e-5)
+
+
+def test_a_residual_model_of_two_layers_is_a_loop(x64):
+    options = {"gates": "input", "block": "residual", "embedding": 5}
+    model, variables = model_and_variables(**options)
+    params = jax.tree.map(lambda p: p.astype(jnp.float64), variables["params"])
+    h = np.asarray(params["embed"]["embedding"])[TOKENS]
+    for name in ("stack_0", "stack_1"):
+
+        def step(c, v, cell=params[name]["cell"]):
+            states, outputs = oracle.ran(cell, v[:, None], c, "tanh")
+            return states[:, 0], outputs[:, 0]
+
+        h, _, _ = oracle.residual_block(params[name], h, step, np.zeros((2, 6)), np.zeros((2, 3, 5)))
+    h = oracle.rms_norm(h, np.asarray(params["norm"]["scale"]))
+    expected = h @ np.asarray(params["decode"]["kernel"]) + np.asarray(params["decode"]["bias"])
+    logits, _ = model.apply({"params": params}, TOKENS, deterministic=True)
+    np.testing.assert_allclose(logits, expected, rtol=1e-11, atol=1e-11)
+
+
+def test_sizes_of_a_residual_model():
+    model, variables = model_and_variables(features=(4, 7), embedding=5, projection=3, block="residual", tie=True)
+    shapes = jax.tree.map(jnp.shape, variables["params"])
+    assert shapes["embed"]["embedding"] == (11, 5)
+    assert shapes["norm"]["scale"] == (5,)
+    for name, size in (("stack_0", 4), ("stack_1", 7)):
+        assert shapes[name]["cell"]["content"]["kernel"] == (5, size)
+        assert shapes[name]["gate"]["kernel"] == (5, 3)
+        assert shapes[name]["out"]["kernel"] == (3, 5)
+        assert shapes[name]["mlp_out"]["kernel"] == (7, 5)
+        assert shapes[name]["conv"] == (4, 5)
+    state = zero_state(model, variables["params"], 2)
+    assert jax.tree.map(jnp.shape, state) == (((2, 4), (2, 3, 5)), ((2, 7), (2, 3, 5)))
+    other = (state[0], (state[1][0], state[1][1][:, :2]))
+    with pytest.raises(ValueError, match=r"`state\[1\]` must have the shape .*\(2, 7\), \(2, 3, 5\).*got.*\(2, 2, 5\)"):
+        model.apply(variables, TOKENS, other, deterministic=True)
+
+
+@pytest.mark.parametrize("gates", GATES)
+def test_gates_begin_with_their_half_lives(gates):
+    options = {"gates": gates, "features": 9, "projection": None if gates == "diagonal" else 3, "half_life": 256.0}
+    model = LanguageModel(11, gate_init="half-lives-variance", **options)
+    params = model.init(jax.random.key(0), TOKENS, deterministic=True)["params"]
+    i, f = jax.nn.sigmoid(params["stack_1"]["cell"]["gates"]["bias"])
+    np.testing.assert_allclose(f ** (2.0 ** np.arange(9)), 0.5, rtol=1e-3)
+    np.testing.assert_allclose(i**2 + f**2, 1, rtol=1e-5)
+    if gates != "diagonal":
+        assert not jnp.any(params["stack_1"]["cell"]["projection"]["bias"])
 
 
 @pytest.mark.skipif(jax.default_backend() != "cpu", reason="reads a CPU's program")
@@ -143,6 +194,15 @@ def test_cross_entropy_is_minus_log_probability():
         ({"init_scale": 0.0}, "`init_scale` must be above 0; got 0.0"),
         ({"dropout": 1.0}, r"`dropout` must be a rate in \[0, 1\); got 1.0"),
         ({"cell": "gru", "projection": 3}, "`projection` is an option of cell='ran'"),
+        ({"cell": "gru", "gate_init": "half-lives"}, "`gate_init` is an option of cell='ran'"),
+        ({"gate_init": "ones"}, "`gate_init` must be one of 'zeros', 'half-lives', 'half-lives-variance'; got 'ones'"),
+        ({"gate_init": "half-lives", "half_life": 0.5}, "`half_life` must be finite and at least 1, in steps; got 0.5"),
+        ({"block": "highway"}, "`block` must be one of 'plain', 'residual'; got 'highway'"),
+        ({"conv_width": 3}, "`conv_width` is an option of block='residual'; got 3 with block='plain'"),
+        ({"expansion": None}, "`expansion` is an option of block='residual'; got None with block='plain'"),
+        ({"block": "residual", "conv_width": 0}, "`conv_width` must be a whole number, at least 1; got 0"),
+        ({"block": "residual", "expansion": 0.1}, "`expansion` must leave the MLP at least one unit; got 0.1 for 6"),
+        ({"block": "residual", "expansion": -1.0}, "`expansion` must be above 0 .*; got -1.0"),
         ({"gates": "inputs"}, "`gates` must be one of 'recurrent', 'diagonal', 'input'; got 'inputs'"),
         ({"activation": "relu"}, "`activation` must be one of 'tanh', 'identity'; got 'relu'"),
         (
@@ -183,9 +243,10 @@ def test_bad_arguments(arguments, message):
         model.apply(variables, *arguments, deterministic=True)
 
 
+@pytest.mark.parametrize("block", BLOCKS)
 @pytest.mark.parametrize("tie", [True, False])
-def test_all_products_are_in_dtype(tie):
-    model, variables = model_and_variables(dtype=jnp.bfloat16, tie=tie)
+def test_all_products_are_in_dtype(tie, block):
+    model, variables = model_and_variables(dtype=jnp.bfloat16, tie=tie, block=block)
     program = str(jax.make_jaxpr(partial(model.apply, deterministic=True))(variables, TOKENS))
     products = re.findall(r":(\w+)\[[\d,]*\] = dot_general", program)
     assert set(products) == {"bf16"}

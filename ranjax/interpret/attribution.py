@@ -7,34 +7,43 @@ in the initial states and in its biases, and a logit is exactly the sum of their
 .. math::
     \text{logit} = \sum_j \text{share}(\text{word}_j) + \sum_l \text{share}(\text{carry}_l) + \text{share}(\text{bias})
 
-With the identity as activation r is 1, and the shares continue the decomposition of `ranjax.weights` to the logit,
-through any number of layers. With tanh this is the rescale rule of DeepLIFT (Shrikumar et al. 2017) with contents of 0
-as the reference. For one layer it equals the integrated gradients along the contents.
+In residual blocks three more factors are held constant: the reciprocal root mean square of each norm, the output gate
+silu(W_g n), and the MLP's gate silu(W_s m). Convolutions and products are linear as they are. The carry of a layer is
+then its state and the steps that its convolution remembers.
 
-Shares hold the gates constant: the effect of a word on the gates is in no word's share. `integrated_gradients` includes
-it, at the price of a numerical integral. `experiments/weights` compares both with the change of the logit when a word
-is replaced.
+With the identity as activation r is 1, and in plain layers the shares continue the decomposition of `ranjax.weights` to
+the logit, through any number of layers. With tanh this is the rescale rule of DeepLIFT (Shrikumar et al. 2017) with
+contents of 0 as the reference. For one layer it equals the integrated gradients along the contents.
+
+Shares hold the factors constant: the effect of a word on the gates is in no word's share. `integrated_gradients`
+includes it, at the price of a numerical integral. `experiments/weights` compares both with the change of the logit when
+a word is replaced.
 
 Sums are in float32 or wider. For a model with narrower products they differ from its logits by the rounding of those.
 
 References:
-  Shrikumar, Greenside, Kundaje, "Learning Important Features Through Propagating Activation Differences", ICML 2017.
+  Shrikumar, Greenside, Kundaje, "Learning Important Features Through Propagating Activation Differences", ICML 2017;
+  Bach et al., "On Pixel-Wise Explanations for Non-Linear Classifier Decisions by Layer-Wise Relevance Propagation",
+  PLoS ONE 2015, for factors that are held.
 """
 
-from typing import NamedTuple
+from collections.abc import Callable
+from functools import partial
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import linen as nn
 from jax import Array, lax
 from jax.typing import ArrayLike
 
+from ranjax.block import convolved, delayed
 from ranjax.cell import Params, content, gates_of, output
 from ranjax.errors import check_size
 from ranjax.interpret.decomposition import Decomposition, checked_index, decompose
 from ranjax.lm import Carries, LanguageModel, checked_ids
 from ranjax.scan import linear_recurrence, state_dtype
-from ranjax.solvers import solve
 
 AT_ONCE = 32  # nodes of a quadrature
 
@@ -44,7 +53,8 @@ class Shares(NamedTuple):
 
     Attributes:
       words: the share of each word read, `(time,)`; 0 for words after the step that predicts.
-      carry: the share of each layer's initial state, `(layers,)`.
+      carry: the share of each layer's initial state, `(layers,)`; of a residual block with the steps that its
+        convolution remembers.
       bias: the share of the biases of the output layer and of projections, `()`.
     """
 
@@ -85,12 +95,8 @@ def decompositions(
       [(5, 4)]
     """
     _check_model(model, params)
-    x, layers, options = _embedded(model, params, tokens), [], {"activation": model.activation, "dtype": model.dtype}
-    for n, carry in enumerate(model.carries(state, x.shape[:-2])):
-        cell = params[f"stack_{n}"]["cell"]
-        layers.append(decompose(cell, x, carry, solver=model.solver, **options))
-        x = output(cell, layers[-1].c, model.activation)
-    return layers
+    x = _embedded(model, params, tokens)
+    return _read(model, params, x, _carries(model, state, x))[1]
 
 
 def shares(
@@ -129,51 +135,20 @@ def shares(
       >>> found.words.shape, bool(jnp.allclose(found.total, logits[0, 9, 7], atol=1e-6))
       ((10,), True)
     """
-    _check_text(tokens)
-    return shares_of(model, params, decompositions(model, params, tokens, state), target, step)
-
-
-def shares_of(
-    model: LanguageModel, params: Params, layers: list[Decomposition], target: ArrayLike, step: ArrayLike
-) -> Shares:
-    """`shares` from the decompositions of a text.
-
-    Args:
-      model, params, target, step: as for `shares`.
-      layers: what `decompositions` returns for one text.
-
-    Returns:
-      `Shares`, whose `total` is the logit.
-
-    Raises:
-      ValueError: for a model of another cell, or parameters, a target or a step that do not fit.
-
-    Example:
-      >>> import jax, jax.numpy as jnp, ranjax
-      >>> from ranjax.interpret.attribution import decompositions, shares_of
-      >>> model, tokens = ranjax.LanguageModel(vocabulary=9, features=4, layers=1), jnp.arange(5)
-      >>> params = model.init(jax.random.key(0), tokens[None], deterministic=True)["params"]
-      >>> shares_of(model, params, decompositions(model, params, tokens), target=7, step=4).words.shape
-      (5,)
-    """
     _check_model(model, params)
-    target, step = checked_index("target", target, model.vocabulary), checked_index("step", step, len(layers[0].u))
+    _check_text(tokens)
+    x = _embedded(model, params, tokens)
+    target, step = checked_index("target", target, model.vocabulary), checked_index("step", step, len(x))
+    carries = _carries(model, state, x)
 
     def logit(scale: Shares) -> Array:
-        h = jnp.zeros(())  # output of the layer below; unused in the first
-        for n, parts in enumerate(layers):
-            cell = params[f"stack_{n}"]["cell"]
-            u = content(cell, h) if n else parts.u * scale.words[:, None]
-            c = linear_recurrence(parts.f, parts.i * u, parts.c0 * scale.carry[n])
-            h = c if model.activation == "identity" else c * _ratio(parts.c)
-            if "projection" in cell:
-                h = jnp.dot(h, cell["projection"]["kernel"])
-                h = h + scale.bias * lax.broadcast_to_rank(cell["projection"]["bias"], h.ndim)
+        scaled = [jax.tree.map(lambda c, s=s: s * c, carry) for carry, s in zip(carries, scale.carry, strict=True)]
+        h, _ = _read(model, params, scale.words[:, None] * x, scaled, scale.bias, held=True)
         weight, bias = _output_layer(model, params, target)
         return jnp.dot(h[step], weight) + scale.bias * bias
 
-    time, dtype = layers[0].u.shape[0], layers[0].u.dtype
-    return jax.grad(logit)(Shares(jnp.ones(time, dtype), jnp.ones(len(layers), dtype), jnp.ones((), dtype)))
+    dtype = state_dtype(x)
+    return jax.grad(logit)(Shares(jnp.ones(len(x), dtype), jnp.ones(len(carries), dtype), jnp.ones((), dtype)))
 
 
 def integrated_gradients(
@@ -193,7 +168,8 @@ def integrated_gradients(
             \int_0^1 \frac{\partial\, \text{logit}}{\partial x_j}(\alpha x, \alpha c_0)\, d\alpha
 
     x are the embeddings of the words and c_0 the initial states. The path starts where all of them are 0. The logit at
-    that point is the `bias` of the result.
+    that point is the `bias` of the result. The norms of residual blocks keep the factors that they have at the end of
+    the path, since they would undo the scaling. The effect of a word on these factors is in no word's share.
 
     Args:
       model, params, tokens, target, step, state: as for `shares`.
@@ -223,24 +199,110 @@ def integrated_gradients(
     check_size("nodes", nodes)
     x = _embedded(model, params, tokens)
     target, step = checked_index("target", target, model.vocabulary), checked_index("step", step, len(x))
-    sizes = zip(model.carries(state, ()), model.sizes, strict=True)
-    state = tuple(jnp.zeros(size, state_dtype(x)) if c is None else c for c, size in sizes)
+    carries = _carries(model, state, x)
 
-    def logit(scale: Array, x: Array, state: Carries) -> Array:
-        h = scale * x
-        for n, c0 in enumerate(state):
-            cell, options = params[f"stack_{n}"]["cell"], {"gates": model.gates, "activation": model.activation}
-            c, _ = solve(cell, h, scale * c0, solver=model.solver, **options)
-            h = output(cell, c, model.activation)
+    factors: list[Array] = []
+    _read(model, params, x, carries, factor=lambda h: factors.append(_reciprocal_rms(h)) or factors[-1])
+
+    def logit(scale: Array, x: Array, carries: list) -> Array:
+        kept = iter(factors)
+        scaled = jax.tree.map(lambda c: scale * c, carries)
+        h, _ = _read(model, params, scale * x, scaled, factor=lambda _: next(kept))
         weight, bias = _output_layer(model, params, target)
         return jnp.dot(h[step], weight) + bias
 
     points, quadrature = (jnp.asarray(a / 2, x.dtype) for a in np.polynomial.legendre.leggauss(nodes))
+    points = points + 0.5
     # By the chain rule the gradient of logit(a x) in x has a factor a, hence the division; no node is at a = 0.
-    gradients = lax.map(lambda a: jax.grad(logit, argnums=(1, 2))(a, x, state), points + 0.5, batch_size=AT_ONCE)
-    mean = jax.tree.map(lambda g: jnp.tensordot(quadrature / (points + 0.5), g, 1), gradients)
-    words, carry = jax.tree.map(lambda g, a: jnp.sum(g * a, axis=-1), mean, (x, tuple(state)))
-    return Shares(words, jnp.stack(carry), logit(jnp.zeros((), x.dtype), x, state))
+    gradients = lax.map(lambda a: jax.grad(logit, argnums=(1, 2))(a, x, carries), points, batch_size=AT_ONCE)
+    mean = jax.tree.map(lambda g: jnp.tensordot(quadrature / points, g, 1), gradients)
+    products = jax.tree.map(lambda g, a: g * a, mean, (x, carries))
+    carry = jnp.stack([sum(jnp.sum(a) for a in jax.tree.leaves(of_layer)) for of_layer in products[1]])
+    return Shares(jnp.sum(products[0], axis=-1), carry, logit(jnp.zeros((), x.dtype), x, carries))
+
+
+def _carries(model: LanguageModel, state: Carries | None, x: Array) -> list:
+    """The state before the first step, checked, for embeddings `(*batch, time, in)`; zeros for None."""
+    batch, dtype, carries = x.shape[:-2], state_dtype(x), []
+    for carry, size in zip(model.carries(state, batch), model.sizes, strict=True):
+        first = jnp.zeros((*batch, size), dtype)
+        if model.block == "residual":
+            first = first, jnp.zeros((*batch, model.conv_width - 1, model.embedding_size), dtype)
+        carries.append(first if carry is None else carry)
+    return carries
+
+
+def _reciprocal_rms(x: Array) -> Array:
+    """The factor of an RMSNorm before its scale, as flax computes it, `(..., 1)`."""
+    return lax.rsqrt(jnp.mean(jnp.square(x), axis=-1, keepdims=True) + nn.RMSNorm.epsilon)
+
+
+def _read(
+    model: LanguageModel,
+    params: Params,
+    x: Array,
+    carries: list,
+    bias: ArrayLike = 1.0,
+    held: bool = False,
+    factor: Callable[[Array], Array] = _reciprocal_rms,
+) -> tuple[Array, list[Decomposition]]:
+    """What the output layer reads, and the decompositions of all layers.
+
+    Args:
+      x: embeddings `(*batch, time, in)`.
+      carries: of the layers before the first step.
+      bias: a factor of the projections' biases.
+      held: whether the factors are constants to a derivative.
+      factor: of a norm, from its inputs.
+    """
+    hold = lax.stop_gradient if held else _unchanged
+
+    def norm(params: Params, h: Array) -> Array:
+        return h * hold(factor(h)) * lax.broadcast_to_rank(params["scale"], h.ndim)
+
+    h, layers = x, []
+    for n, carry in enumerate(carries):
+        layer = params[f"stack_{n}"]
+        states = partial(_states, model, layer["cell"], hold=hold, bias=bias, layers=layers)
+        h = _block(layer, h, carry, states, norm, hold) if model.block == "residual" else states(h, carry)
+    return (norm(params["norm"], h) if model.block == "residual" else h), layers
+
+
+def _states(
+    model: LanguageModel, cell: Params, v: Array, c0: Array, *, hold: Callable, bias: ArrayLike, layers: list
+) -> Array:
+    """The outputs of a RAN; its decomposition is added to `layers`."""
+    options: dict = {"activation": model.activation, "solver": model.solver, "dtype": model.dtype}
+    parts = decompose(cell, hold(v), hold(c0), **options)
+    layers.append(parts)
+    if hold is _unchanged:
+        return output(cell, parts.c, model.activation)
+    c = linear_recurrence(parts.f, parts.i * content(cell, v), c0)
+    h = c if model.activation == "identity" else c * _ratio(parts.c)
+    if "projection" not in cell:
+        return h
+    return jnp.dot(h, cell["projection"]["kernel"]) + bias * lax.broadcast_to_rank(cell["projection"]["bias"], h.ndim)
+
+
+def _block(layer: Params, x: Array, carry: tuple, states: Callable, norm: Callable, hold: Callable) -> Array:
+    """A residual block, with `states(v, c0)` for its cell and `norm(params, x)`; see `ranjax.ResidualBlock`."""
+    c0, history = carry
+    n = norm(layer["norm"], x)
+    v = n + convolved(layer["conv"], delayed(n, history, x.ndim - 2)) if "conv" in layer else n
+    x = x + _product(layer, "out", states(v, c0) * hold(jax.nn.silu(_product(layer, "gate", n))))
+    if "mlp_in" not in layer:
+        return x
+    m = norm(layer["mlp_norm"], x)
+    gate = hold(jax.nn.silu(_product(layer, "mlp_gate", m)))
+    return x + _product(layer, "mlp_out", _product(layer, "mlp_in", m) * gate)
+
+
+def _product(layer: Params, name: str, x: Array) -> Array:
+    return jnp.dot(x, layer[name]["kernel"])
+
+
+def _unchanged(factor: Any) -> Any:
+    return factor
 
 
 def _check_model(model: LanguageModel, params: Params) -> None:
@@ -258,10 +320,11 @@ def _check_model(model: LanguageModel, params: Params) -> None:
         raise ValueError("`params` must be those of the model, cell='ran'; got those of another cell.")
     gates = "-".join(sorted({gates_of(cell) for cell in cells}))
     projected = any("projection" in cell for cell in cells)
-    asked = model.vocabulary, len(model.sizes), model.tie, model.gates, model.projection is not None
-    given = params["embed"]["embedding"].shape[0], len(cells), "decode" not in params, gates, projected
+    block = "residual" if "norm" in params else "plain"
+    asked = model.vocabulary, len(model.sizes), model.tie, model.gates, model.projection is not None, model.block
+    given = params["embed"]["embedding"].shape[0], len(cells), "decode" not in params, gates, projected, block
     if asked != given:
-        names = "vocabulary={}, layers={}, tie={}, gates={!r}, projected={}"
+        names = "vocabulary={}, layers={}, tie={}, gates={!r}, projected={}, block={!r}"
         raise ValueError(f"`params` must be those of the model, {names.format(*asked)}; got {names.format(*given)}.")
 
 

@@ -10,11 +10,11 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from ranjax.cell import Params, output
+from ranjax.cell import Params
 from ranjax.device import free_memory
 from ranjax.errors import UserError, check_size, fitting
 from ranjax.interpret import weights
-from ranjax.interpret.attribution import Shares, decompositions, shares_of
+from ranjax.interpret.attribution import Shares, decompositions, shares
 from ranjax.interpret.decomposition import Decomposition, measure_of, scale_of
 from ranjax.lm import LanguageModel, Trained
 
@@ -176,11 +176,11 @@ def _explained(
     """The arrays of an explanation: of its layers, and probabilities, ids and shares of its predictions."""
     parts = decompositions(model, params, ids)
     layers = [_layer(layer, reduce, top) for layer in parts]
-    hidden = output(params[f"stack_{len(parts) - 1}"]["cell"], parts[-1].c[-1], model.activation)
-    logits = jnp.asarray(model.apply({"params": params}, hidden, method="logits"))
+    hidden, _ = model.apply({"params": params}, ids[None], deterministic=True, method="hidden")
+    logits = jnp.asarray(model.apply({"params": params}, hidden[0, -1], method="logits"))
     probabilities, targets = jax.lax.top_k(jax.nn.softmax(logits), min(PREDICTIONS, model.vocabulary))
-    shares = jax.vmap(lambda target: shares_of(model, params, parts, target, len(ids) - 1))(targets)
-    return layers, probabilities, targets, shares
+    found = jax.vmap(lambda target: shares(model, params, ids, target, len(ids) - 1))(targets)
+    return layers, probabilities, targets, found
 
 
 def _layer(parts: Decomposition, reduce: str, top: int) -> dict[str, Array | None]:

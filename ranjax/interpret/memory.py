@@ -103,13 +103,14 @@ def memory(
 
     @jax.jit
     def count(params, state, tokens):
-        found, state_after = [], []
+        found = []
         for parts in decompositions(model, params, tokens, state):
             lives = weights.half_lives(parts, most)[:window]
             counts = jax.vmap(lambda n: jnp.bincount(n - 1, length=most), in_axes=1)(lives)
             found.append((counts, weights.spans(parts, reduce, share, most)[:window]))
-            state_after.append(parts.c[window - 1])
-        return tuple(state_after), found
+        state = jax.tree.map(lambda c: c[None], state)
+        _, state = model.apply({"params": params}, tokens[None, :window], state, deterministic=True, method="hidden")
+        return jax.tree.map(lambda c: c[0], state), found
 
     state, windows = jax.tree.map(lambda c: c[0], zero_state(model, params, batch_size=1)), []
     for start in range(0, len(ids) - window - most + 1, window):

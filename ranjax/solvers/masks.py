@@ -55,6 +55,12 @@ def padding_after(seq_lengths: Array, shape: tuple[int, ...], time: int) -> Arra
     return lax.broadcasted_iota(jnp.int32, shape, time) >= jnp.expand_dims(seq_lengths, time)
 
 
+def starts_in_reverse(flipped: Array, time: int) -> Array:
+    """Where segments start in reverse: right after the step that began one."""
+    first = lax.broadcasted_iota(jnp.int32, flipped.shape, time) == 0
+    return jnp.roll(flipped, 1, axis=time) & ~first
+
+
 def filled(steps: Steps, time: int) -> Steps:
     """The steps, time first, followed by steps that keep the state: `time` steps in all."""
     more = time - len(steps.u)

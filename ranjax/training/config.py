@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple, get_args, get_origin, get_type_hints
 
 from ranjax import cli
-from ranjax.choices import Activation, Cell, Gates, Solver, Tokenizer
+from ranjax.choices import Activation, Block, Cell, GateInit, Gates, Solver, Tokenizer
 from ranjax.data import is_named
 from ranjax.errors import UserError, flag, is_choice, is_number, is_path, is_size
 from ranjax.saved import MEND, read_sealed, write_sealed
@@ -56,6 +56,7 @@ Sizes = Annotated[
 _Float32 = Rule(lambda v: v == 0 or 2.0**-126 <= v < 2.0**128, "between 1.2e-38 and 3.4e38, the range of float32")
 Positive = Annotated[float, Rule(lambda v: _is_finite(v) and v > 0, "finite and above 0"), _Float32]
 NotNegative = Annotated[float, Rule(lambda v: _is_finite(v) and v >= 0, "finite and at least 0"), _Float32]
+HalfLife = Annotated[float, Rule(lambda v: _is_finite(v) and v >= 1, "finite and at least 1"), _Float32]
 Rate = Annotated[float, Rule(lambda v: _is_finite(v) and 0 <= v < 1 - 2.0**-25, "in [0, 1)")]
 Text = Annotated[str, Rule(is_path, "a name or a path")]
 Folder = Annotated[str, Rule(is_path, "a path")]
@@ -85,6 +86,17 @@ class Config:
     """What a RAN's gates see: the whole last output, their own feature of it, or the input only."""
     activation: Activation = "tanh"
     """A RAN's output h = g(c). With recurrent gates the identity diverges with some seeds at the default settings."""
+    gate_init: GateInit = "zeros"
+    """Biases of a RAN's gates at first: zeros; forget gates by half-lives of 1 to --half-life steps; the same with
+    input gates that keep the variance."""
+    half_life: HalfLife = 64.0
+    """The longest of these half-lives, in steps."""
+    block: Block = "plain"
+    """Layers in sequence; or each in a residual block, as wide as the embedding, with a convolution and an MLP."""
+    conv_width: Size = 4
+    """Steps that the convolution of a residual block sees, the current one included; 1: no convolution."""
+    expansion: Positive | None = 1.5
+    """Units of a residual block's MLP for each feature; None: no MLP."""
     layers: Layers | None = None
     """Number of recurrent layers; that of the sizes in --features, or 2 for a single one, if not given."""
     features: Sizes = (200,)
@@ -234,6 +246,11 @@ def parse(argv: list[str] | None = None) -> Config:
         default = replace(load_config(begun.directory), out=str(begun.directory))
     flags = vars(cli.options(_Flags, argv, program, default=_Flags(**vars(default))))
     config = normalised(Config(**{name: value for name, value in flags.items() if name != "preset"}))
+    if start.preset and config.block != "plain":
+        raise UserError(
+            f"--block {config.block} cannot go with --preset {start.preset}, whose settings are those of plain layers. "
+            "Leave one of them out."
+        )
     for name, schedule in (("warmup", "cosine"), ("decay", "decay"), ("decay_after", "decay")):
         if config.schedule != schedule and getattr(config, name) != getattr(default, name):
             got = f"{getattr(config, name)} with {config.schedule}"

@@ -22,11 +22,23 @@ def parameter_count(config: Config, vocabulary: int) -> int:
     sizes = config.features
     layers = config.layers or (2 if len(sizes) == 1 else len(sizes))
     outputs = [config.projection or size for size in sizes]
-    embedding = config.embedding or (outputs[-1] if config.tie else sizes[0])
+    residual = config.block == "residual"
+    embedding = config.embedding or (outputs[-1] if config.tie and not residual else sizes[0])
+    if residual:
+        blocks = [_block(config, embedding, *shape) for shape in zip(sizes, outputs, strict=True)]
+        stack = sum(blocks) * (layers // len(sizes)) + embedding
+        return vocabulary * embedding + stack + vocabulary * (1 if config.tie else embedding + 1)
     stack = sum(_layer(config, *shape) for shape in zip([embedding, *outputs], sizes, outputs, strict=False))
     if len(sizes) == 1:
         stack += (layers - 1) * _layer(config, outputs[0], sizes[0], outputs[0])
     return vocabulary * embedding + stack + vocabulary * (1 if config.tie else outputs[-1] + 1)
+
+
+def _block(config: Config, width: int, size: int, output: int) -> int:
+    """The number of parameters of one residual block."""
+    conv = config.conv_width * width if config.conv_width > 1 else 0
+    mlp = 0 if config.expansion is None else width + 3 * width * int(config.expansion * width)
+    return width + conv + _layer(config, width, size, output) + 2 * width * output + mlp
 
 
 def _layer(config: Config, inputs: int, size: int, output: int) -> int:

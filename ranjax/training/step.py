@@ -11,6 +11,7 @@ from jax import Array
 
 from ranjax.errors import in_flags
 from ranjax.lm import LanguageModel, zero_state
+from ranjax.solvers import Result
 from ranjax.training.config import Config
 from ranjax.training.metrics import cross_entropy
 
@@ -54,7 +55,7 @@ class TrainState(NamedTuple):
 def build_model(config: Config, vocabulary: int) -> LanguageModel:
     """The model that a configuration describes."""
     names = ("cell", "features", "layers", "embedding", "projection", "gates", "activation", "solver")
-    names += ("dropout", "tie", "init_scale")
+    names += ("dropout", "tie", "init_scale", "gate_init", "half_life", "block", "conv_width", "expansion")
     with in_flags(names):
         model = LanguageModel(vocabulary, **{name: getattr(config, name) for name in names})
         abstract_params(model)
@@ -190,5 +191,5 @@ def make_loss(model: LanguageModel, config: Config, constrain: Constraint = unco
 
 def mean_iterations(sown: Any) -> Array | float:
     """Of the fixed point solver in a forward pass, the mean over the layers; 0 where nothing was iterated."""
-    results = [layer["result"] for layer in sown.get("solver", {}).values()]
+    results = jax.tree.leaves(sown.get("solver", {}), is_leaf=lambda one: isinstance(one, Result))
     return jnp.mean(jnp.stack([result.iterations for result in results])) if results else 0.0

@@ -10,6 +10,7 @@ import pytest
 
 import ranjax
 from ranjax import attribution, weights
+from ranjax.lm import BLOCKS, zero_state
 
 TOKENS = jnp.array([3, 1, 4, 1, 5, 9, 2, 6, 5, 3])
 
@@ -21,18 +22,27 @@ def random_model(**options):
     leaves, tree = jax.tree.flatten(jax.eval_shape(init, jax.random.key(0), TOKENS[None])["params"])
     keys = jax.random.split(jax.random.key(1), len(leaves))
     leaves = [0.7 * jax.random.normal(k, p.shape, jnp.float64) for k, p in zip(keys, leaves)]
-    state = tuple(jax.random.normal(jax.random.key(2 + n), (size,), jnp.float64) for n, size in enumerate(model.sizes))
-    return model, jax.tree.unflatten(tree, leaves), state
+    params = jax.tree.unflatten(tree, leaves)
+    leaves, tree = jax.tree.flatten(jax.tree.map(lambda c: c[0], zero_state(model, params, 1)))
+    state = [jax.random.normal(jax.random.key(2 + n), c.shape, jnp.float64) for n, c in enumerate(leaves)]
+    return model, params, jax.tree.unflatten(tree, state)
+
+
+def batched(state):
+    """The state of one text as that of a batch of one."""
+    return jax.tree.map(lambda c: c[None], state)
 
 
 @pytest.mark.quick
 @pytest.mark.parametrize("options", [
     {}, {"layers": 1}, {"layers": 3, "gates": "diagonal"}, {"gates": "input", "tie": True},
+    {"block": "residual"}, {"block": "residual", "gates": "input", "tie": True, "conv_width": 2, "layers": 3},
+    {"block": "residual", "conv_width": 1, "expansion": None, "projection": 4, "embedding": 5},
     {"activation": "identity"}, {"projection": 4}, {"projection": 4, "activation": "identity", "features": (6, 5)},
 ])  # fmt: skip
 def test_the_shares_sum_to_the_logit(x64, options):
     model, params, state = random_model(**options)
-    logits, _ = model.apply({"params": params}, TOKENS[None], tuple(c[None] for c in state), deterministic=True)
+    logits, _ = model.apply({"params": params}, TOKENS[None], batched(state), deterministic=True)
     every = jax.vmap(lambda target: attribution.shares(model, params, TOKENS, target, 7, state))
     found = every(jnp.arange(11))
     assert found.words.shape == (11, 10)
@@ -74,6 +84,56 @@ def test_a_share_with_identity_is_the_change_of_the_logit_without_the_word(x64):
     np.testing.assert_allclose(found.carry, lost, rtol=1e-10, atol=1e-12)
 
 
+def held_network(model, params, x, state, factors=None):
+    """Logits of a residual model with input gates, by loops, and its factors; those given are used in their place."""
+    params, found, given = jax.tree.map(np.asarray, params), [], iter(factors or ())
+
+    def factor(value):
+        found.append(value)
+        return next(given) if factors else value
+
+    def norm(layer, h):
+        return h * factor(1 / np.sqrt(np.mean(h**2, -1, keepdims=True) + 1e-6)) * layer["scale"]
+
+    for n, (c, history) in enumerate(jax.tree.map(np.asarray, state)):
+        p, outputs, recent = params[f"stack_{n}"], [], list(history)
+        for row in x:
+            v = norm(p["norm"], row)
+            gate = factor(oracle.silu(v @ p["gate"]["kernel"]))
+            recent = [v, *recent][:4]
+            v = v + sum(a * step for a, step in zip(p["conv"], recent, strict=True))
+            cell = p["cell"]
+            i, f = factor(oracle.sigmoid(np.einsum("n,ngf->gf", v, cell["gates"]["kernel"]) + cell["gates"]["bias"]))
+            c = i * (v @ cell["content"]["kernel"]) + f * c
+            row = row + (c * factor(np.tanh(c) / c) * gate) @ p["out"]["kernel"]
+            m = norm(p["mlp_norm"], row)
+            gate = factor(oracle.silu(m @ p["mlp_gate"]["kernel"]))
+            outputs.append(row + ((m @ p["mlp_in"]["kernel"]) * gate) @ p["mlp_out"]["kernel"])
+        x = np.stack(outputs)
+    h = np.stack([norm(params["norm"], row) for row in x])
+    return h @ params["decode"]["kernel"], found
+
+
+def test_a_share_in_a_residual_model_is_the_change_of_the_logit_without_the_word(x64):
+    """The factors as they were: of norms, gates, the tanh; the oracle sets one embedding, one state to 0."""
+    model, params, state = random_model(block="residual", gates="input")
+    x = np.asarray(params["embed"]["embedding"][TOKENS])
+    logits, factors = held_network(model, params, x, state)
+    found = attribution.shares(model, params, TOKENS, 4, 9, state)
+    np.testing.assert_allclose(found.total, logits[9, 4] + params["decode"]["bias"][4], rtol=1e-10)
+
+    def lost(x, state):
+        return (logits - held_network(model, params, x, state, factors)[0])[9, 4]
+
+    for j in range(10):
+        without = x.copy()
+        without[j] = 0
+        np.testing.assert_allclose(found.words[j], lost(without, state), rtol=1e-9, atol=1e-11)
+    for n in range(2):
+        others = [jax.tree.map(lambda c, kept=m != n: kept * c, carry) for m, carry in enumerate(state)]
+        np.testing.assert_allclose(found.carry[n], lost(x, others), rtol=1e-9, atol=1e-11)
+
+
 def test_shares_of_one_tanh_layer_are_integrated_gradients_along_contents(x64):
     model, params, state = random_model(layers=1)
     (parts,) = attribution.decompositions(model, params, TOKENS, state)
@@ -92,11 +152,16 @@ def test_shares_of_one_tanh_layer_are_integrated_gradients_along_contents(x64):
 
 @pytest.mark.parametrize(
     "options",
-    [{}, {"gates": "diagonal", "layers": 1}, {"gates": "input", "projection": 4, "tie": True, "embedding": 4}],
+    [
+        {},
+        {"gates": "diagonal", "layers": 1},
+        {"gates": "input", "projection": 4, "tie": True, "embedding": 4},
+        {"gates": "input", "block": "residual"},
+    ],
 )
 def test_integrated_gradients_sum_to_the_logit(x64, options):
     model, params, state = random_model(**options)
-    logits, _ = model.apply({"params": params}, TOKENS[None], tuple(c[None] for c in state), deterministic=True)
+    logits, _ = model.apply({"params": params}, TOKENS[None], batched(state), deterministic=True)
     found = attribution.integrated_gradients(model, params, TOKENS, 4, 7, state, nodes=64)
     assert abs(float(found.total - logits[0, 7, 4])) < 1e-6
     np.testing.assert_array_equal(found.words[8:], 0)
@@ -121,8 +186,9 @@ def test_integrated_gradients_equal_a_midpoint_rule(x64):
     np.testing.assert_allclose(found.words, jnp.sum(gradients.mean(0) * x, axis=-1), rtol=0, atol=1e-4)
 
 
-def test_states_of_zero_have_finite_shares():
-    model = ranjax.LanguageModel(vocabulary=11, features=6)
+@pytest.mark.parametrize("block", BLOCKS)
+def test_states_of_zero_have_finite_shares(block):
+    model = ranjax.LanguageModel(vocabulary=11, features=6, block=block)
     params = model.init(jax.random.key(0), TOKENS[None], deterministic=True)["params"]
     params = params | {"embed": {"embedding": jnp.zeros((11, 6))}}
     found = attribution.shares(model, params, TOKENS, 4, 9)
@@ -137,6 +203,15 @@ def test_models_of_other_cells_raise():
         attribution.decompositions(model, {}, TOKENS)
     with pytest.raises(ValueError, match="cell='ran'"):
         attribution.integrated_gradients(model, {}, TOKENS, 0, 0)
+
+
+def test_residual_shares_in_float32_sum_to_the_logit():
+    model = ranjax.LanguageModel(vocabulary=50, gates="input", block="residual", features=64, layers=3)
+    tokens = jnp.arange(200) % 50
+    params = model.init(jax.random.key(0), tokens[None], deterministic=True)["params"]
+    logits, _ = model.apply({"params": params}, tokens[None], deterministic=True)
+    for rule in (attribution.shares, attribution.integrated_gradients):
+        assert abs(float(rule(model, params, tokens, 4, 199).total - logits[0, 199, 4])) < 1e-4
 
 
 @pytest.mark.parametrize("tie", [True, False])
@@ -170,9 +245,16 @@ def test_arguments_that_do_not_fit_the_model_raise(x64):
         other = ranjax.LanguageModel(vocabulary=11, cell="gru", features=6)
         with pytest.raises(ValueError, match=r"`params` must be those of the model, cell='ran'; got those of another"):
             rule(model, other.init(jax.random.key(0), TOKENS[None], deterministic=True)["params"], TOKENS, 4, 9)
-        for name, value in (("vocabulary", 50), ("layers", 3), ("tie", True), ("gates", "input"), ("projection", 6)):
+        for name, value in (
+            ("vocabulary", 50),
+            ("layers", 3),
+            ("tie", True),
+            ("gates", "input"),
+            ("projection", 6),
+            ("block", "residual"),
+        ):
             asked = "projected=True" if name == "projection" else f"{name}={value!r}"
-            got = "got vocabulary=11, layers=2, tie=False, gates='recurrent', projected=False"
+            got = "got vocabulary=11, layers=2, tie=False, gates='recurrent', projected=False, block='plain'"
             with pytest.raises(ValueError, match=rf"must be those of the model, .*{asked}.*; {got}"):
                 rule(model.clone(**{name: value}), params, TOKENS, 4, 9)
         with pytest.raises(ValueError, match="`tokens` must be ids, which are integers; got float"):
@@ -215,10 +297,16 @@ def test_vmap_over_steps(x64):
         np.testing.assert_allclose(found, [words(0), words(7)], rtol=1e-10, atol=1e-13)
 
 
-def test_decompositions_of_a_batch_are_those_of_each_text(x64):
-    model, params, state = random_model()
-    texts, states = (TOKENS, TOKENS[::-1]), (state, tuple(-c for c in state))
-    together = attribution.decompositions(model, params, jnp.stack(texts), tuple(map(jnp.stack, zip(*states))))
+@pytest.mark.parametrize("block", BLOCKS)
+def test_decompositions_of_a_batch_are_those_of_each_text(x64, block):
+    model, params, state = random_model(block=block)
+    texts, states = (TOKENS, TOKENS[::-1]), (state, jax.tree.map(jnp.negative, state))
+    both = jax.tree.map(lambda *c: jnp.stack(c), *states)
+    together = attribution.decompositions(model, params, jnp.stack(texts), both)
+    _, last = model.apply({"params": params}, jnp.stack(texts), both, deterministic=True)
+    for many, carry in zip(together, last):
+        c = carry[0] if block == "residual" else carry
+        np.testing.assert_allclose(many.c[:, -1], c, rtol=0, atol=1e-12)
     for n, (text, first) in enumerate(zip(texts, states)):
         for many, one in zip(together, attribution.decompositions(model, params, text, first)):
             np.testing.assert_allclose(many.c[n], one.c, rtol=0, atol=1e-12)

@@ -11,11 +11,13 @@ import ranjax
 from ranjax import memory, weights
 from ranjax.errors import UserError
 from ranjax.interpret.attribution import decompositions
+from ranjax.lm import BLOCKS
 
 
-def test_windows_with_a_carried_state_equal_the_whole_text_at_once(x64):
+@pytest.mark.parametrize("block", BLOCKS)
+def test_windows_with_a_carried_state_equal_the_whole_text_at_once(x64, block):
     """Half-lives and spans counted window by window are those of the whole text."""
-    model = ranjax.LanguageModel(vocabulary=9, features=(5, 4))
+    model = ranjax.LanguageModel(vocabulary=9, features=(5, 4), block=block)
     ids = np.random.default_rng(0).integers(0, 9, 90).astype(np.int32)
     params = jax.jit(partial(model.init, deterministic=True))(jax.random.key(0), ids[None])["params"]
     params = jax.tree.map(lambda p: 3 * p.astype(jnp.float64), params)

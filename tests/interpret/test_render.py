@@ -278,6 +278,35 @@ def test_the_page_has_the_contrast_of_wcag_in_light_and_dark(browser, page, sche
     assert wrong == []
 
 
+def test_rows_and_columns_of_the_map_carry_their_words(browser, page):
+    tab, wrong = opened(browser, page)
+    words = shown(page)["words"]
+    size = tab.locator("#map").bounding_box()
+    for where, start, length in (("#rows", "y", "height"), ("#columns", "x", "width")):
+        labels = tab.locator(f"{where} .label")
+        assert labels.all_inner_texts() == words
+        for n in (0, 5, len(words) - 1):
+            box = labels.nth(n).bounding_box()
+            assert box[start] + box[length] / 2 == pytest.approx(
+                size[start] + (n + 0.5) / len(words) * size[length], abs=2
+            )
+    assert wrong == []
+
+
+def test_of_a_long_text_the_map_carries_as_many_words_as_fit(browser, tmp_path):
+    words = [f"w{n}" for n in range(300)]
+    render.write_page(explained(words, np.tril(np.ones((300, 300)))), 1, tmp_path / "page.html")
+    tab, _ = opened(browser, tmp_path / "page.html")
+    for width in (1000, 400):
+        tab.set_viewport_size({"width": width, "height": 700})
+        labels = tab.locator("#rows .label")
+        shown = labels.all_inner_texts()
+        every = 300 // len(shown) + (300 % len(shown) > 0)
+        assert shown == words[::every]
+        tops = [labels.nth(n).bounding_box()["y"] for n in (0, 1)]
+        assert 11 <= tops[1] - tops[0] < 30
+
+
 def test_a_click_on_the_map_chooses_the_word(browser, page):
     tab, _ = opened(browser, page)
     size, count = tab.locator("#map").bounding_box(), len(shown(page)["words"])

@@ -121,6 +121,12 @@ def test_a_setting_of_the_schedule_is_taken(tmp_path):
     assert parse(["--preset", "ptb-small", "--schedule", "cosine"]).decay == 0.5  # the preset's, not asked for
 
 
+def test_residual_blocks_are_refused_with_a_preset_of_plain_layers():
+    with pytest.raises(UserError, match="--block residual cannot go with --preset ptb-small, whose settings are those"):
+        parse(["--preset", "ptb-small", "--block", "residual"])
+    assert parse(["--block", "residual", "--expansion", "None"]).expansion is None
+
+
 @pytest.mark.parametrize(
     "flags", [["--preset", "ptb-tiny"], ["--cell", "xlstm"], ["--nonsense", "1"], ["--steps", "x"]]
 )
@@ -157,6 +163,11 @@ SIZES = "one or more whole numbers, each at least 1 and below 2**31"
         ({"features": np.array([8, 8])}, f"--features must be {SIZES}; got array"),
         ({"features": (8, 10**12)}, f"--features must be {SIZES}; got (8, 1000000000000)"),
         ({"features": ()}, f"--features must be {SIZES}; got ()"),
+        ({"block": "highway"}, "--block must be one of plain, residual; got 'highway'"),
+        ({"conv_width": 0}, f"--conv-width must be {SIZE}; got 0"),
+        ({"expansion": 0}, "--expansion must be finite and above 0; got 0"),
+        ({"gate_init": "ones"}, "--gate-init must be one of zeros, half-lives, half-lives-variance; got 'ones'"),
+        ({"half_life": 0.5}, "--half-life must be finite and at least 1; got 0.5"),
         ({"streams": 0}, f"--streams must be {SIZE}; got 0"),
         ({"layers": True}, "--layers must be a whole number, at least 1 and at most 1,000; got True"),
         ({"layers": 1001}, "--layers must be a whole number, at least 1 and at most 1,000; got 1001"),

@@ -23,7 +23,10 @@ RAN = [{"gates": gates} for gates in ("recurrent", "diagonal", "input")]
 RAN += [{"gates": gates, "projection": 3} for gates in ("recurrent", "input")]
 
 
-@pytest.mark.parametrize("cell", [*RAN, {"cell": "lstm"}, {"cell": "gru"}, {"cell": "rnn"}])
+RESIDUAL = [{"block": "residual"}, {"block": "residual", "conv_width": 1, "expansion": None, "gates": "input"}]
+
+
+@pytest.mark.parametrize("cell", [*RAN, {"cell": "lstm"}, {"cell": "gru"}, {"cell": "rnn"}, *RESIDUAL])
 @pytest.mark.parametrize("shape", SHAPES)
 def test_the_parameters_are_counted_as_the_model_has_them(cell, shape):
     config = Config(**{"tie": False, **cell, **shape})
