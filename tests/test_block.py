@@ -1,5 +1,8 @@
 """The residual block: equal to the equations for every cell, with masks, segments and time over a mesh."""
 
+import os
+import subprocess
+import sys
 from functools import partial
 
 import jax
@@ -301,3 +304,21 @@ def test_masks_are_refused_with_other_cells():
 def test_an_expansion_that_leaves_no_unit_is_refused():
     with pytest.raises(ValueError, match=r"`expansion` must leave the MLP at least one unit; got 0\.1 for 5 features"):
         block_and_variables(expansion=0.1)
+
+
+def test_exports_with_symbolic_batch_and_time():
+    """In a separate process: the shape checks of the tests do not support symbolic sizes."""
+    program = (
+        "import jax, jax.export, jax.numpy as jnp, numpy as np, flax.linen as nn\n"
+        "from ranjax import ResidualBlock, RANCell\n"
+        "x = np.random.default_rng(0).normal(size=(2, 9, 3)).astype(np.float32)\n"
+        "of_any = jax.ShapeDtypeStruct((*jax.export.symbolic_shape('batch, time'), 3), jnp.float32)\n"
+        "for cell in (RANCell(4, 'input'), RANCell(4), nn.GRUCell(4)):\n"
+        "    block = ResidualBlock(cell)\n"
+        "    variables = block.init(jax.random.key(0), x)\n"
+        "    exported = jax.export.export(jax.jit(block.apply))(variables, of_any)\n"
+        "    np.testing.assert_allclose(exported.call(variables, x), block.apply(variables, x), rtol=0, atol=1e-6)\n"
+        "print('same')\n"
+    )
+    done = subprocess.run([sys.executable, "-c", program], env=os.environ, capture_output=True, text=True)
+    assert done.stdout.strip() == "same", done.stderr

@@ -175,6 +175,7 @@ def test_solver_iterations_are_averaged_over_layers_and_summed_over_steps(pets):
 def test_all_settings_of_a_model_are_used():
     options = {"features": (5, 6), "layers": 2, "embedding": 6, "projection": 6, "tie": True, "dropout": 0.3}
     options |= {"gates": "input", "activation": "identity", "init_scale": 0.01, "solver": "sequential"}
+    options |= {"block": "residual", "conv_width": 2, "expansion": None, "gate_init": "half-lives", "half_life": 9.0}
     model = step.build_model(Config(**options), 19)
     assert {name: getattr(model, name) for name in options} == options
 
