@@ -6,6 +6,7 @@ import json
 import re
 import subprocess
 import sys
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -13,7 +14,7 @@ import pytest
 from small_runs import files_of_at_most
 
 import ranjax
-from ranjax import explain, train, weights
+from ranjax import evaluate, explain, generate, train, weights
 from ranjax.errors import UserError
 from ranjax.interpret import explanation, render
 from ranjax.interpret.attribution import decompositions
@@ -34,6 +35,11 @@ def trained(folder, **options):
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
     return trained(tmp_path_factory.mktemp("words"))
+
+
+@pytest.fixture(scope="module")
+def residual(tmp_path_factory):
+    return trained(tmp_path_factory.mktemp("residual"), block="residual", gates="input", conv_width=2)
 
 
 def message(arguments, capsys):
@@ -68,6 +74,24 @@ def test_the_terminal_shows_the_strongest_sources_of_each_word(run, capsys):
         logit, shares = line.split(" = ")
         total = sum(float(share) for share in re.findall(r"[+-]\d+\.\d+", shares))
         assert total == pytest.approx(float(logit.split("logit ")[1]), abs=0.05)
+
+
+def test_a_residual_run_is_explained_evaluated_and_sampled(residual, tmp_path, capsys):
+    page, text = tmp_path / "page.html", "the cat sat on the mat"
+    explain.main(["--checkpoint", residual, "--text", text, "--layer", "2", "--out", str(page)])
+    assert "Layer 2." in capsys.readouterr().out
+    loaded, predictions = load_run(residual), shown(page)["predictions"]
+    ids = loaded.vocabulary.encode(text)
+    logits, _ = loaded.model.apply({"params": loaded.params}, ids[None], deterministic=True)
+    for prediction in predictions:
+        found = sum(prediction["words"]) + prediction["bias"]
+        id = loaded.vocabulary.encode("\n" if prediction["word"] == "⏎" else prediction["word"])[0]
+        assert found == pytest.approx(float(logits[0, -1, id]), abs=2e-3)  # the page has four digits of each share
+    evaluate.main(["--checkpoint", residual])
+    perplexity = json.loads((Path(residual) / "result.json").read_text())["test_perplexity"]
+    assert f"perplexity {perplexity:.2f}" in capsys.readouterr().out
+    generate.main(["--checkpoint", residual, "--prompt", "the", "--length", "5"])
+    assert capsys.readouterr().out.startswith("the")
 
 
 def test_the_word_none_is_a_text(run, capsys):

@@ -5,7 +5,8 @@
 For runs of ranjax.train with recurrent gates, as trained and at initialisation: the residual of every iteration of each
 layer, and its distance from the states of the sequential scan, over lengths and over scaled weights on h, for several
 iterations. In float64, on the validation text, with batch 1. The iterations to a level are those run before the states
-whose residual is at most that level. passes.jsonl has the counts, residuals.png the residuals.
+whose residual is at most that level. passes.jsonl has the counts, residuals.png the residuals; rows of other runs are
+kept.
 """
 
 import json
@@ -18,11 +19,11 @@ from typing import TYPE_CHECKING, Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import linen as nn
 from iterations import chunks, variants
 
-import ranjax
-from ranjax import cli
-from ranjax.cell import Params, output
+from ranjax import RAN, cli
+from ranjax.cell import Params
 from ranjax.errors import UserError, flag, is_size
 from ranjax.figure import blank_figure
 from ranjax.training.report import device, versions
@@ -86,16 +87,28 @@ def measure(params: Params, x: jax.Array, activation: str, trained: bool, option
 def measure_layers(run: Run, params: Params, tokens: jax.Array, epochs: int, options: Options) -> Iterator[dict]:
     """The rows of all layers of a model with these parameters, trained for so many epochs, in float64."""
     params = jax.tree.map(lambda p: p.astype(jnp.float64), params)
-    x = params["embed"]["embedding"][tokens]
-    activation = run.config.activation
-    for layer, size in enumerate(run.model.sizes):
+    activation, inputs = run.config.activation, inputs_of_layers(run, params, tokens)
+    for layer, (size, x) in enumerate(zip(run.model.sizes, inputs, strict=True)):
         cell = params[f"stack_{layer}"]["cell"]
         about = {"epochs": epochs, "layer": layer + 1, "features": size, "activation": activation}
         about |= {"dropout": run.config.dropout}
+        about |= {"block": run.config.block}
         for row in measure(cell, x, activation, epochs > 0, options):
             yield about | row
-        states, _ = ranjax.solve(cell, x, gates="recurrent", activation=activation)
-        x = output(cell, states, activation)
+
+
+def inputs_of_layers(run: Run, params: Params, tokens: jax.Array) -> list[jax.Array]:
+    """What the RAN of each layer reads, `(1, time, in)`."""
+    found = []
+
+    def keep(call, args, kwargs, context):
+        if isinstance(context.module, RAN) and context.method_name == "__call__":
+            found.append(jnp.swapaxes(args[0], 0, 1) if context.module.time_major else args[0])
+        return call(*args, **kwargs)
+
+    with nn.intercept_methods(keep):
+        run.model.apply({"params": params}, tokens, deterministic=True, method="hidden")
+    return found
 
 
 def draw(rows: list[dict[str, Any]], path: Path) -> None:
@@ -161,7 +174,11 @@ def main(options: Options) -> None:
     check(options)
     runs = [(directory, *opened(directory, options)) for directory in options.checkpoint]
     options.out.mkdir(parents=True, exist_ok=True)
-    rows, process = [], {"date": date.today().isoformat(), "device": device(), "versions": versions()}
+    path = options.out / "passes.jsonl"
+    names = {Path(directory).name for directory in options.checkpoint}
+    kept = map(json.loads, path.read_text("utf-8").splitlines() if path.exists() else ())
+    rows = [row for row in kept if row["run"] not in names]
+    process = {"date": date.today().isoformat(), "device": device(), "versions": versions()}
     for directory, run, tokens in runs:
         fresh = run.model.init(jax.random.key(run.config.seed), tokens[:, :2], deterministic=True)["params"]
         of_run = {"run": Path(directory).name, "dataset": Path(run.config.dataset).name}
@@ -169,7 +186,7 @@ def main(options: Options) -> None:
             for row in measure_layers(run, params, tokens, epochs, options):
                 rows.append(of_run | process | row)
                 print({key: value for key, value in rows[-1].items() if key != "residuals"}, flush=True)
-    cli.write_whole(options.out / "passes.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
+    cli.write_whole(path, "".join(json.dumps(row) + "\n" for row in rows))
     draw(rows, options.out / "residuals.png")
 
 

@@ -1,6 +1,7 @@
 """The study of convergence: its iterations are the solver's, and what it refuses."""
 
 import dataclasses
+import json
 
 import jax
 import jax.numpy as jnp
@@ -9,7 +10,7 @@ import pytest
 from ranjax import FixedPoint, RANCell, solve
 from ranjax.errors import UserError
 from ranjax.solvers.fixed_point import iterate
-from ranjax.training.run import train
+from ranjax.training.run import load_run, train
 
 
 def layer():
@@ -71,9 +72,10 @@ def test_what_the_study_cannot_use_is_refused_before_anything_is_written(script,
     assert [path.read_text() for path in kept.parent.iterdir()] == ["kept"]
 
 
-def test_a_network_is_measured_as_trained_and_as_initialised(script, pets, tmp_path, monkeypatch, x64):
+@pytest.mark.parametrize("block", ["plain", "residual"])
+def test_a_network_is_measured_as_trained_and_as_initialised(script, pets, tmp_path, monkeypatch, x64, block):
     (tmp_path / "pets.txt").write_text("the cat sat on the mat\nthe dog sat on the log\n" * 500)
-    config = dataclasses.replace(pets, out=str(tmp_path / "run"))
+    config = dataclasses.replace(pets, out=str(tmp_path / "run"), block=block)
     train(config)
     convergence, measured = script("convergence"), []
 
@@ -89,4 +91,24 @@ def test_a_network_is_measured_as_trained_and_as_initialised(script, pets, tmp_p
     assert kernel.dtype == jnp.float64
     assert jnp.max(jnp.abs(kernel - first_kernel)) > 1e-4
     assert (tmp_path / "out" / "residuals.png").read_text() == "2"
-    assert len((tmp_path / "out" / "passes.jsonl").read_text().splitlines()) == 2
+    lines = (tmp_path / "out" / "passes.jsonl").read_text().splitlines()
+    assert [json.loads(line)["block"] for line in lines] == [block] * 2
+    other = json.dumps({"run": "another"})
+    (tmp_path / "out" / "passes.jsonl").write_text("\n".join([other, *lines]) + "\n")
+    convergence.main(convergence.Options((config.out,), lengths=(35,), out=tmp_path / "out"))
+    assert (tmp_path / "out" / "passes.jsonl").read_text().splitlines()[:1] == [other]
+    assert (tmp_path / "out" / "residuals.png").read_text() == "3"
+
+
+def test_the_inputs_of_every_layer_are_what_its_ran_reads(script, pets, tmp_path):
+    """Solved from them alone, the last states are those that the model returns."""
+    for block in ("plain", "residual"):
+        config = dataclasses.replace(pets, out=str(tmp_path / block), block=block, layers=2)
+        train(config)
+        run, tokens = load_run(config.out), jnp.arange(40)[None] % 5
+        inputs = script("convergence").inputs_of_layers(run, run.params, tokens)
+        _, state = run.model.apply({"params": run.params}, tokens, deterministic=True)
+        for n, (x, carry) in enumerate(zip(inputs, state, strict=True)):
+            c, _ = solve(run.params[f"stack_{n}"]["cell"], x, gates="recurrent")
+            expected = carry[0] if block == "residual" else carry
+            assert jnp.allclose(c[:, -1], expected, atol=1e-6)

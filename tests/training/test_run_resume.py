@@ -57,7 +57,12 @@ def test_a_run_of_more_epochs_is_one_longer_run(straight, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "options", [{"dropout": 0.3, "solver": "fixed_point"}, {"optimizer": "sgd", "schedule": "decay", "cell": "lstm"}]
+    "options",
+    [
+        {"dropout": 0.3, "solver": "fixed_point"},
+        {"optimizer": "sgd", "schedule": "decay", "cell": "lstm"},
+        {"dropout": 0.3, "block": "residual", "gates": "input", "gate_init": "half-lives"},
+    ],
 )
 def test_a_stopped_run_resumes_bitwise(options, pets_text, tmp_path, monkeypatch):
     """Here in the middle of the first epoch."""
