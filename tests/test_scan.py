@@ -312,3 +312,16 @@ def test_chunked_with_the_shipped_length(reverse, time, x64):
     )
     for got, want in zip(*gradients):
         assert_close(got, want, np.finfo(np.float64).eps)
+
+
+@pytest.mark.shipped
+@pytest.mark.skipif(jax.default_backend() != "cpu", reason="the choice for a CPU")
+@pytest.mark.parametrize(
+    ("shape", "chosen"),
+    [((1, 4095, 16), "sequential"), ((1, 4096, 16), "chunked"), ((8, 4096, 200), "sequential")],
+)
+def test_on_a_cpu_long_sequences_of_small_rows_are_solved_in_chunks(shape, chosen):
+    decay, inputs = (jnp.asarray(a, jnp.float32) for a in np.random.default_rng(0).random((2, *shape)))
+    found = linear_recurrence(decay, inputs)
+    np.testing.assert_array_equal(found, linear_recurrence(decay, inputs, solver=chosen))
+    np.testing.assert_allclose(found, oracle.recurrence(decay, inputs), rtol=1e-5)

@@ -4,6 +4,7 @@ import os
 import secrets
 import shlex
 import shutil
+import time
 from contextlib import ExitStack, nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -40,6 +41,7 @@ from ranjax.training.step import (
 )
 
 UNFINISHED = ".ranjax-"  # begins the name of a run's directory until it is complete
+SOON = 60.0  # seconds in which a program that begins a run has locked its directory
 CHANGES = "(the embedded corpora change with the version of Python)"
 
 
@@ -164,6 +166,8 @@ def _clean(parent: Path) -> None:
             if (path / ".open").exists():
                 with FileLock(path / ".open", blocking=False):
                     shutil.rmtree(path)
+            elif time.time() - path.stat().st_mtime > SOON:
+                path.rmdir()  # not if there is anything in it
 
 
 def _lock(directory: Path, held: ExitStack) -> None:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 import re
 import shutil
 import signal
@@ -186,14 +187,18 @@ def test_a_run_that_could_not_be_created_leaves_no_directory(pets_text, tmp_path
 
 def test_what_a_killed_program_has_left_of_a_run_is_removed_by_the_next(pets_text, tmp_path):
     """But not what another program is about to complete, nor what is not of a run."""
-    killed, alive, other = (tmp_path / name for name in (".ranjax-1", ".ranjax-2", ".ranjax-notes"))
-    for folder in (killed, alive, other):
+    names = ".ranjax-1", ".ranjax-2", ".ranjax-notes", ".ranjax-3", ".ranjax-4"
+    killed, alive, other, empty, begun = (tmp_path / name for name in names)
+    for folder in (killed, alive, other, empty, begun):
         folder.mkdir()
     (killed / ".open").touch()
+    (other / "notes.txt").touch()
+    for folder in (other, empty):
+        os.utime(folder, (0, 0))
     (killed / "vocabulary.json").touch()
     with FileLock(alive / ".open"):
         train(settings(pets_text, tmp_path / "run", epochs=1, batch_size=40))
-    assert sorted(path.name for path in tmp_path.iterdir()) == [alive.name, other.name, "run"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == [alive.name, begun.name, other.name, "run"]
 
 
 def test_a_run_is_trained_by_one_program_at_a_time(pets_text, tmp_path, monkeypatch):
