@@ -33,8 +33,9 @@ class RAN(nn.Module):
     match those of the sequential scan to rounding, except vanishing gradients (below 1e-3 of the largest; see
     `ranjax.FixedPoint`).
 
-    With `solver="auto"` or `"pallas"`, input and diagonal gates are not stored: the gradient recomputes them. Forward
-    mode, reverse mode and higher derivatives work with every solver, except for the limits of `ranjax.FixedPoint`.
+    With `solver="auto"` or `"pallas"`, input and diagonal gates are not stored: the gradient recomputes them. On a CPU
+    `"auto"` stores input gates that take at most 4 MB, where there are no masks. Forward mode, reverse mode and higher
+    derivatives work with every solver, except for the limits of `ranjax.FixedPoint`.
 
     Attributes:
       cell: a `RANCell`, or a subclass with the same `__call__`. Apply `nn.remat` and `nn.jit` to the layer, not to the
@@ -164,7 +165,8 @@ class RAN(nn.Module):
         c0 = self._initial(initial_carry, init_key, (*batch, x.shape[-1]), x.dtype)
         steps = steps_of(params, x, time, segment_starts, padding)
         options: dict = {"activation": self.cell.activation, "solver": self.solver, "axis_name": self.axis_name}
-        c, result = states(params, steps, c0, **options)
+        masks = segment_starts is not None or seq_lengths is not None
+        c, result = states(params, steps, c0, masks=masks, **options)
         if not self.is_initializing():
             self.sow("solver", "result", result, init_fn=lambda: result, reduce_fn=lambda _, new: new)
         c = jnp.moveaxis(c, 0, time)

@@ -7,7 +7,7 @@ import oracle
 import pytest
 from networks import ELEMENTWISE, inputs, layer_and_variables
 
-from ranjax import RAN, RANCell, weights
+from ranjax import RAN, RANCell, solvers, weights
 from ranjax.scan import SOLVERS
 from ranjax.solvers.elementwise import _elementwise
 
@@ -43,13 +43,24 @@ def test_sigmoids_of_bfloat16_pre_activations_are_float32(gates, solver):
         np.testing.assert_allclose(np.asarray(a, np.float32), b, rtol=2**-8, atol=1e-5)
 
 
-@pytest.mark.parametrize("gates", ELEMENTWISE)
-def test_no_gate_is_stored_for_the_gradient(gates):
-    """Stored for the backward pass: x, pre-activations, content and states, nothing else of their size."""
+def words_stored(gates, **masks):
+    """Numbers that a step of 4 features with inputs of 3 stores for the backward pass."""
     layer, variables = layer_and_variables({"gates": gates, "activation": "identity"})
-    _, pullback = jax.vjp(lambda v, x: layer.apply(v, x)[1], variables, inputs(2, 500, 3))
-    words = sum(leaf.size for leaf in jax.tree.leaves(pullback) if leaf.size >= 1000) / (2 * 500)
-    assert words == 3 + 2 * 4 + 4 + 4
+    _, pullback = jax.vjp(lambda v, x: layer.apply(v, x, **masks)[1], variables, inputs(2, 500, 3))
+    return sum(leaf.size for leaf in jax.tree.leaves(pullback) if leaf.size >= 1000 and leaf.dtype != bool) / (2 * 500)
+
+
+@pytest.mark.parametrize("gates", ELEMENTWISE)
+def test_no_gate_is_stored_for_the_gradient(gates, patch):
+    """Stored for the backward pass: x, pre-activations, content and states, nothing else of their size."""
+    patch(solvers, "STORED", 0)
+    assert words_stored(gates) == 3 + 2 * 4 + 4 + 4
+
+
+@pytest.mark.skipif(jax.default_backend() != "cpu", reason="the choice for a CPU")
+def test_few_gates_on_the_input_are_stored_where_there_are_no_masks():
+    assert words_stored("diagonal") == 3 + 2 * 4 + 4 + 4
+    assert words_stored("input") > words_stored("input", segment_starts=np.zeros((2, 500), bool))
 
 
 @pytest.mark.parametrize("gates", ELEMENTWISE)
