@@ -1,5 +1,6 @@
 """A recurrent language model: embedding, layers of cells, output layer."""
 
+import math
 from collections.abc import Callable
 from functools import partial
 from typing import Any, Protocol
@@ -39,8 +40,8 @@ class LanguageModel(nn.Module):
         h^0_t = E_{w_t}, \qquad h^l = \text{layer}_l(h^{l-1}), \qquad
         p(w_{t+1} \mid w_{\le t}) = \text{softmax}(W_o h^L_t + b_o)
 
-    With `block="residual"` every layer is a `ResidualBlock`, as wide as the embedding, and an RMSNorm is before the
-    output layer.
+    With `block="residual"` every layer is a `ResidualBlock` as wide as the embedding, the stream begins with
+    :math:`h^0_t = \sqrt{d} E_{w_t}` for an embedding of size d, and an RMSNorm is before the output layer.
 
     Dropout applies to the embedding and to the output of every layer, with independent masks for every step; with
     residual blocks to what each adds to the stream, and to the last norm. It never applies to the recurrence. The masks
@@ -187,6 +188,11 @@ class LanguageModel(nn.Module):
         return self.embedding or (self._outputs[-1] if self.tie and self.block == "plain" else self.sizes[0])
 
     @property
+    def input_scale(self) -> float:
+        """The factor of the embeddings in the network's input: a residual stream begins about as large as its norms."""
+        return math.sqrt(self.embedding_size) if self.block == "residual" else 1.0
+
+    @property
     def _time_major(self) -> bool:
         """Whether the layers run with time as the first axis: where they scan over it with full matrices."""
         return self.cell != "ran" or (
@@ -236,7 +242,8 @@ class LanguageModel(nn.Module):
         tokens = checked_ids(tokens, self.vocabulary)
         if tokens.ndim != 2:
             raise ValueError(f"`tokens` must have the axes (batch, time); got the shape {tokens.shape}.")
-        h = self.drop(self.embed(tokens.T if self._time_major else tokens), deterministic=deterministic)
+        h = self.input_scale * self.embed(tokens.T if self._time_major else tokens)
+        h = self.drop(h, deterministic=deterministic)
         carries = []
         for layer, carry in zip(self.stack, self.carries(state, tokens.shape[:1]), strict=True):
             if isinstance(layer, ResidualBlock):

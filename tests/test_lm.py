@@ -77,7 +77,7 @@ def test_a_residual_model_of_two_layers_is_a_loop(x64):
     options = {"gates": "input", "block": "residual", "embedding": 5}
     model, variables = model_and_variables(**options)
     params = jax.tree.map(lambda p: p.astype(jnp.float64), variables["params"])
-    h = np.asarray(params["embed"]["embedding"])[TOKENS]
+    h = 5**0.5 * np.asarray(params["embed"]["embedding"])[TOKENS]
     for name in ("stack_0", "stack_1"):
 
         def step(c, v, cell=params[name]["cell"]):

@@ -55,14 +55,15 @@ class Study(NamedTuple):
 
 
 RESIDUAL = {"block": "residual"}
-SCAN = {"gates": "input", **RESIDUAL}
+LINEAR = {"activation": "identity", **RESIDUAL}  # h = c, which is better in blocks
+SCAN = {"gates": "input", **LINEAR}
 MODELS: dict[str, Settings] = {
     "LSTM": {"cell": "lstm"},
     "LSTM, residual": {"cell": "lstm", **RESIDUAL},
     "RAN": {},
     "RAN, input gates": {"gates": "input"},
     "RAN, input gates, residual": SCAN,
-    "RAN, diagonal gates, residual": {"gates": "diagonal", **RESIDUAL},
+    "RAN, diagonal gates, residual": {"gates": "diagonal", **LINEAR},
 }
 # The residual RAN with input gates, without one of its pieces, and with other depths.
 PIECES: dict[str, Settings] = {
@@ -71,6 +72,7 @@ PIECES: dict[str, Settings] = {
     "no MLP": SCAN | {"expansion": None},
     "no output gate": SCAN,
     "no norms": SCAN,
+    "tanh": SCAN | {"activation": "tanh"},
     "1 block": SCAN | {"layers": 1},
     "2 blocks": SCAN | {"layers": 2},
     "6 blocks": SCAN | {"layers": 6},

@@ -336,8 +336,9 @@ def _check_text(tokens: ArrayLike) -> None:
 
 
 def _embedded(model: LanguageModel, params: Params, tokens: ArrayLike) -> Array:
-    """The embeddings of the tokens. Raises a ValueError for ids out of the model's range, unless they are traced."""
-    return jnp.take(params["embed"]["embedding"], checked_ids(tokens, model.vocabulary), axis=0)
+    """What the first layer reads. Raises a ValueError for ids out of the model's range, unless they are traced."""
+    embeddings = jnp.take(params["embed"]["embedding"], checked_ids(tokens, model.vocabulary), axis=0)
+    return model.input_scale * embeddings
 
 
 def _ratio(c: Array) -> Array:

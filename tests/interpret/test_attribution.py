@@ -117,7 +117,7 @@ def held_network(model, params, x, state, factors=None):
 def test_a_share_in_a_residual_model_is_the_change_of_the_logit_without_the_word(x64):
     """The factors as they were: of norms, gates, the tanh; the oracle sets one embedding, one state to 0."""
     model, params, state = random_model(block="residual", gates="input")
-    x = np.asarray(params["embed"]["embedding"][TOKENS])
+    x = 6**0.5 * np.asarray(params["embed"]["embedding"][TOKENS])
     logits, factors = held_network(model, params, x, state)
     found = attribution.shares(model, params, TOKENS, 4, 9, state)
     np.testing.assert_allclose(found.total, logits[9, 4] + params["decode"]["bias"][4], rtol=1e-10)
