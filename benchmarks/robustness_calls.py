@@ -37,6 +37,10 @@ NO_RUN = "", "x", "\0", LONG, "{place}", "{text}", "{text}/x", "/dev/null", "{ou
 WRONG = {
     "train": {
         **dict.fromkeys(["--layers", "--features", "--embedding", "--projection", "--epochs"], NO_SIZE),
+        "--conv-width": NO_SIZE,
+        "--half-life": (*NO_POSITIVE, "0.5"),
+        "--expansion": NO_POSITIVE,
+        **dict.fromkeys(["--block", "--gate-init"], NO_CHOICE),
         **dict.fromkeys(["--batch-size", "--steps", "--streams"], NO_SIZE),
         **dict.fromkeys(["--decay-after", "--seed"], NO_COUNT),
         **dict.fromkeys(["--learning-rate", "--clip", "--decay", "--init-scale"], NO_POSITIVE),
@@ -81,6 +85,11 @@ TOGETHER = {
         (("--cell", "lstm", "--gates", "input"), "--gates"),
         (("--cell", "gru", "--projection", "4"), "--projection"),
         (("--cell", "rnn", "--activation", "identity"), "--activation"),
+        (("--cell", "lstm", "--gate-init", "half-lives"), "--gate-init"),
+        (("--conv-width", "3"), "--conv-width"),
+        (("--expansion", "2"), "--expansion"),
+        (("--block", "residual", "--expansion", "0.1"), "--expansion"),
+        (("--preset", "ptb-small", "--block", "residual"), "--block"),
         (("--layers", "3", "--features", "8", "9"), "--features"),
         (("--embedding", "5"), "--embedding"),
         (("--batch-size", "100000"), "--batch-size"),
@@ -103,6 +112,7 @@ ENORMOUS = [
     ("--layers", "1000000000"),
     ("--layers", "2147483647"),
     ("--features", "3000000", "--gates", "input"),
+    *[("--block", "residual", name, "2147483647") for name in ("--features", "--conv-width", "--expansion")],
 ]
 
 
@@ -168,6 +178,10 @@ PATHS = 1, True, "", "\0", []
 SETTINGS = {
     **dict.fromkeys(["epochs", "batch_size", "steps", "streams"], (None, *SIZES)),
     **dict.fromkeys(["layers", "embedding", "projection"], SIZES),
+    "conv_width": (None, *SIZES),
+    "expansion": POSITIVES,
+    "half_life": (None, *POSITIVES, 0.5),
+    **dict.fromkeys(["block", "gate_init"], (None, *CHOICES)),
     "features": (None, 8, "x", (), (0,), (-1,), (1.5,), (True,), (2**31,), ("8",)),
     **dict.fromkeys(["warmup", "decay_after", "seed"], (None, *COUNTS)),
     **dict.fromkeys(["learning_rate", "decay", "clip"], (None, *POSITIVES)),
@@ -284,9 +298,20 @@ def _of_layers() -> Iterator[PythonCall]:
     yield from _calls("RANCell", cell, "gates", ("x", "", None, 1))
     yield from _calls("RANCell", cell, "activation", ("x", "", None, 1))
     yield from _calls("RAN", layer, "solver", ("x", "", None, 1))
+
+    def block(**options: Any) -> Any:
+        return ranjax.ResidualBlock(ranjax.RANCell(4), **options).init(key, x)
+
+    yield from _calls("ResidualBlock", block, "conv_width", (0, -1, 1.5, "x", None, True))
+    yield from _calls("ResidualBlock", block, "expansion", (0, -1, NAN, "x", True, 0.1))
+    yield from _calls("ResidualBlock", block, "dropout", (-1, 1.5, NAN, "x", None))
+    yield from _calls("ResidualBlock", block, "solver", ("x", "", None, 1))
+    yield from _calls("LanguageModel", model, "conv_width", (0, -1, 1.5, "x", None, True), block="residual")
+    yield from _calls("LanguageModel", model, "expansion", (0, -1, NAN, "x", True), block="residual")
+    yield from _calls("LanguageModel", model, "half_life", (0, -1, NAN, "x", None, True))
     for name in ("vocabulary", "layers", "features", "embedding", "projection"):
         yield from _calls("LanguageModel", model, name, (0, -1, 1.5, "x", True))
-    for name in ("cell", "gates", "activation", "solver"):
+    for name in ("cell", "gates", "activation", "solver", "block", "gate_init"):
         yield from _calls("LanguageModel", model, name, ("x", "", None, 1))
     yield from _calls("LanguageModel", model, "dropout", (-1, 1.5, NAN, "x", None))
     yield from _calls("linear_recurrence", ranjax.linear_recurrence, "solver", ("x", "", None, 1), decay=x, inputs=x)

@@ -145,7 +145,7 @@ def settings(study: Study, model: str) -> Config:
     """
     own = study.models[model]
     asked = parameter_count(replace(study.config, cell="lstm", features=(study.lstm,)), study.vocabulary)
-    config = replace(study.config, layers=study.blocks if own.get("block") == "residual" else 2)
+    config = replace(study.config, layers=study.blocks if own.get("block") == "residual" else None)  # None: 2
     sized = [replace(config, **own | {"features": (width,)}) for width in range(1, 4 * study.lstm)]
     counts = [_count(one, study.vocabulary, model) for one in sized]
     best = min(range(len(sized)), key=lambda n: abs(counts[n] - asked))
