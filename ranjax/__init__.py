@@ -16,8 +16,9 @@ Gates that see x only are known beforehand (`gates="input"`, without W_ih and W_
 
 Public names: `RANCell`, `RAN`, `ResidualBlock`, `FixedPoint`, `solve`, `linear_recurrence`, `LanguageModel`; the
 modules `weights` (the inputs that a state is the sum of), `attribution` (the words that a prediction is the sum of),
-`memory` (how long states last over a corpus) and `data`; `config`, `train`, `evaluate`, `generate` and `explain`, the
-programs from Python; `__version__`. They are imported when first used, so that programs answer `--help` at once.
+`memory` (how long states last over a corpus), `nnx` (cell, layer and block for Flax NNX) and `data`; `config`, `train`,
+`evaluate`, `generate` and `explain`, the programs from Python; `__version__`. They are imported when first used, so
+that programs answer `--help` at once.
 """
 
 import signal
@@ -34,6 +35,7 @@ if TYPE_CHECKING:
     from ranjax import evaluate as evaluate
     from ranjax import explain as explain
     from ranjax import generate as generate
+    from ranjax import nnx as nnx
     from ranjax import train as train
     from ranjax.block import ResidualBlock as ResidualBlock
     from ranjax.cell import RANCell as RANCell
@@ -60,7 +62,7 @@ _NAMES = {
 }
 _MODULES = {
     name: name
-    for name in ("cell", "data", "evaluate", "explain", "generate", "kernels", "layer", "lm", "scan", "train")
+    for name in ("cell", "data", "evaluate", "explain", "generate", "kernels", "layer", "lm", "nnx", "scan", "train")
 } | {
     "attribution": "interpret.attribution",
     "config": "training.config",
@@ -82,6 +84,7 @@ __all__ = [
     "generate",
     "linear_recurrence",
     "memory",
+    "nnx",
     "solve",
     "train",
     "weights",

@@ -17,11 +17,24 @@ ORDER = (
     ("solvers",),
     ("layer", "baselines"),
     ("block",),
-    ("lm",),
+    ("lm", "nnx"),
     ("sampling", "interpret", "training"),
     ("train", "evaluate", "generate", "explain"),
 )
-CORE = ("kernels", "sharding", "scan", "cell", "solvers", "layer", "baselines", "block", "lm", "sampling", "interpret")
+CORE = (
+    "kernels",
+    "sharding",
+    "scan",
+    "cell",
+    "solvers",
+    "layer",
+    "baselines",
+    "block",
+    "nnx",
+    "lm",
+    "sampling",
+    "interpret",
+)
 RENDERING = "interpret.render"  # needs more
 
 
