@@ -13,7 +13,7 @@ from ranjax.baselines import EQUATIONS, Stepwise
 from ranjax.cell import RANCell
 from ranjax.errors import check_rate, check_size, is_number
 from ranjax.layer import RAN
-from ranjax.scan import floating, state_dtype
+from ranjax.scan import numbers, state_dtype
 from ranjax.sharding import before, last_state, steps_before, summed
 from ranjax.solvers import check_solver
 from ranjax.solvers.fixed_point import FixedPoint
@@ -278,7 +278,7 @@ def _checked_history(history: ArrayLike | None, shape: tuple[int, ...], dtype: A
     """A history of this shape, zeros by default."""
     if history is None:
         return jnp.zeros(shape, dtype)
-    history = floating("initial_carry[1]", history)
+    history = numbers("initial_carry[1]", history, jnp.floating)
     if history.shape != shape:
         raise ValueError(
             f"`initial_carry[1]` must be the history, n of the last steps, of the shape {shape}; got {history.shape}."

@@ -12,15 +12,15 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 from jax.typing import ArrayLike
-from jaxtyping import Float
+from jaxtyping import Inexact
 
 from ranjax.errors import check_choice
 from ranjax.kernels.base import Recurrence, Rows, Solver, Step, mapped
 from ranjax.kernels.reference import LONG, associative, chunked, sequential
 from ranjax.sharding import at_boundary, automatic, before, check_spread, varying_as, varying_axes
 
-Sequence = Float[Array, "*batch time features"]
-State = Float[Array, "*batch features"]
+Sequence = Inexact[Array, "*batch time features"]
+State = Inexact[Array, "*batch features"]
 
 
 def linear_recurrence(
@@ -64,9 +64,9 @@ def linear_recurrence(
     the last state from zero.
 
     Args:
-      decay: floating array `(*batch, time, features)`.
-      inputs: floating array of the same shape.
-      initial: floating array `(*batch, features)`; None is the same as zeros.
+      decay: floating or complex array `(*batch, time, features)`.
+      inputs: floating or complex array of the same shape.
+      initial: floating or complex array `(*batch, features)`; None is the same as zeros.
       reverse: run from the last step to the first.
       solver: how the states are computed.
 
@@ -86,12 +86,13 @@ def linear_recurrence(
         the kernel needs `check_vma=False`; otherwise `"auto"` does not select it.
 
     Returns:
-      The states h, `(*batch, time, features)`, in float32, or in float64 where one of the arrays is.
+      The states h, `(*batch, time, features)`, in float32, or in float64 where one of the arrays is; complex where one
+      of the arrays is.
 
     Raises:
       ValueError: for an unknown solver, `"pallas"` where JAX comes without Triton, shapes that do not fit, or arrays
         that `axis_name` does not spread.
-      TypeError: for an array that is not of a real floating dtype.
+      TypeError: for an array that is not of a floating or complex dtype; for complex arrays with `"pallas"`.
 
     Example:
       >>> import jax.numpy as jnp, ranjax
@@ -104,6 +105,8 @@ def linear_recurrence(
     """
     check_choice("solver", solver, SOLVERS)
     decay, inputs, initial = _as_states(decay, inputs, initial)
+    if solver == "pallas" and jnp.iscomplexobj(inputs):
+        raise TypeError(f"`solver`='pallas' is for real arrays; got {inputs.dtype}. Use solver='auto'.")
     check_spread("`decay` or `inputs`", (decay, inputs), axis_name)
     if inputs.size == 0:
         return inputs
@@ -216,7 +219,7 @@ def _without_outputs(step: Step) -> Step:
 def _auto(recurrence: Recurrence) -> tuple[Rows, Rows]:
     """The solver that `AUTO_BY_PLATFORM` has for the platform."""
     varies = any(map(varying_axes, recurrence.arrays))  # the results of a kernel cannot be typed as varying
-    kernel = _has_gpu() and not varies
+    kernel = _has_gpu() and not varies and not jnp.iscomplexobj(recurrence.carry[0])
     batch, time, features = recurrence.sizes
     known = isinstance(time, int)  # with a symbolic time (`jax.export`) only the loop works
     found = AUTO_BY_PLATFORM if known else dict.fromkeys(AUTO_BY_PLATFORM, "sequential")
@@ -305,7 +308,7 @@ def unroll() -> int:
 
 def _as_states(decay: ArrayLike, inputs: ArrayLike, initial: ArrayLike | None) -> tuple[Array, Array, Array]:
     """The three arrays in the dtype of the states, their shapes checked."""
-    decay, inputs = floating("decay", decay), floating("inputs", inputs)
+    decay, inputs = numbers("decay", decay), numbers("inputs", inputs)
     if inputs.ndim < 2:
         raise ValueError(
             f"`inputs` must have the axes (*batch, time, features); got the shape {inputs.shape}. "
@@ -317,7 +320,7 @@ def _as_states(decay: ArrayLike, inputs: ArrayLike, initial: ArrayLike | None) -
             "Broadcast it with `jnp.broadcast_to(decay, inputs.shape)`."
         )
     expected = (*inputs.shape[:-2], inputs.shape[-1])
-    initial = jnp.zeros(expected, inputs.dtype) if initial is None else floating("initial", initial)
+    initial = jnp.zeros(expected, inputs.dtype) if initial is None else numbers("initial", initial)
     if initial.shape != expected:
         raise ValueError(
             f"`initial` must be one state per sequence, (*batch, features) = {expected}; got {initial.shape}. "
@@ -327,21 +330,21 @@ def _as_states(decay: ArrayLike, inputs: ArrayLike, initial: ArrayLike | None) -
     return decay.astype(dtype), inputs.astype(dtype), initial.astype(dtype)
 
 
-def floating(name: str, value: ArrayLike) -> Array:
-    """`value` as an array, after a check that its dtype is a real floating one."""
+def numbers(name: str, value: ArrayLike, kind: Any = jnp.inexact) -> Array:
+    """`value` as an array, after a check that its dtype is floating or, unless `kind` is `jnp.floating`, complex."""
     try:
         array = jnp.asarray(value)
     except TypeError:  # of JAX, which does not know the argument's name
         raise TypeError(f"`{name}` must be an array; got {value!r:.40}.") from None
-    if not jnp.issubdtype(array.dtype, jnp.floating):
+    if not jnp.issubdtype(array.dtype, kind):
         raise TypeError(
-            f"`{name}` must be an array of a floating dtype; got {array.dtype}. "
+            f"`{name}` must be an array of a floating{' or complex' * (kind is jnp.inexact)} dtype; got {array.dtype}. "
             f"Convert it with `{name}.astype(jnp.float32)`."
         )
     return array
 
 
 def state_dtype(*arrays: Any) -> Any:
-    """The dtype of a state that reads these arrays or dtypes: float32, or float64 where one of them is."""
+    """The dtype of a state that reads these arrays or dtypes: float32, wider or complex where one of them is."""
     with jax.numpy_dtype_promotion("standard"):
         return jnp.result_type(jnp.float32, *arrays)

@@ -5,9 +5,10 @@ import numpy as np
 
 def recurrence(decay, inputs, initial=None, reverse=False):
     """h_t = decay_t * h_{t-1} + inputs_t over axis -2."""
-    decay, inputs = np.asarray(decay, np.float64), np.asarray(inputs, np.float64)
+    wide = np.complex128 if np.iscomplexobj(decay) or np.iscomplexobj(inputs) else np.float64
+    decay, inputs = np.asarray(decay, wide), np.asarray(inputs, wide)
     h = np.zeros_like(inputs[..., 0, :] if inputs.shape[-2] else inputs.sum(-2))
-    h = h if initial is None else np.asarray(initial, np.float64)
+    h = h if initial is None else np.asarray(initial, wide)
     states = np.zeros_like(inputs)
     order = range(inputs.shape[-2])
     for t in reversed(order) if reverse else order:

@@ -10,7 +10,9 @@ import oracle
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from jax.sharding import PartitionSpec as P
 from jax.test_util import check_grads
+from meshes import mesh, needs_devices, spread
 
 import ranjax
 import ranjax.scan
@@ -268,9 +270,18 @@ def test_inside_shard_map_the_kernel_needs_check_vma_off(patch):
         ({"decay": np.ones((17, 3))}, ValueError, r"`decay` must have the shape of `inputs`.*broadcast_to"),
         ({"decay": np.ones(3), "inputs": np.ones(3)}, ValueError, r"`inputs` must have the axes.*\(3,\)"),
         ({"initial": np.ones((2, 4))}, ValueError, r"`initial` must be .* \(2, 3\); got \(2, 4\)"),
-        ({"inputs": np.ones((2, 17, 3), int)}, TypeError, r"`inputs` must be .* floating dtype; got int.*astype"),
-        ({"decay": np.ones((2, 17, 3), bool)}, TypeError, r"`decay` must be .* floating dtype; got bool"),
-        ({"initial": np.ones((2, 3), complex)}, TypeError, r"`initial` must be .* floating dtype; got complex"),
+        (
+            {"inputs": np.ones((2, 17, 3), int)},
+            TypeError,
+            r"`inputs` must be .* floating or complex dtype; got int.*astype",
+        ),
+        ({"decay": np.ones((2, 17, 3), bool)}, TypeError, r"`decay` must be .* floating or complex dtype; got bool"),
+        ({"initial": np.ones((2, 3), int)}, TypeError, r"`initial` must be .* floating or complex dtype; got int"),
+        (
+            {"initial": np.ones((2, 3), complex), "solver": "pallas"},
+            TypeError,
+            r"`solver`='pallas' is for real arrays; got complex64\. Use solver='auto'",
+        ),
     ],
 )
 def test_bad_input(change, kind, message):
@@ -325,3 +336,60 @@ def test_on_a_cpu_long_sequences_of_small_rows_are_solved_in_chunks(shape, chose
     found = linear_recurrence(decay, inputs)
     np.testing.assert_array_equal(found, linear_recurrence(decay, inputs, solver=chosen))
     np.testing.assert_allclose(found, oracle.recurrence(decay, inputs), rtol=1e-5)
+
+
+def complex_problem(time, batch=(2,), features=3):
+    """Decays inside the unit circle, as those of an LRU."""
+    rng = np.random.default_rng(time)
+    shape = (*batch, time, features)
+    decay = rng.uniform(0.7, 1, shape) * np.exp(1j * rng.uniform(-np.pi, np.pi, shape))
+    inputs, initial = (rng.normal(size=s) + 1j * rng.normal(size=s) for s in (shape, (*batch, features)))
+    return decay, inputs, initial
+
+
+complex_solvers = pytest.mark.parametrize("solver", [name for name in SOLVERS if name != "pallas"])
+
+
+@complex_solvers
+@directions
+def test_complex_arrays_equal_the_loop(solver, reverse, x64, patch):
+    patch(reference, "LONG", 200)
+    for time in (1, 17, 257):
+        decay, inputs, initial = complex_problem(time)
+        states = ranjax.linear_recurrence(decay, inputs, initial, reverse=reverse, solver=solver)
+        assert states.dtype == jnp.complex128
+        np.testing.assert_allclose(states, oracle.recurrence(decay, inputs, initial, reverse), rtol=0, atol=1e-12)
+        narrow = ranjax.linear_recurrence(decay.astype(np.complex64), inputs.real.astype(np.float32), solver=solver)
+        assert narrow.dtype == jnp.complex64
+        np.testing.assert_allclose(narrow, oracle.recurrence(decay, inputs.real), rtol=0, atol=1e-4)
+
+
+@complex_solvers
+def test_derivatives_of_complex_arrays(solver, x64):
+    arrays = complex_problem(7, batch=())
+
+    def parts(decay, inputs, initial):
+        h = ranjax.linear_recurrence(decay, inputs, initial, solver=solver)
+        return h.real, h.imag
+
+    check_grads(jax.jit(parts), arrays, order=1, modes=("fwd", "rev"))
+
+    def loss(solve):
+        return jax.grad(lambda *a: jnp.sum(jnp.abs(solve(*a)) ** 2), (0, 1, 2))(*map(jnp.asarray, arrays))
+
+    def loop(decay, inputs, initial):
+        states = [initial]
+        for a, b in zip(decay, inputs, strict=True):
+            states.append(a * states[-1] + b)
+        return jnp.stack(states[1:])
+
+    found = loss(lambda *a: ranjax.linear_recurrence(*a, solver=solver))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=1e-11), found, loss(loop))
+
+
+@needs_devices
+def test_complex_arrays_over_a_mesh(x64):
+    decay, inputs, initial = complex_problem(16)
+    solve = partial(ranjax.linear_recurrence, axis_name="time")
+    over = spread(solve, mesh(time=8), (P(None, "time"), P(None, "time"), P()), P(None, "time"))
+    np.testing.assert_allclose(over(decay, inputs, initial), oracle.recurrence(decay, inputs, initial), atol=1e-12)
