@@ -104,13 +104,6 @@ def test_a_top_that_is_no_size_is_refused(run):
         explain.explain(load_run(run), "the cat", top=0)
 
 
-def test_a_text_is_explained_where_jit_is_disabled(run):
-    expected = explain.explain(load_run(run), "the cat sat").layers[0]
-    with jax.disable_jit():
-        found = explain.explain(load_run(run), "the cat sat").layers[0]
-    np.testing.assert_array_equal(found.pairs, expected.pairs)
-
-
 @pytest.mark.parametrize("name", ["it.html", "it.png"])
 def test_a_page_or_a_figure_is_written_whole_or_not_at_all(name, run, tmp_path, capsys):
     (tmp_path / name).write_text("the old one")

@@ -90,7 +90,7 @@ TEXT8 = Config(dataset="text8", tie=False, dropout=0.0, epochs=1, steps=50, sche
 PTB = Config(dataset="ptb", tie=True, dropout=0.35, epochs=13, steps=35, schedule="cosine", batch_size=20)
 DOCS = Config(dataset="python-docs", schedule="cosine")
 STUDIES = {
-    "python-docs": Study(DOCS, 2000, 200, 2, RATES, MODELS),
+    "python-docs": Study(DOCS, 4096, 200, 2, RATES, MODELS),
     "text8": Study(TEXT8, 27, 256, 3, RATES, MODELS),
     "text8-3-epochs": Study(replace(TEXT8, epochs=3), 27, 256, 3, RATES, MODELS),
     "enwik8": Study(replace(TEXT8, dataset="enwik8", streams=20), 202, 256, 3, RATES, MODELS),

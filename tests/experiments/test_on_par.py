@@ -91,6 +91,7 @@ def test_the_first_bytes_of_enwik8_are_a_data_set(on_par, tmp_path, monkeypatch)
 
 @pytest.mark.data
 def test_vocabularies_are_those_of_the_texts(on_par, real_data):
+    assert on_par.STUDIES["python-docs"].vocabulary == 4096  # as its test says
     for name in ("text8", "ptb-small"):
         study = on_par.STUDIES[name]
         assert len(load_corpus(study.config.dataset, real_data).vocabulary) == study.vocabulary

@@ -52,8 +52,8 @@ def test_saving_keeps_nothing_in_memory(tmp_path):
         gc.collect()
         return len(gc.get_objects())
 
-    before = [objects(number) for number in range(5)][-1]
-    assert [objects(number) for number in range(5, 25)][-1] - before < 5
+    before = [objects(number) for number in range(2)][-1]
+    assert [objects(number) for number in range(2, 9)][-1] - before < 5
 
 
 def numbers_of(folder):
