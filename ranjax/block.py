@@ -124,7 +124,7 @@ class ResidualBlock(nn.Module):
             zeros.
           seq_lengths: as for `RAN`. Padding keeps the state; the outputs there are finite, and mean nothing.
           segment_starts: as for `RAN`: neither the state nor the convolution reaches back beyond a start.
-          deterministic: no dropout; needed where there is a rate. Otherwise pass a key named `"dropout"`.
+          deterministic: no dropout. Otherwise a rate needs a key named `"dropout"`.
 
         Returns:
           The outputs z, of the shape of the inputs, in float32 or wider; or `(initial_carry after the last step, z)`.
@@ -173,9 +173,8 @@ class ResidualBlock(nn.Module):
     @nn.nowrap
     def _normalised(self, x: Array, name: str) -> Array:
         """RMSNorm, computed in the dtype of the stream, in the dtype of the products."""
-        return nn.RMSNorm(dtype=x.dtype, param_dtype=self.cell.param_dtype, name=name)(x).astype(
-            self.cell.dtype or x.dtype
-        )
+        n = nn.RMSNorm(dtype=x.dtype, param_dtype=self.cell.param_dtype, name=name)(x)
+        return n.astype(self.cell.dtype or x.dtype)
 
     @nn.nowrap
     def _dense(self, features: int, name: str) -> nn.Module:
@@ -257,9 +256,8 @@ def _latest(steps: list[Array], history: Array, time: int, lengths: Array | None
         found = jnp.where(position == jnp.expand_dims(lengths - 1, (time, -1)), step, 0)
         return jnp.where(lengths[..., None] == 0, first, summed(jnp.sum(found, time), axis_name))
 
-    return (
-        jnp.stack([last(step, history[..., k, :]) for k, step in enumerate(steps[:-1])], -2) if steps[1:] else history
-    )
+    latest = [last(step, history[..., k, :]) for k, step in enumerate(steps[:-1])]
+    return jnp.stack(latest, axis=-2) if latest else history
 
 
 def _pair(initial_carry: Any) -> tuple[Any, Any]:
