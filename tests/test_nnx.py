@@ -140,6 +140,20 @@ def test_split_merge_and_an_ensemble():
     assert not jnp.allclose(outputs[0], outputs[1])
 
 
+def test_orbax_saves_and_restores_a_layer(tmp_path):
+    import orbax.checkpoint as ocp  # flax needs it
+
+    layer, other = (ours.RAN(ours.RANCell(3, 4, rngs=nnx.Rngs(seed))) for seed in (0, 1))
+    with ocp.StandardCheckpointer() as checkpointer:
+        checkpointer.save(tmp_path / "layer", nnx.to_pure_dict(nnx.state(layer)))
+        checkpointer.wait_until_finished()
+        state = nnx.state(other)
+        restored = checkpointer.restore(tmp_path / "layer", nnx.to_pure_dict(state))
+    nnx.replace_by_pure_dict(state, restored)
+    nnx.update(other, state)
+    np.testing.assert_array_equal(other(inputs(2, 7, 3)), layer(inputs(2, 7, 3)))
+
+
 @pytest.mark.parametrize(
     ("call", "kind", "message"),
     [
