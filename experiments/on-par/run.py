@@ -74,8 +74,9 @@ PIECES: dict[str, Settings] = {
     "no norms": SCAN,
     "tanh": SCAN | {"activation": "tanh"},
     "1 block": SCAN | {"layers": 1},
-    "2 blocks": SCAN | {"layers": 2},
-    "6 blocks": SCAN | {"layers": 6},
+    "3 blocks": SCAN | {"layers": 3},
+    "3 blocks, rate 1e-3": SCAN | {"layers": 3, "learning_rate": 1e-3},
+    "8 blocks": SCAN | {"layers": 8},
     "plain": {"gates": "input"},
 }
 GATES: dict[str, Settings] = {
@@ -91,13 +92,13 @@ PTB = Config(dataset="ptb", tie=True, dropout=0.35, epochs=13, steps=35, schedul
 DOCS = Config(dataset="python-docs", schedule="cosine")
 STUDIES = {
     "python-docs": Study(DOCS, 4096, 200, 2, RATES, MODELS),
-    "text8": Study(TEXT8, 27, 256, 3, RATES, MODELS),
-    "text8-3-epochs": Study(replace(TEXT8, epochs=3), 27, 256, 3, RATES, MODELS),
-    "enwik8": Study(replace(TEXT8, dataset="enwik8", streams=20), 202, 256, 3, RATES, MODELS),
+    "text8": Study(TEXT8, 27, 256, 5, RATES, MODELS),
+    "text8-3-epochs": Study(replace(TEXT8, epochs=3), 27, 256, 5, RATES, MODELS),
+    "enwik8": Study(replace(TEXT8, dataset="enwik8", streams=20), 202, 256, 5, RATES, MODELS),
     "ptb-small": Study(PTB, 10_000, 200, 2, RATES | DROPOUTS, MODELS),
     "ptb-medium": Study(replace(PTB, epochs=25), 10_000, 650, 3, RATES | DROPOUTS, MODELS),
-    "pieces": Study(TEXT8, 27, 256, 3, {}, PIECES),
-    "gates": Study(TEXT8, 27, 256, 3, {}, GATES),
+    "pieces": Study(TEXT8, 27, 256, 5, {}, PIECES),
+    "gates": Study(TEXT8, 27, 256, 5, {}, GATES),
 }
 TOLERANCE = 0.03  # of the parameters
 BITS = {"text8": "bits per character", "enwik8": "bits per byte"}  # other data sets: perplexity
