@@ -65,8 +65,9 @@ MODELS: dict[str, Settings] = {
     "RAN, input gates, residual": SCAN,
     "RAN, diagonal gates, residual": {"gates": "diagonal", **LINEAR},
 }
-# The residual RAN with input gates, without one of its pieces, and with other depths.
+# The residual RAN with input gates, without one of its pieces, and with other depths, all at one learning rate.
 PIECES: dict[str, Settings] = {
+    "LSTM": {"cell": "lstm"},
     "all": SCAN,
     "no convolution": SCAN | {"conv_width": 1},
     "no MLP": SCAN | {"expansion": None},

@@ -13,7 +13,7 @@ EXPERIMENTS = Path(harness.__file__).parents[1]
 BITS = ("text8", "enwik8")  # data sets whose figures are in bits
 
 
-@pytest.mark.parametrize("name", ["parity", "ablation", "long-context"])
+@pytest.mark.parametrize("name", ["parity", "ablation", "long-context", "on-par"])
 def test_a_page_states_the_figure_of_every_row(name, page, recorded):
     stated = set(re.findall(r"\d+\.\d+", page(name)))
     for row in recorded(name):

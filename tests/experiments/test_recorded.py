@@ -18,7 +18,7 @@ PROMISED = (
 )
 
 
-@pytest.mark.parametrize("name", ["parity", "ablation", "long-context"])
+@pytest.mark.parametrize("name", ["parity", "ablation", "long-context", "on-par"])
 def test_rows_are_whole(name, recorded):
     rows = recorded(name)
     assert rows
@@ -45,14 +45,18 @@ class Found(Table):
         return row
 
 
-def parity(module, rows):
-    """The options of every study and model that there are rows of."""
+def recorded_models(module, rows):
+    """Every study and model that there are rows of, and the number of seeds."""
     seeds = {}
     for row in rows:
         if row["study"] in module.STUDIES:
             labels = row["study"], row["model"]
             seeds[labels] = max(seeds.get(labels, 1), row["seed"] + 1)
-    return [module.Parity(study=study, models=(model,), seeds=n) for (study, model), n in seeds.items()]
+    return [{"study": study, "models": (model,), "seeds": n} for (study, model), n in seeds.items()]
+
+
+def parity(module, rows):
+    return [module.Parity(**options) for options in recorded_models(module, rows)]
 
 
 def ablation(module, rows):
@@ -63,12 +67,17 @@ def long_context(module, rows):
     return [module.LongContext(study=study) for study in ("truncation", "tasks")]
 
 
+def on_par(module, rows):
+    return [module.OnPar(**options) for options in recorded_models(module, rows)]
+
+
 @pytest.mark.parametrize(
     ("name", "options", "others"),
     [
         ("parity", parity, 1),  # one RAN of another dropout: see the page
         ("ablation", ablation, 0),
         ("long-context", long_context, 0),
+        ("on-par", on_par, 0),
     ],
 )
 def test_a_study_finds_its_recorded_rows(name, options, others, script, tmp_path, monkeypatch):
