@@ -35,7 +35,8 @@ class Options:
     file: str | None = None
     """A file with the text, in its place."""
     layer: int = 1
-    """Layer whose states are shown, from 1: its sources are the words, those of later ones the outputs below."""
+    """Layer whose states are shown, from 1: its sources are the words, those of later ones the outputs below. In
+    residual blocks a source is a step with the few right before it, which a convolution mixes."""
     reduce: Reduction = "l2"
     """One number for the weights of all components: the largest, their norm, or the L1 norm of weight times content."""
     top: int = 3

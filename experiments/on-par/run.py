@@ -68,6 +68,7 @@ MODELS: dict[str, Settings] = {
 # The residual RAN with input gates, without one of its pieces, and with other depths, all at one learning rate.
 PIECES: dict[str, Settings] = {
     "LSTM": {"cell": "lstm"},
+    "LSTM, rate 4e-3": {"cell": "lstm", "learning_rate": 4e-3},
     "all": SCAN,
     "no convolution": SCAN | {"conv_width": 1},
     "no MLP": SCAN | {"expansion": None},

@@ -80,7 +80,8 @@ def decompositions(
       state: one carry `(*batch, features)` per layer, as the model returns it; None for the start of a text.
 
     Returns:
-      One `Decomposition` for each layer, from the first to the last.
+      One `Decomposition` for each layer, from the first to the last. In residual blocks the contents are of what the
+      convolution returns: those of a step and of the few right before it.
 
     Raises:
       ValueError: for a model of another cell, whose states are not weighted sums, parameters of another model, ids out
