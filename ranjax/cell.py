@@ -366,7 +366,7 @@ def half_life_biases(longest: float = 64.0, keep_variance: bool = False) -> Init
     Example:
       >>> import jax, ranjax
       >>> from ranjax.cell import half_life_biases
-      >>> i, f = jax.nn.sigmoid(half_life_biases(64, keep_variance=True)(jax.random.key(0), (2, 3)))
+      >>> i, f = jax.nn.sigmoid(half_life_biases(64.0, keep_variance=True)(jax.random.key(0), (2, 3)))
       >>> (f ** jax.numpy.array([1, 8, 64])).round(3).tolist(), (i**2 + f**2).round(3).tolist()
       ([0.5, 0.5, 0.5], [1.0, 1.0, 1.0])
 
