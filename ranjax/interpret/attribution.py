@@ -35,6 +35,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
+from flax.typing import Dtype
 from jax import Array, lax
 from jax.typing import ArrayLike
 
@@ -97,7 +98,7 @@ def decompositions(
     """
     _check_model(model, params)
     x = _embedded(model, params, tokens)
-    return _read(model, params, x, _carries(model, state, x))[1]
+    return _read(model, params, x, _carries(model, state, x), dtype=model.dtype)[1]
 
 
 def shares(
@@ -144,7 +145,7 @@ def shares(
 
     def logit(scale: Shares) -> Array:
         scaled = [jax.tree.map(lambda c, s=s: s * c, carry) for carry, s in zip(carries, scale.carry, strict=True)]
-        h, _ = _read(model, params, scale.words[:, None] * x, scaled, scale.bias, held=True)
+        h, _ = _read(model, params, scale.words[:, None] * x, scaled, scale.bias, held=True, dtype=model.dtype)
         weight, bias = _output_layer(model, params, target)
         return jnp.dot(h[step], weight) + scale.bias * bias
 
@@ -246,6 +247,7 @@ def _read(
     bias: ArrayLike = 1.0,
     held: bool = False,
     factor: Callable[[Array], Array] = _reciprocal_rms,
+    dtype: Dtype | None = None,
 ) -> tuple[Array, list[Decomposition]]:
     """What the output layer reads, and the decompositions of all layers.
 
@@ -255,6 +257,7 @@ def _read(
       bias: a factor of the projections' biases.
       held: whether the factors are constants to a derivative.
       factor: of a norm, from its inputs.
+      dtype: of the cells' products.
     """
     hold = lax.stop_gradient if held else _unchanged
 
@@ -264,17 +267,24 @@ def _read(
     h, layers = x, []
     for n, carry in enumerate(carries):
         layer = params[f"stack_{n}"]
-        states = partial(_states, model, layer["cell"], hold=hold, bias=bias, layers=layers)
+        states = partial(_states, model, layer["cell"], hold=hold, bias=bias, dtype=dtype, layers=layers)
         h = _block(layer, h, carry, states, norm, hold) if model.block == "residual" else states(h, carry)
     return (norm(params["norm"], h) if model.block == "residual" else h), layers
 
 
 def _states(
-    model: LanguageModel, cell: Params, v: Array, c0: Array, *, hold: Callable, bias: ArrayLike, layers: list
+    model: LanguageModel,
+    cell: Params,
+    v: Array,
+    c0: Array,
+    *,
+    hold: Callable,
+    bias: ArrayLike,
+    dtype: Dtype | None,
+    layers: list,
 ) -> Array:
     """The outputs of a RAN; its decomposition is added to `layers`."""
-    options: dict = {"activation": model.activation, "solver": model.solver, "dtype": model.dtype}
-    parts = decompose(cell, hold(v), hold(c0), **options)
+    parts = decompose(cell, hold(v), hold(c0), activation=model.activation, solver=model.solver, dtype=dtype)
     layers.append(parts)
     if hold is _unchanged:
         return output(cell, parts.c, model.activation)
