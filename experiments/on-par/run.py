@@ -187,11 +187,12 @@ def draw(rows: list[dict[str, Any]], path: Path) -> None:
         axes = figure.add_subplot(-(-len(present) // 3), min(len(present), 3), number)
         unit = BITS.get(STUDIES[name].config.dataset, "perplexity")
         key = "test_perplexity" if unit == "perplexity" else "test_bits"
-        for colour, model in enumerate(STUDIES[name].models):
+        for number_of_model, model in enumerate(STUDIES[name].models):
             best = [row for row in chosen(rows, study=name, model=model) if row[key] is not None]
             minutes = [row["seconds"] / 60 for row in best]
             if best:
-                axes.plot(minutes, [value(row, key) for row in best], "o", color=f"C{colour}", label=model)
+                style = f"{'os'[number_of_model // 10]}C{number_of_model % 10}"
+                axes.plot(minutes, [value(row, key) for row in best], style, label=model)
         axes.set(title=name, xlabel="minutes of training", ylabel=f"test {unit}")
         axes.set_xlim(left=0)
         axes.grid(alpha=0.3)
