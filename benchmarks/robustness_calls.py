@@ -208,6 +208,8 @@ def python_calls(run: Path, text: Path, out: Path) -> Iterator[PythonCall]:
     yield from _of_runs(run)
     yield from _of_data(text)
     yield from _of_layers()
+    yield from _of_models()
+    yield from _of_functions()
 
 
 def _calls(name: str, function: Callable, argument: str, values: tuple, /, **others: Any) -> Iterator[PythonCall]:
@@ -289,23 +291,29 @@ def _of_layers() -> Iterator[PythonCall]:
     def layer(**options: Any) -> Any:
         return ranjax.RAN(ranjax.RANCell(4), **options).init(key, x)
 
-    def model(**options: Any) -> Any:
-        tokens = jnp.zeros((1, 2), int)
-        return ranjax.LanguageModel(**{"vocabulary": 9} | options).init(key, tokens, deterministic=True)
+    def block(**options: Any) -> Any:
+        return ranjax.ResidualBlock(ranjax.RANCell(4), **options).init(key, x)
 
     yield from _calls("RANCell", cell, "features", (0, -1, 1.5, "x", None, True))
     yield from _calls("RANCell", cell, "projection", (0, -1, 1.5, "x", True))
     yield from _calls("RANCell", cell, "gates", ("x", "", None, 1))
     yield from _calls("RANCell", cell, "activation", ("x", "", None, 1))
     yield from _calls("RAN", layer, "solver", ("x", "", None, 1))
-
-    def block(**options: Any) -> Any:
-        return ranjax.ResidualBlock(ranjax.RANCell(4), **options).init(key, x)
-
     yield from _calls("ResidualBlock", block, "conv_width", (0, -1, 1.5, "x", None, True))
     yield from _calls("ResidualBlock", block, "expansion", (0, -1, NAN, "x", True, 0.1))
     yield from _calls("ResidualBlock", block, "dropout", (-1, 1.5, NAN, "x", None))
     yield from _calls("ResidualBlock", block, "solver", ("x", "", None, 1))
+
+
+def _of_models() -> Iterator[PythonCall]:
+    import jax
+
+    import ranjax
+
+    def model(**options: Any) -> Any:
+        tokens = jnp.zeros((1, 2), int)
+        return ranjax.LanguageModel(**{"vocabulary": 9} | options).init(jax.random.key(0), tokens, deterministic=True)
+
     yield from _calls("LanguageModel", model, "conv_width", (0, -1, 1.5, "x", None, True), block="residual")
     yield from _calls("LanguageModel", model, "expansion", (0, -1, NAN, "x", True), block="residual")
     yield from _calls("LanguageModel", model, "half_life", (0, -1, NAN, "x", None, True))
@@ -314,6 +322,14 @@ def _of_layers() -> Iterator[PythonCall]:
     for name in ("cell", "gates", "activation", "solver", "block", "gate_init"):
         yield from _calls("LanguageModel", model, name, ("x", "", None, 1))
     yield from _calls("LanguageModel", model, "dropout", (-1, 1.5, NAN, "x", None))
+
+
+def _of_functions() -> Iterator[PythonCall]:
+    import jax
+
+    import ranjax
+
+    key, x = jax.random.key(0), jnp.ones((1, 3, 4))
     yield from _calls("linear_recurrence", ranjax.linear_recurrence, "solver", ("x", "", None, 1), decay=x, inputs=x)
     yield from _calls("linear_recurrence", ranjax.linear_recurrence, "decay", (x[:, :2], x[..., :3], "x"), inputs=x)
     parts = ranjax.weights.decompose(ranjax.RAN(ranjax.RANCell(4, "input")).init(key, x)["params"]["cell"], x)

@@ -19,9 +19,6 @@ from ranjax.solvers import check_solver
 from ranjax.solvers.fixed_point import FixedPoint
 from ranjax.solvers.masks import checked_lengths, checked_starts, padding_after, starts_in_reverse
 
-RAN_ONLY = ("solver", "axis_name")  # attributes, and below arguments of a call
-RAN_MASKS = ("seq_lengths", "segment_starts")
-
 
 class ResidualBlock(nn.Module):
     r"""A cell over a sequence, with a short causal convolution before it, an output gate, and a gated MLP after it.
@@ -92,18 +89,16 @@ class ResidualBlock(nn.Module):
             check_solver(self.solver, self.cell.gates, self.axis_name)
         if self.reverse and self.axis_name is not None:
             raise ValueError(f"`reverse` needs all of the sequence; it cannot go with axis_name={self.axis_name!r}.")
-        self._check_of_ran({name: getattr(self, name) for name in RAN_ONLY}, {"solver": "auto", "axis_name": None})
+        self._check_of_ran(solver=self.solver != "auto", axis_name=self.axis_name is not None)
         super().__post_init__()
 
     @nn.nowrap
-    def _check_of_ran(self, given: dict[str, Any], default: dict[str, Any]) -> None:
-        """Raises a ValueError for what another cell than a RAN's has not."""
-        for name, value in given.items():
-            if not isinstance(self.cell, RANCell) and value is not default.get(name):
-                raise ValueError(
-                    f"`{name}` is for a block of a ranjax.RANCell; got it with a {type(self.cell).__name__}. Leave it "
-                    "out."
-                )
+    def _check_of_ran(self, **given: bool) -> None:
+        """Raises a ValueError for what is given and another cell than a RAN's has not."""
+        for name, is_given in given.items():
+            if is_given and not isinstance(self.cell, RANCell):
+                got = type(self.cell).__name__
+                raise ValueError(f"`{name}` is for a block of a ranjax.RANCell; got it with a {got}. Leave it out.")
 
     @nn.compact
     def __call__(
@@ -133,7 +128,7 @@ class ResidualBlock(nn.Module):
           ValueError, TypeError: for a shape, a dtype or a length that does not fit; for masks with a cell that is no
             `RANCell`.
         """
-        self._check_of_ran({"seq_lengths": seq_lengths, "segment_starts": segment_starts}, {})
+        self._check_of_ran(seq_lengths=seq_lengths is not None, segment_starts=segment_starts is not None)
         x = jnp.asarray(inputs)
         if x.ndim < 2:
             raise ValueError(f"`inputs` must have the axes (*batch, time, in); got the shape {x.shape}.")

@@ -13,7 +13,7 @@ from jax.typing import ArrayLike
 from ranjax.cell import RANCell, checked_carry, output
 from ranjax.scan import state_dtype
 from ranjax.sharding import last_state, steps_before
-from ranjax.solvers import check_solver, states, steps_of
+from ranjax.solvers import check_solver, states, steps_of, without_masks
 from ranjax.solvers.fixed_point import FixedPoint
 from ranjax.solvers.masks import checked_lengths, checked_starts, padding_after, starts_in_reverse
 
@@ -164,9 +164,11 @@ class RAN(nn.Module):
         params, x = self.cell.parameters(x)
         c0 = self._initial(initial_carry, init_key, (*batch, x.shape[-1]), x.dtype)
         steps = steps_of(params, x, time, segment_starts, padding)
-        options: dict = {"activation": self.cell.activation, "solver": self.solver, "axis_name": self.axis_name}
-        masks = segment_starts is not None or seq_lengths is not None
-        c, result = states(params, steps, c0, masks=masks, **options)
+        solver = self.solver
+        if segment_starts is None and seq_lengths is None:
+            solver = without_masks(solver, params, steps, self.axis_name)
+        options: dict = {"activation": self.cell.activation, "solver": solver, "axis_name": self.axis_name}
+        c, result = states(params, steps, c0, **options)
         if not self.is_initializing():
             self.sow("solver", "result", result, init_fn=lambda: result, reduce_fn=lambda _, new: new)
         c = jnp.moveaxis(c, 0, time)

@@ -205,7 +205,7 @@ class LanguageModel(nn.Module):
         self.stack = [self._layer(size) for size in self.sizes]
         self.drop = nn.Dropout(self.dropout)
         if self.block == "residual":
-            self.norm = nn.RMSNorm(dtype=self.dtype)
+            self.norm = nn.RMSNorm()  # in the dtype of the stream
         if self.tie:
             self.bias = self.param("bias", nn.initializers.zeros_init(), (self.vocabulary,), jnp.float32)
         else:
@@ -253,7 +253,7 @@ class LanguageModel(nn.Module):
                 h = self.drop(h, deterministic=deterministic)
             carries.append(carry)
         if self.block == "residual":
-            h = self.drop(self.norm(h), deterministic=deterministic)
+            h = self.drop(self.norm(h).astype(self.dtype or h.dtype), deterministic=deterministic)
         return jnp.swapaxes(h, 0, 1) if self._time_major else h, tuple(carries)
 
     def logits(self, hidden: Array) -> Array:

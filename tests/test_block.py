@@ -90,7 +90,6 @@ def test_other_cells_equal_the_equations(cell, time_major, x64):
     np.testing.assert_allclose(outputs, z, rtol=1e-11, atol=1e-12)
 
 
-@pytest.mark.quick
 @pytest.mark.parametrize("cell", CELLS)
 @pytest.mark.parametrize("steps", [1, 2, 5])
 def test_steps_equal_the_whole_sequence(cell, steps, x64):

@@ -1,5 +1,6 @@
 """The language model."""
 
+import json
 import re
 from functools import partial
 
@@ -370,3 +371,22 @@ def test_the_table_of_flax_counts_operations(cell):
         console_kwargs={"width": 300},
     )
     assert "stack_1/cell" in table
+
+
+@pytest.mark.parametrize("cell", CELLS)
+def test_settings_read_from_a_file_make_the_same_model(cell):
+    """Their texts are equal to the defaults, and other objects."""
+    read = json.loads('{"solver": "auto", "gates": "recurrent", "activation": "tanh", "gate_init": "zeros"}')
+    model, variables = model_and_variables(cell=cell, block="residual", **read)
+    expected, _ = model_and_variables(cell=cell, block="residual")
+    found, wanted = (m.apply(variables, TOKENS, deterministic=True)[0] for m in (model, expected))
+    np.testing.assert_array_equal(found, wanted)
+
+
+@pytest.mark.parametrize("block", BLOCKS)
+def test_strict_promotion_of_dtypes(block):
+    """Without narrower products: flax's output layer adds a bias of another dtype to those."""
+    model, variables = model_and_variables(block=block)
+    with jax.numpy_dtype_promotion("strict"):
+        logits, _ = model.apply(variables, TOKENS, deterministic=True)
+    assert jnp.all(jnp.isfinite(logits))

@@ -237,22 +237,20 @@ def states(
     activation: str,
     solver: str | FixedPoint,
     axis_name: str | None = None,
-    masks: bool = True,
 ) -> tuple[States, Result]:
-    """The states c_1 ... c_T from the state `c0`, and how they were solved; time is the first axis.
-
-    Without `masks` a state that is not finite may reach all others, so gates may be computed before the states.
-    """
-    if solver == "auto" and gates_of(params) == "input" and axis_name is None and not masks and _few(steps):
-        solver = "sequential"
+    """The states c_1 ... c_T from the state `c0`, and how they were solved; time is the first axis."""
     solved = partial(_states, activation=activation, solver=solver, axis_name=axis_name)
     return automatic(solved, params, steps, c0, like=steps.u, others=(PartitionSpec(),))
 
 
-def _few(steps: Steps) -> bool:
-    """Whether storing the gates of so many steps takes less time than recomputing them."""
-    size = steps.z.size
-    return jax.default_backend() == "cpu" and isinstance(size, int) and size * steps.z.dtype.itemsize <= STORED
+def without_masks(solver: str | FixedPoint, params: Params, steps: Steps, axis_name: str | None) -> str | FixedPoint:
+    """The solver of steps without masks, where a state that is not finite may reach all others.
+
+    On a CPU few gates on the input are computed before the states, and stored.
+    """
+    size, chosen = steps.z.size, solver == "auto" and gates_of(params) == "input" and axis_name is None
+    few = isinstance(size, int) and size * steps.z.dtype.itemsize <= STORED
+    return "sequential" if chosen and few and jax.default_backend() == "cpu" else solver
 
 
 # Compiled once per shape where it is called outside of `jit`; inlined inside.
