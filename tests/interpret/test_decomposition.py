@@ -30,7 +30,7 @@ def test_states_equal_the_layers_and_their_weighted_sums(x64, gates, activation,
     parts = jax.jit(weights.decompose, static_argnames="activation")(params, x, c0, activation=activation, **masked)
     layer = ranjax.RAN(ranjax.RANCell(FEATURES, gates, activation, param_dtype=jnp.float64), return_carry=True)
     carry, h = layer.apply({"params": {"cell": params}}, x, initial_carry=c0, **masked)
-    np.testing.assert_array_equal(parts.c[:, -1], carry)
+    np.testing.assert_allclose(parts.c[:, -1], carry, rtol=0, atol=1e-14)  # two programs, so not bitwise
     starts, lengths = masked.get("segment_starts"), masked.get("seq_lengths")
     expected, _ = oracle.ran(params, x, c0, activation, starts, lengths)
     np.testing.assert_allclose(parts.c, expected, rtol=0, atol=1e-12)
