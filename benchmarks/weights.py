@@ -21,7 +21,7 @@ from ranjax.data.vocabulary import Words
 from ranjax.interpret.explanation import explain
 from ranjax.interpret.render import write_page
 from ranjax.training.config import Config
-from ranjax.training.run import Run
+from ranjax.training.model import Run
 
 
 @dataclasses.dataclass(frozen=True)

@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from ranjax.training.metrics import Evaluation as Evaluation
     from ranjax.training.metrics import make_evaluator as make_evaluator
     from ranjax.training.metrics import perplexity as perplexity
-    from ranjax.training.run import Run as Run
+    from ranjax.training.model import Run as Run
     from ranjax.training.run import load_run as load_run
     from ranjax.training.run import load_text as load_text
 
@@ -22,7 +22,7 @@ __getattr__ = cli.lazy(
         "Evaluation": METRICS,
         "make_evaluator": METRICS,
         "perplexity": METRICS,
-        "Run": RUN,
+        "Run": "ranjax.training.model",
         "load_run": RUN,
         "load_text": RUN,
     },

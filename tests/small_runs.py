@@ -18,9 +18,10 @@ import pytest
 from ranjax.data import load_corpus, windows_per_epoch
 from ranjax.training.checkpoint import Checkpoints
 from ranjax.training.config import Config
+from ranjax.training.model import build_model
 from ranjax.training.report import Report
 from ranjax.training.run import train
-from ranjax.training.step import TrainState, build_model, initial_state, make_optimizer
+from ranjax.training.step import TrainState, initial_state, make_optimizer
 
 TEXT = "the cat sat on the mat\nthe dog sat on the log\nthe cat saw the dog\n"
 

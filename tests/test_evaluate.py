@@ -11,14 +11,15 @@ import pytest
 from small_runs import TEXT, resumed, settings
 
 from ranjax import evaluate, train
-from ranjax.training import metrics, run
+from ranjax.training import metrics, model, run
 from ranjax.training.checkpoint import Checkpoints
 
 
 def test_the_names_of_the_program_are_those_of_training():
     for name in ("Evaluation", "make_evaluator", "perplexity"):
         assert getattr(evaluate, name) is getattr(metrics, name)
-    for name in ("Run", "load_run", "load_text"):
+    assert evaluate.Run is model.Run
+    for name in ("load_run", "load_text"):
         assert getattr(evaluate, name) is getattr(run, name)
     with pytest.raises(AttributeError, match=r"module 'ranjax\.evaluate' has no attribute 'report'"):
         _ = evaluate.report

@@ -13,7 +13,7 @@ from ranjax.data.vocabulary import Words
 from ranjax.interpret.attribution import decompositions, integrated_gradients, shares
 from ranjax.interpret.memory import Memory
 from ranjax.interpret.weights import reduced
-from ranjax.training.run import Run
+from ranjax.training.model import Run
 
 BANDS = (0, 10, 100, 1000, 10_000, 33_278)  # ranks by frequency in the training text
 SIGNS = ("<unk>", "<eos>")  # tokens that are no words

@@ -6,7 +6,6 @@ import shlex
 import shutil
 import time
 from contextlib import ExitStack, nullcontext, suppress
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +16,8 @@ from filelock import FileLock, Timeout
 from ranjax.cli import Stop, Stopped, refusals, stopping
 from ranjax.data import Corpus, columns, identity, load_corpus, load_split, windows_per_epoch
 from ranjax.data.files import SPLITS
-from ranjax.data.vocabulary import Vocabulary, load_vocabulary, save_vocabulary
+from ranjax.data.vocabulary import load_vocabulary, save_vocabulary
 from ranjax.errors import UserError, check_path
-from ranjax.lm import LanguageModel
 from ranjax.saved import read_sealed, write_sealed
 from ranjax.training.checkpoint import Checkpoints
 from ranjax.training.config import Config, check, check_same, load_config, normalised, save_config
@@ -27,13 +25,12 @@ from ranjax.training.environment import check_environment, save_environment
 from ranjax.training.folder import absolute
 from ranjax.training.loop import Loop
 from ranjax.training.metrics import finite, make_evaluator
+from ranjax.training.model import Run, abstract_params, build_model
 from ranjax.training.report import Report
 from ranjax.training.size import COPIES, check_memory
 from ranjax.training.step import (
     Constraint,
     TrainState,
-    abstract_params,
-    build_model,
     initial_state,
     make_optimizer,
     make_step,
@@ -211,16 +208,6 @@ def _read_text(directory: Path) -> dict[str, Any]:
 
 def _identity(corpus: Corpus) -> dict[str, Any]:
     return {"train": identity(corpus.train), "valid": identity(corpus.valid), "test": identity(corpus.test)}
-
-
-@dataclass(frozen=True)
-class Run:
-    """A trained model: the best parameters of a run, its settings and its vocabulary."""
-
-    config: Config
-    vocabulary: Vocabulary
-    model: LanguageModel
-    params: Any
 
 
 def load_run(directory: str | Path) -> Run:

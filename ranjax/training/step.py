@@ -9,7 +9,6 @@ import jax.numpy as jnp
 import optax
 from jax import Array
 
-from ranjax.errors import in_flags
 from ranjax.lm import LanguageModel, zero_state
 from ranjax.solvers import Result
 from ranjax.training.config import Config
@@ -50,22 +49,6 @@ class TrainState(NamedTuple):
     seconds: Array
     timed: Array
     iterations: Array
-
-
-def build_model(config: Config, vocabulary: int) -> LanguageModel:
-    """The model that a configuration describes."""
-    names = ("cell", "features", "layers", "embedding", "projection", "gates", "activation", "solver")
-    names += ("dropout", "tie", "init_scale", "gate_init", "half_life", "block", "conv_width", "expansion")
-    with in_flags(names):
-        model = LanguageModel(vocabulary, **{name: getattr(config, name) for name in names})
-        abstract_params(model)
-    return model
-
-
-def abstract_params(model: LanguageModel) -> Any:
-    """The shapes and dtypes of a model's parameters."""
-    init = partial(model.init, deterministic=True)
-    return jax.eval_shape(init, jax.random.key(0), jnp.zeros((1, 1), jnp.int32))["params"]
 
 
 def learning_rate(config: Config, per_epoch: int) -> optax.Schedule:

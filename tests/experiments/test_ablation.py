@@ -16,6 +16,7 @@ from ranjax.cli import Stop, Stopped
 from ranjax.lm import zero_state
 from ranjax.training import step
 from ranjax.training.config import Config
+from ranjax.training.model import build_model
 from ranjax.training.run import load_run
 
 VOCABULARY, FEATURES = 11, 6
@@ -29,7 +30,7 @@ def trained(ablated, updates=3, **options):
         dropout=0.0, clip=100.0, **{"steps": 5} | options,
     )  # fmt: skip
     text = jnp.asarray(np.random.default_rng(0).integers(VOCABULARY, size=(3, 16)), jnp.int32)
-    model = step.build_model(config, VOCABULARY)
+    model = build_model(config, VOCABULARY)
     optimizer, constrain = step.make_optimizer(config, 1), ablation.constraint(ablated)
     before = step.initial_state(model, optimizer, config, constrain)
     update = step.make_step(model, optimizer, config, 15 // config.steps, constrain)
@@ -97,7 +98,7 @@ def test_a_gate_that_is_a_function_of_the_other_gives_it_its_gradient():
     ],
 )
 def test_parameters_that_are_learned_are_counted(ablated, fewer):
-    model = step.build_model(Config(features=(FEATURES,)), VOCABULARY)
+    model = build_model(Config(features=(FEATURES,)), VOCABULARY)
     tokens = jnp.zeros((1, 1), jnp.int32)
     params = jax.eval_shape(lambda: model.init(jax.random.key(0), tokens, deterministic=True))["params"]
     everything = sum(p.size for p in jax.tree.leaves(params))
@@ -157,7 +158,7 @@ def test_an_ablated_run_goes_on_as_it_began(study, tmp_path):
 def test_every_variant_is_a_model(script):
     study = script("ablation")
     for name, variant in study.VARIANTS.items():
-        step.build_model(Config(**variant.settings), 50)
+        build_model(Config(**variant.settings), 50)
         assert (name == study.BASE) == (variant == study.Variant())
         ablation.constraint(variant.ablation)
 

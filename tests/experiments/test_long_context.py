@@ -10,7 +10,7 @@ from ranjax.data import load_corpus
 from ranjax.data.builtin import markov_entropy
 from ranjax.training.config import Config
 from ranjax.training.metrics import Evaluation
-from ranjax.training.run import Run
+from ranjax.training.model import Run
 
 
 @pytest.fixture

@@ -11,7 +11,7 @@ from harness.table import Table
 
 from ranjax.data import load_corpus
 from ranjax.errors import UserError
-from ranjax.training.step import abstract_params, build_model
+from ranjax.training.model import abstract_params, build_model
 
 
 @pytest.fixture

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from harness.table import Table, chosen
 
-from ranjax.training.step import build_model
+from ranjax.training.model import build_model
 
 
 @pytest.fixture

@@ -9,8 +9,8 @@ import pytest
 from ranjax.errors import UserError
 from ranjax.training import size
 from ranjax.training.config import Config
+from ranjax.training.model import abstract_params, build_model
 from ranjax.training.size import check_memory, parameter_count
-from ranjax.training.step import abstract_params, build_model
 
 SHAPES = [
     {"features": (5,)},

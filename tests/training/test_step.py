@@ -14,11 +14,12 @@ from ranjax.data import load_corpus, windows_per_epoch
 from ranjax.errors import UserError
 from ranjax.training import step
 from ranjax.training.config import PRESETS, Config
+from ranjax.training.model import build_model
 
 
 def initialised(config, windows, **options):
     """The model, the state before the first step, and the step."""
-    model = step.build_model(config, len(load_corpus(config.dataset).vocabulary))
+    model = build_model(config, len(load_corpus(config.dataset).vocabulary))
     optimizer = step.make_optimizer(config, windows)
     state = step.initial_state(model, optimizer, config, **options)
     return model, state, step.make_step(model, optimizer, config, windows, **options)
@@ -176,7 +177,7 @@ def test_all_settings_of_a_model_are_used():
     options = {"features": (5, 6), "layers": 2, "embedding": 6, "projection": 6, "tie": True, "dropout": 0.3}
     options |= {"gates": "input", "activation": "identity", "init_scale": 0.01, "solver": "sequential"}
     options |= {"block": "residual", "conv_width": 2, "expansion": None, "gate_init": "half-lives", "half_life": 9.0}
-    model = step.build_model(Config(**options), 19)
+    model = build_model(Config(**options), 19)
     assert {name: getattr(model, name) for name in options} == options
 
 
@@ -187,7 +188,7 @@ def test_settings_that_no_model_has_are_refused_by_their_flags():
         ({"embedding": 3}, "--tie needs the embedding .* got --embedding 3"),
     ):
         with pytest.raises(UserError, match=message):
-            step.build_model(Config(**options), 19)
+            build_model(Config(**options), 19)
 
 
 def test_the_learning_rate_of_the_papers_halves_after_four_epochs():
