@@ -20,7 +20,7 @@ from ranjax.data import load_corpus
 from ranjax.solvers.fixed_point import averaged
 from ranjax.solvers.masks import Steps
 from ranjax.solvers.recurrent import make_iteration
-from ranjax.training.run import load_run
+from ranjax.training.model import load_run
 
 RESULTS = Path(__file__).parent / "results"
 LOOSE = {"rtol": 1e-4, "adjoint_rtol": 1e-4}

@@ -219,7 +219,7 @@ class Reference(NamedTuple):
 
 def final(run: Path) -> dict[str, Any]:
     """All that must be the same of two runs, bit for bit: states and perplexities, but no times."""
-    from ranjax.training.run import load_run
+    from ranjax.training.model import load_run
 
     loaded = load_run(run)
     state = _state(run, loaded)._replace(seconds=0, timed=0)

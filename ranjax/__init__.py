@@ -14,11 +14,11 @@ So a state is a weighted sum of the contents of its past, and once the gates are
 Gates that see x only are known beforehand (`gates="input"`, without W_ih and W_fh). Those of the paper read h_{t-1}
 (`gates="recurrent"`, the default).
 
-Public names: `RANCell`, `RAN`, `ResidualBlock`, `FixedPoint`, `solve`, `linear_recurrence`, `LanguageModel`; the
-modules `weights` (the inputs that a state is the sum of), `attribution` (the words that a prediction is the sum of),
-`memory` (how long states last over a corpus), `nnx` (cell, layer and block for Flax NNX) and `data`; `config`, `train`,
-`evaluate`, `generate` and `explain`, the programs from Python; `__version__`. They are imported when first used, so
-that programs answer `--help` at once.
+Public names: `RANCell`, `RAN`, `ResidualBlock`, `FixedPoint`, `solve`, `linear_recurrence`, `LanguageModel`,
+`load_model` (a trained model from a folder or the hub); the modules `weights` (the inputs that a state is the sum of),
+`attribution` (the words that a prediction is the sum of), `memory` (how long states last over a corpus), `nnx` (cell,
+layer and block for Flax NNX) and `data`; `config`, `train`, `evaluate`, `generate`, `explain` and `export`, the
+programs from Python; `__version__`. They are imported when first used, so that programs answer `--help` at once.
 """
 
 import signal
@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from ranjax import data as data
     from ranjax import evaluate as evaluate
     from ranjax import explain as explain
+    from ranjax import export as export
     from ranjax import generate as generate
     from ranjax import nnx as nnx
     from ranjax import train as train
@@ -48,6 +49,7 @@ if TYPE_CHECKING:
     from ranjax.solvers import solve as solve
     from ranjax.solvers.fixed_point import FixedPoint as FixedPoint
     from ranjax.training import config as config
+    from ranjax.training.model import load_model as load_model
 
     __version__: str
 
@@ -58,12 +60,11 @@ _NAMES = {
     "RANCell": "cell",
     "ResidualBlock": "block",
     "linear_recurrence": "scan",
+    "load_model": "training.model",
     "solve": "solvers",
 }
-_MODULES = {
-    name: name
-    for name in ("cell", "data", "evaluate", "explain", "generate", "kernels", "layer", "lm", "nnx", "scan", "train")
-} | {
+_PROGRAMS = "evaluate", "explain", "export", "generate", "train"
+_MODULES = {name: name for name in ("cell", "data", "kernels", "layer", "lm", "nnx", "scan", *_PROGRAMS)} | {
     "attribution": "interpret.attribution",
     "config": "training.config",
     "memory": "interpret.memory",
@@ -81,8 +82,10 @@ __all__ = [
     "data",
     "evaluate",
     "explain",
+    "export",
     "generate",
     "linear_recurrence",
+    "load_model",
     "memory",
     "nnx",
     "solve",

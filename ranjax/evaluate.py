@@ -12,18 +12,18 @@ if TYPE_CHECKING:
     from ranjax.training.metrics import make_evaluator as make_evaluator
     from ranjax.training.metrics import perplexity as perplexity
     from ranjax.training.model import Run as Run
-    from ranjax.training.run import load_run as load_run
+    from ranjax.training.model import load_run as load_run
     from ranjax.training.run import load_text as load_text
 
-METRICS, RUN = "ranjax.training.metrics", "ranjax.training.run"
+METRICS, MODEL, RUN = "ranjax.training.metrics", "ranjax.training.model", "ranjax.training.run"
 __getattr__ = cli.lazy(
     __name__,
     {
         "Evaluation": METRICS,
         "make_evaluator": METRICS,
         "perplexity": METRICS,
-        "Run": "ranjax.training.model",
-        "load_run": RUN,
+        "Run": MODEL,
+        "load_run": MODEL,
         "load_text": RUN,
     },
 )
@@ -35,7 +35,7 @@ class Options:
     the run's --streams."""
 
     checkpoint: str
-    """The --out directory of a run."""
+    """The --out directory of a run, or a folder that ranjax.export wrote."""
     dataset: str | None = None
     """Another corpus; that of the run if not given. Its text is read with the run's vocabulary."""
     data_dir: str | None = None
@@ -52,7 +52,8 @@ def main(argv: list[str] | None = None) -> None:
         from ranjax.data import load_split, split_of
         from ranjax.data.vocabulary import unknown
         from ranjax.training.metrics import finite, make_evaluator
-        from ranjax.training.run import load_run, load_text
+        from ranjax.training.model import load_run
+        from ranjax.training.run import load_text
 
         run = load_run(options.checkpoint)
         if options.dataset is None:

@@ -29,7 +29,7 @@ class Options:
     """Shows which words a model remembers: the strongest sources of every state, and of the word it expects next."""
 
     checkpoint: str
-    """The --out directory of a run."""
+    """The --out directory of a run, or a folder that ranjax.export wrote."""
     text: str | None = None
     """The text to read. For a model of words: as its data set writes them, with spaces around punctuation."""
     file: str | None = None
@@ -100,7 +100,7 @@ def main(argv: list[str] | None = None) -> None:
         check_device()
         from ranjax.interpret.explanation import DRAWN, explain
         from ranjax.interpret.render import draw_heat_map, print_sources, write_page
-        from ranjax.training.run import load_run
+        from ranjax.training.model import load_run
 
         run = load_run(given.checkpoint)
         layers = len(run.model.sizes)

@@ -26,7 +26,7 @@ class Options:
     file or a pipe gets the text as it is."""
 
     checkpoint: str
-    """The --out directory of a run."""
+    """The --out directory of a run, or a folder that ranjax.export wrote."""
     prompt: str = ""
     """What the text begins with; the beginning of a line if not given."""
     length: int = 200
@@ -48,7 +48,7 @@ def main(argv: list[str] | None = None) -> None:
         cli.check_utf8("--prompt", options.prompt)
         check_device()
         from ranjax.sampling import Sampling, generate, prompt_ids, stream
-        from ranjax.training.run import load_run
+        from ranjax.training.model import load_run
 
         with in_flags(("seed", "length", "temperature", "top_k", "top_p")):
             check_seed("seed", options.seed)

@@ -15,11 +15,11 @@ ORDER = (
     ("scan",),
     ("cell",),
     ("solvers",),
-    ("layer", "baselines"),
+    ("layer", "baselines", "torchrecurrent"),
     ("block",),
     ("lm", "nnx"),
     ("sampling", "interpret", "training"),
-    ("train", "evaluate", "generate", "explain"),
+    ("train", "evaluate", "generate", "explain", "export"),
 )
 CORE = (
     "kernels",
@@ -29,6 +29,7 @@ CORE = (
     "solvers",
     "layer",
     "baselines",
+    "torchrecurrent",
     "block",
     "nnx",
     "lm",

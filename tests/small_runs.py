@@ -110,3 +110,11 @@ def with_startup_code(folder: Path, code: str):
     """The environment of a Python process that runs `code` before anything else."""
     (folder / "sitecustomize.py").write_text(code)
     return os.environ | {"PYTHONPATH": os.pathsep.join([str(folder), os.environ.get("PYTHONPATH", "")])}
+
+
+def exported_by_the_program(directory, out):
+    """In a process of its own: the shape checks of the tests do not support the symbolic sizes of `jax.export`."""
+    command = [sys.executable, "-m", "ranjax.export", "--checkpoint", str(directory), "--out", str(out)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.stdout == f"written: {out}\n", done.stderr
+    return out

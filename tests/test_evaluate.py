@@ -18,9 +18,9 @@ from ranjax.training.checkpoint import Checkpoints
 def test_the_names_of_the_program_are_those_of_training():
     for name in ("Evaluation", "make_evaluator", "perplexity"):
         assert getattr(evaluate, name) is getattr(metrics, name)
-    assert evaluate.Run is model.Run
-    for name in ("load_run", "load_text"):
-        assert getattr(evaluate, name) is getattr(run, name)
+    for name in ("Run", "load_run"):
+        assert getattr(evaluate, name) is getattr(model, name)
+    assert evaluate.load_text is run.load_text
     with pytest.raises(AttributeError, match=r"module 'ranjax\.evaluate' has no attribute 'report'"):
         _ = evaluate.report
 
@@ -37,7 +37,7 @@ def test_a_run_is_evaluated_on_its_test_split(pets_run, capsys):
 
 def test_a_perplexity_that_is_not_finite_is_an_error(copied_run, capsys):
     saved = Checkpoints(copied_run.directory)
-    params = run.load_run(copied_run.directory).params
+    params = model.load_run(copied_run.directory).params
     saved.save("best", 10**6, jax.tree.map(lambda p: p * jnp.nan, params))
     with pytest.raises(SystemExit, match="1"):
         evaluate.main(["--checkpoint", str(copied_run.directory)])

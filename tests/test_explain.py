@@ -18,7 +18,7 @@ from ranjax.errors import UserError
 from ranjax.interpret import explanation, render
 from ranjax.interpret.attribution import decompositions
 from ranjax.training.config import Config
-from ranjax.training.run import load_run
+from ranjax.training.model import load_run
 
 PETS = "the cat sat on the mat\nthe dog sat on the log\nthe cat saw the <script>alert(1)</script> dog\n"
 

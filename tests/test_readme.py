@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 import ranjax
-from ranjax import evaluate, explain, generate
+from ranjax import evaluate, explain, export, generate
 from ranjax.training.config import Config
 
 ROOT = Path(__file__).parents[1]
@@ -20,7 +20,7 @@ def test_the_examples_of_the_readme_run_in_sequence(tmp_path, monkeypatch):
     Path("my").mkdir()
     Path("my/text.txt").write_text("Once upon a time\n" * 99)
     code = re.findall(r"```python\n(.*?)```", README.read_text("utf-8"), re.DOTALL)
-    assert len(code) == 4
+    assert len(code) == 3
     exec(compile("\n".join(code), "README.md", "exec"), {})
 
 
@@ -42,7 +42,7 @@ def test_the_version_is_that_of_the_project_file():
 def test_every_flag_named_in_the_readme_exists():
     known = {
         field.name
-        for options in (Config, evaluate.Options, generate.Options, explain.Options)
+        for options in (Config, evaluate.Options, generate.Options, explain.Options, export.Options)
         for field in fields(options)
     }
     named = {flag.replace("-", "_") for flag in re.findall(r"--([a-z][a-z-]+)", README.read_text("utf-8"))}

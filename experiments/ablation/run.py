@@ -21,7 +21,7 @@ from harness.table import Table, value
 from ranjax import cli
 from ranjax.figure import blank_figure
 from ranjax.training.config import Config
-from ranjax.training.run import load_run
+from ranjax.training.model import load_run
 
 HERE = Path(__file__).resolve().parent
 CONFIG = Config(dataset="python-docs")  # all other settings at the training program's defaults

@@ -26,9 +26,9 @@ from ranjax import RAN, cli
 from ranjax.cell import Params
 from ranjax.errors import UserError, flag, is_size
 from ranjax.figure import blank_figure
-from ranjax.training.model import Run
+from ranjax.training.model import Run, load_run
 from ranjax.training.report import device, versions
-from ranjax.training.run import load_run, load_text
+from ranjax.training.run import load_text
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

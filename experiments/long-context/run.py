@@ -23,7 +23,7 @@ from ranjax.data.builtin import markov_entropy, task_answers
 from ranjax.figure import blank_figure
 from ranjax.training.config import Config
 from ranjax.training.metrics import make_evaluator
-from ranjax.training.run import load_run
+from ranjax.training.model import load_run
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -23,9 +23,9 @@ from ranjax.figure import blank_figure
 from ranjax.interpret.explanation import explain
 from ranjax.interpret.memory import Memory, memory
 from ranjax.interpret.render import draw_heat_map
-from ranjax.training.model import Run
+from ranjax.training.model import Run, load_run
 from ranjax.training.report import device, versions
-from ranjax.training.run import load_run, load_text
+from ranjax.training.run import load_text
 
 HERE = Path(__file__).resolve().parent
 QUANTILES = (0.5, 0.9, 0.99)  # of the half-lives of a component over time

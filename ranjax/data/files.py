@@ -118,7 +118,7 @@ def split_text(text: bytes) -> list[bytes]:
 def hub_texts(name: str, hub_id: str, config: str, revision: str) -> tuple[str, list[bytes]]:
     """Where the splits of a data set on the hub come from, and the splits; through the cache of `datasets`, without a
     network from the cache alone."""
-    answers = _hub_answers()
+    answers = hub_answers()
     from datasets import load_dataset
     from huggingface_hub.errors import HTTPError  # pyright: ignore[reportPrivateImportUsage]  # of whichever client it has
 
@@ -158,7 +158,7 @@ def _offline() -> Iterator[None]:
             names["HF_HUB_OFFLINE"] = value
 
 
-def _hub_answers() -> bool:
+def hub_answers() -> bool:
     """Whether the hub answers at all within ten seconds."""
     if os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE"):
         return False

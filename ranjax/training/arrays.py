@@ -1,4 +1,4 @@
-"""Trees of arrays as files: one `.npy` for each leaf, named after its place in the tree."""
+"""Trees of arrays as files: one `.npy` for each leaf, named after its place in the tree; or all in one safetensors."""
 
 import hashlib
 import re
@@ -8,6 +8,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax.traverse_util import flatten_dict, unflatten_dict
+
+from ranjax.errors import UserError
 
 
 def save_arrays(folder: Path, tree: Any) -> dict[str, str]:
@@ -42,6 +45,60 @@ def load_arrays(folder: Path, like: Any) -> Any:
 def saved_shapes(folder: Path) -> list[tuple[int, ...]]:
     """The shapes of the arrays in a folder."""
     return [np.load(path, mmap_mode="r", allow_pickle=False).shape for path in folder.glob("*.npy")]
+
+
+def by_name(tree: Any) -> dict[str, Any]:
+    """The leaves of a dictionary of dictionaries, each named by its keys with dots between them."""
+    return dict(flatten_dict(tree, sep="."))
+
+
+def save_tensors(path: Path, tree: Any) -> None:
+    """Writes a dictionary of dictionaries of arrays as one safetensors file, which no one has to trust to read it.
+
+    Raises:
+      OSError: where the system refuses it.
+    """
+    from safetensors.numpy import save
+
+    path.write_bytes(save({name: np.asarray(leaf) for name, leaf in sorted(by_name(tree).items())}))
+
+
+def load_tensors(path: Path, like: Any) -> Any:
+    """The tree that `save_tensors` wrote.
+
+    Args:
+      path: of the file.
+      like: a tree of arrays or of `jax.ShapeDtypeStruct`, as it was saved.
+
+    Raises:
+      UserError: for a file that is missing or damaged, or has other arrays; no array is read then.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    expected = {name: (leaf.shape, str(leaf.dtype)) for name, leaf in by_name(like).items()}
+    try:
+        with safe_open(path, "numpy") as file:
+            found = {name: _described(file.get_slice(name)) for name in file.keys()}  # noqa: SIM118
+            for name in sorted(expected.keys() | found.keys()):
+                if expected.get(name) != found.get(name):
+                    want, got = (_in_words(of.get(name)) for of in (expected, found))
+                    raise UserError(f"{path} does not fit its config.json: {name!a:.80} must be {want}; got {got}.")
+            loaded = {name: jnp.asarray(file.get_tensor(name)) for name in expected}
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror or error}.") from None
+    except SafetensorError as error:
+        raise UserError(f"{path} is damaged: {str(error).rstrip('.')}. Export it, or download it, again.") from None
+    return unflatten_dict(loaded, sep=".")
+
+
+def _described(part: Any) -> tuple[tuple[int, ...], str]:
+    """Shape and dtype of an array in a safetensors file."""
+    names = {"F32": "float32", "F64": "float64", "F16": "float16", "BF16": "bfloat16"}
+    return tuple(part.get_shape()), names.get(part.get_dtype(), str(part.get_dtype()))
+
+
+def _in_words(described: tuple[tuple[int, ...], str] | None) -> str:
+    return "left out" if described is None else f"{described[1]} of the shape {described[0]}"
 
 
 class _Hashed:

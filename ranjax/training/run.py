@@ -1,4 +1,4 @@
-"""A whole run: its beginning, its training, its end, and its trained model."""
+"""A whole run: its beginning, its training, its end, and the text that it was trained with."""
 
 import os
 import secrets
@@ -25,7 +25,7 @@ from ranjax.training.environment import check_environment, save_environment
 from ranjax.training.folder import absolute
 from ranjax.training.loop import Loop
 from ranjax.training.metrics import finite, make_evaluator
-from ranjax.training.model import Run, abstract_params, build_model
+from ranjax.training.model import Run, build_model
 from ranjax.training.report import Report
 from ranjax.training.size import COPIES, check_memory
 from ranjax.training.step import (
@@ -208,21 +208,6 @@ def _read_text(directory: Path) -> dict[str, Any]:
 
 def _identity(corpus: Corpus) -> dict[str, Any]:
     return {"train": identity(corpus.train), "valid": identity(corpus.valid), "test": identity(corpus.test)}
-
-
-def load_run(directory: str | Path) -> Run:
-    """Loads the best state of the run that `--out` named.
-
-    Raises:
-      UserError: if the directory is not a run, has no checkpoint yet, or one that does not fit its settings.
-    """
-    check_path("directory", directory)
-    directory = absolute(directory)
-    config = load_config(directory)
-    vocabulary = load_vocabulary(directory / "vocabulary.json")
-    check_memory(config, len(vocabulary))
-    model = build_model(config, len(vocabulary))
-    return Run(config, vocabulary, model, Checkpoints(directory).load("best", abstract_params(model)))
 
 
 def load_text(run: Run, directory: str | Path, split: str, data_dir: str | None = None) -> np.ndarray:

@@ -1,17 +1,15 @@
 """Texts from files in the forms they are shared in, and from the hub."""
 
 import gzip
-import http.server
 import os
 import re
 import socket
 import subprocess
 import sys
-import threading
 import time
-from contextlib import contextmanager
 
 import pytest
+from serving import serving
 
 from ranjax.data import files, load_corpus
 from ranjax.data.files import SPLITS, path_texts, split_text
@@ -200,27 +198,6 @@ def test_a_hub_out_of_reach_is_given_up_within_half_a_minute(tmp_path):
     assert time.monotonic() - began < 30
 
 
-@contextmanager
-def serving(answer):
-    """A server whose handler answers every request; gives the requests and the port."""
-    asked = []
-
-    class Hub(http.server.BaseHTTPRequestHandler):
-        def do_HEAD(self):
-            asked.append(self.path)
-            answer(self)
-
-        do_GET = do_HEAD  # noqa: N815
-
-        def log_message(self, *_):
-            pass
-
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Hub) as hub:
-        threading.Thread(target=hub.serve_forever, daemon=True).start()
-        yield asked, hub.server_port
-        hub.shutdown()
-
-
 def answer_with(code):
     def answer(request):
         request.send_response(code)
@@ -243,11 +220,11 @@ def test_a_hub_that_refuses_a_page_answers_and_one_that_is_offline_is_not_asked(
     with serving(answer_with(403)) as (asked, port):
         monkeypatch.setenv("HF_ENDPOINT", f"http://127.0.0.1:{port}")
         monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
-        assert files._hub_answers()
+        assert files.hub_answers()
         assert len(asked) == 1
         for offline in ("1", "on", "Yes", "TRUE"):
             monkeypatch.setenv("HF_HUB_OFFLINE", offline)
-            assert not files._hub_answers()
+            assert not files.hub_answers()
         assert len(asked) == 1
 
 
@@ -274,7 +251,7 @@ def test_a_hub_out_of_reach_is_asked_again_by_the_next_load(monkeypatch):
     monkeypatch.setattr(datasets, "load_dataset", load)
     monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
     for answers in (False, True):
-        monkeypatch.setattr(files, "_hub_answers", lambda answers=answers: answers)
+        monkeypatch.setattr(files, "hub_answers", lambda answers=answers: answers)
         with pytest.raises(UserError, match="could not be loaded from the hub"):
             load_corpus("wikitext-2")
     assert seen == [(True, True), (False, False)]

@@ -16,8 +16,7 @@ from ranjax.cli import Stop, Stopped
 from ranjax.lm import zero_state
 from ranjax.training import step
 from ranjax.training.config import Config
-from ranjax.training.model import build_model
-from ranjax.training.run import load_run
+from ranjax.training.model import build_model, load_run
 
 VOCABULARY, FEATURES = 11, 6
 GATES = 2 * (2 * 2 * FEATURES * FEATURES + 2 * FEATURES)  # of two layers: kernels on x and h, biases

@@ -10,7 +10,8 @@ import pytest
 from ranjax import FixedPoint, RANCell, solve
 from ranjax.errors import UserError
 from ranjax.solvers.fixed_point import iterate
-from ranjax.training.run import load_run, train
+from ranjax.training.model import load_run
+from ranjax.training.run import train
 
 
 def layer():

@@ -34,8 +34,9 @@ from ranjax.training import run as run_module
 from ranjax.training.checkpoint import Checkpoints
 from ranjax.training.config import load_config, save_config
 from ranjax.training.metrics import Evaluation, make_evaluator
+from ranjax.training.model import load_run
 from ranjax.training.report import Report
-from ranjax.training.run import load_run, load_text, train
+from ranjax.training.run import load_text, train
 
 
 @pytest.mark.quick

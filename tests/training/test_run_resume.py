@@ -34,7 +34,8 @@ from ranjax.training.checkpoint import Checkpoints
 from ranjax.training.config import load_config, save_config
 from ranjax.training.loop import Loop
 from ranjax.training.metrics import make_evaluator
-from ranjax.training.run import load_run, train
+from ranjax.training.model import load_run
+from ranjax.training.run import train
 
 
 @pytest.fixture(scope="module")
