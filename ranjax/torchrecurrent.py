@@ -66,7 +66,7 @@ def _params(at: str, weights: Mapping[str, np.ndarray]) -> dict[str, Any]:
     for name, value in weights.items():
         if value.shape != shapes[name]:
             raise ValueError(f"`state_dict` must have {at}.{name} of the shape {shapes[name]}; got {value.shape}.")
-    bias = sum((weights.get(name, 0) for name in ("bias_ih", "bias_hh")), np.zeros(2 * size, of_input.dtype))
+    bias = np.zeros(2 * size, of_input.dtype) + weights.get("bias_ih", 0) + weights.get("bias_hh", 0)
     gates = {
         "kernel": of_input[size:].T.reshape(-1, 2, size),
         "recurrent_kernel": of_state.T.reshape(size, 2, size),
