@@ -190,6 +190,8 @@ SETTINGS = {
     "dropout": (None, True, -1, 1, 1.5, NAN, INF, "x", []),
     **dict.fromkeys(["cell", "gates", "activation", "optimizer", "schedule", "solver"], (None, *CHOICES)),
     "tokenizer": CHOICES,
+    "softmax": (None, *CHOICES),
+    "cutoffs": ("x", (), (0,), (1.5,), (True,), ("8",), (3,)),
     **dict.fromkeys(["tie", "resume"], (None, 1, 0, "x", "True", [])),
     "dataset": (None, *PATHS),
     **dict.fromkeys(["data_dir", "out"], PATHS),

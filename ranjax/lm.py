@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
+from flax.core import meta
 from flax.linen.dtypes import promote_dtype
 from flax.typing import Dtype
 from jax import Array
@@ -20,6 +21,7 @@ from ranjax.block import ResidualBlock, check_expansion
 from ranjax.cell import ACTIVATIONS, GATES, RANCell, check_half_life, checked_carry, half_life_biases, uniform
 from ranjax.errors import check_choice, check_rate, check_size
 from ranjax.layer import RAN
+from ranjax.output import AdaptiveSoftmax, FullSoftmax, check_cutoffs, default_cutoffs
 from ranjax.scan import state_dtype
 from ranjax.solvers import check_solver, is_sequential
 from ranjax.solvers.fixed_point import FixedPoint
@@ -30,6 +32,7 @@ CELLS = ("ran", "lstm", "gru", "rnn")
 RAN_ONLY = ("projection", "gates", "activation", "solver", "axis_name", "gate_init", "half_life")
 BLOCKS = ("plain", "residual")
 RESIDUAL_ONLY = ("conv_width", "expansion")
+SOFTMAXES = ("full", "adaptive")
 GATE_INITS = ("zeros", "half-lives", "half-lives-variance")
 
 
@@ -63,6 +66,10 @@ class LanguageModel(nn.Module):
       conv_width, expansion: of the residual blocks; see `ResidualBlock`.
       dropout: rate, in [0, 1).
       tie: the output layer is the embedding's transpose; the last output must have the embedding's size.
+      softmax: `"full"`; or `"adaptive"`, where rare words cost little; ids must be in the order of frequency. With
+        `tie` rare words have fewer features in the embedding, too. See `ranjax.output.AdaptiveSoftmax`.
+      cutoffs: of the adaptive softmax, the first ids of its clusters (default: 2,000; from 100,000 words on 10,000 and
+        60,000).
       init_scale: every weight is drawn uniformly from +-init_scale. None: embedding uniform in +-0.1, the default
         initialisers of the cells, LeCun's for the output layer.
       dtype: dtype of the products; the logits are float32 or wider.
@@ -101,6 +108,8 @@ class LanguageModel(nn.Module):
     expansion: float | None = 1.5
     dropout: float = 0.0
     tie: bool = False
+    softmax: str = "full"
+    cutoffs: tuple[int, ...] | list[int] | None = None
     init_scale: float | None = None
     dtype: Dtype | None = None
     axis_name: str | None = None
@@ -110,6 +119,9 @@ class LanguageModel(nn.Module):
         check_choice("block", self.block, BLOCKS)
         if isinstance(self.features, list):
             self.features = tuple(self.features)  # a module is hashed
+        if isinstance(self.cutoffs, list):
+            self.cutoffs = tuple(self.cutoffs)
+        check_choice("softmax", self.softmax, SOFTMAXES)
         check_size("vocabulary", self.vocabulary)
         for name in ("layers", "embedding", "projection"):
             check_size(name, getattr(self, name), optional=True)
@@ -123,7 +135,7 @@ class LanguageModel(nn.Module):
             raise ValueError(f"`init_scale` must be above 0; got {self.init_scale}.")
         check_rate("dropout", self.dropout)
         options = [("cell", "ran", name) for name in RAN_ONLY]
-        options += [("block", "residual", name) for name in RESIDUAL_ONLY]
+        options += [("block", "residual", name) for name in RESIDUAL_ONLY] + [("softmax", "adaptive", "cutoffs")]
         for of, kind, name in options:
             value, chosen = getattr(self, name), getattr(self, of)
             if chosen != kind and value != getattr(LanguageModel, name):
@@ -131,7 +143,9 @@ class LanguageModel(nn.Module):
         if self.block == "residual":
             check_size("conv_width", self.conv_width)
             check_expansion(self.expansion, self.embedding_size)
-        last = self._outputs[-1] if self.block == "plain" else self.embedding_size
+        if self.softmax == "adaptive":
+            check_cutoffs(self.word_clusters, self.vocabulary)
+        last = self.output_size
         if self.tie and self.embedding_size != last:
             raise ValueError(
                 f"`tie` needs the embedding to be as wide as the last output; got embedding={self.embedding_size} "
@@ -188,6 +202,16 @@ class LanguageModel(nn.Module):
         return self.embedding or (self._outputs[-1] if self.tie and self.block == "plain" else self.sizes[0])
 
     @property
+    def output_size(self) -> int:
+        """The size of what the output layer reads."""
+        return self._outputs[-1] if self.block == "plain" else self.embedding_size
+
+    @property
+    def word_clusters(self) -> tuple[int, ...]:
+        """The cutoffs of the adaptive softmax."""
+        return default_cutoffs(self.vocabulary) if self.cutoffs is None else tuple(self.cutoffs)
+
+    @property
     def input_scale(self) -> float:
         """The factor of the embeddings in the network's input: a residual stream begins about as large as its norms."""
         return math.sqrt(self.embedding_size) if self.block == "residual" else 1.0
@@ -201,11 +225,18 @@ class LanguageModel(nn.Module):
 
     def setup(self):
         init = uniform(self.init_scale or 0.1)
-        self.embed = nn.Embed(self.vocabulary, self.embedding_size, dtype=self.dtype, embedding_init=init)
+        adaptive = self.softmax == "adaptive"
+        if adaptive:
+            sizes = self.vocabulary, self.output_size, self.word_clusters
+            self.adaptive = AdaptiveSoftmax(*sizes, self.init_scale or 0.1, self.dtype)
+        if not (adaptive and self.tie):
+            self.embed = nn.Embed(self.vocabulary, self.embedding_size, dtype=self.dtype, embedding_init=init)
         self.stack = [self._layer(size) for size in self.sizes]
         self.drop = nn.Dropout(self.dropout)
         if self.block == "residual":
             self.norm = nn.RMSNorm()  # in the dtype of the stream
+        if adaptive:
+            return
         if self.tie:
             self.bias = self.param("bias", nn.initializers.zeros_init(), (self.vocabulary,), jnp.float32)
         else:
@@ -242,7 +273,7 @@ class LanguageModel(nn.Module):
         tokens = checked_ids(tokens, self.vocabulary)
         if tokens.ndim != 2:
             raise ValueError(f"`tokens` must have the axes (batch, time); got the shape {tokens.shape}.")
-        h = self.input_scale * self.embed(tokens.T if self._time_major else tokens)
+        h = self.embedded(tokens.T if self._time_major else tokens)
         h = self.drop(h, deterministic=deterministic)
         carries = []
         for layer, carry in zip(self.stack, self.carries(state, tokens.shape[:1]), strict=True):
@@ -256,11 +287,42 @@ class LanguageModel(nn.Module):
             h = self.drop(self.norm(h).astype(self.dtype or h.dtype), deterministic=deterministic)
         return jnp.swapaxes(h, 0, 1) if self._time_major else h, tuple(carries)
 
+    def embedded(self, tokens: Array) -> Array:
+        """What the first layer reads of these tokens, before dropout."""
+        words = self.adaptive if self.softmax == "adaptive" and self.tie else self
+        return self.input_scale * words.embed(tokens)
+
     def logits(self, hidden: Array) -> Array:
-        """The output layer: `(..., vocabulary)` in float32 or wider."""
+        """The output layer: `(..., vocabulary)` in float32 or wider. An adaptive softmax has log-probabilities."""
         rows = hidden.reshape(-1, hidden.shape[-1])  # with two axes, XLA transposes a copy of their gradients on a CPU
-        logits = self.embed.attend(rows) + self.bias[None] if self.tie else self.decode(rows)
+        if self.softmax == "adaptive":
+            logits = self.adaptive(rows)
+        else:
+            logits = self.embed.attend(rows) + self.bias[None] if self.tie else self.decode(rows)
         return logits.astype(state_dtype(logits)).reshape(*hidden.shape[:-1], self.vocabulary)
+
+    def nats(self, hidden: Array, targets: Array) -> Array:
+        """-log p of each target, of the shape of `targets`, for outputs of `hidden`; of no more logits than needed."""
+        return self._softmax().nats(hidden.reshape(-1, hidden.shape[-1]), targets.reshape(-1)).reshape(targets.shape)
+
+    def total_nats(self, hidden: Array, targets: Array) -> Array:
+        """The sum of -log p of all targets, with gradients, without holding all logits; see `ranjax.output`."""
+        return self._softmax().total_nats(hidden.reshape(-1, hidden.shape[-1]), targets.reshape(-1))
+
+    def score(self, word: Array) -> tuple[Array, Array]:
+        """The weights and the bias of a word's logit; of an adaptive softmax, of its score within its cluster."""
+        return self._softmax().score(word)
+
+    def _softmax(self) -> Any:
+        """The output layer as what `ranjax.output` has."""
+        if self.softmax == "adaptive":
+            return self.adaptive
+        params = jax.tree.map(jnp.asarray, meta.unbox(self.variables["params"]))
+        if self.tie:
+            kernel, bias, axis = params["embed"]["embedding"], params["bias"], 0
+        else:
+            kernel, bias, axis = params["decode"]["kernel"], params["decode"]["bias"], 1
+        return FullSoftmax(kernel if self.dtype is None else kernel.astype(self.dtype), bias, axis)
 
     def __call__(
         self, tokens: ArrayLike, state: Carries | None = None, *, deterministic: bool

@@ -11,6 +11,7 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import oracle
 import pytest
 from jax.sharding import AxisType, NamedSharding
@@ -20,7 +21,6 @@ from meshes import BATCH, FEATURES, TIME, assert_close, drawn, layer_problem, me
 import ranjax
 from ranjax import linear_recurrence
 from ranjax.sharding import largest
-from ranjax.training.metrics import cross_entropy
 
 pytestmark = needs_devices
 
@@ -176,7 +176,7 @@ def test_a_language_model_over_time_and_batch(x64):
 
     def loss(model, reduce, params, state, inputs, targets):
         logits, state = model.apply({"params": params}, inputs, state, deterministic=True)
-        return reduce(jnp.sum(cross_entropy(logits, targets))), state
+        return reduce(jnp.sum(optax.softmax_cross_entropy_with_integer_labels(logits, targets))), state
 
     axes = P("batch", "time")
     model = ranjax.LanguageModel(**options, axis_name="time")

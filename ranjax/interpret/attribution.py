@@ -322,7 +322,8 @@ def _check_model(model: LanguageModel, params: Params) -> None:
         raise ValueError(
             f"`model` must have cell='ran'; got cell={model.cell!r}, whose states are not weighted sums of its inputs."
         )
-    if "embed" not in params:
+    adaptive = model.softmax == "adaptive"
+    if ("adaptive" if adaptive else "embed") not in params:
         raise ValueError(
             f"`params` must be those of the model, variables['params']; got {', '.join(params) or 'nothing'}."
         )
@@ -333,7 +334,9 @@ def _check_model(model: LanguageModel, params: Params) -> None:
     projected = any("projection" in cell for cell in cells)
     block = "residual" if "norm" in params else "plain"
     asked = model.vocabulary, len(model.sizes), model.tie, model.gates, model.projection is not None, model.block
-    given = params["embed"]["embedding"].shape[0], len(cells), "decode" not in params, gates, projected, block
+    words = params["embed"]["embedding"].shape[0] if "embed" in params else model.vocabulary
+    tied = "embed" not in params if adaptive else "decode" not in params
+    given = words, len(cells), tied, gates, projected, block
     if asked != given:
         names = "vocabulary={}, layers={}, tie={}, gates={!r}, projected={}, block={!r}"
         raise ValueError(f"`params` must be those of the model, {names.format(*asked)}; got {names.format(*given)}.")
@@ -348,8 +351,8 @@ def _check_text(tokens: ArrayLike) -> None:
 
 def _embedded(model: LanguageModel, params: Params, tokens: ArrayLike) -> Array:
     """What the first layer reads. Raises a ValueError for ids out of the model's range, unless they are traced."""
-    embeddings = jnp.take(params["embed"]["embedding"], checked_ids(tokens, model.vocabulary), axis=0)
-    return model.input_scale * embeddings
+    ids = checked_ids(tokens, model.vocabulary)
+    return jnp.asarray(model.clone(dtype=None).apply({"params": params}, ids, method="embedded"))
 
 
 def _ratio(c: Array) -> Array:
@@ -357,10 +360,6 @@ def _ratio(c: Array) -> Array:
     return jnp.where(c == 0, 1, jnp.tanh(c) / jnp.where(c == 0, 1, c))
 
 
-def _output_layer(model: LanguageModel, params: Params, target: ArrayLike) -> tuple[Array, Array]:
+def _output_layer(model: LanguageModel, params: Params, target: ArrayLike) -> Any:
     """The weights and the bias of a word's logit."""
-    if model.tie:
-        rows, axis, bias = params["embed"]["embedding"], 0, params["bias"]
-    else:
-        rows, axis, bias = params["decode"]["kernel"], 1, params["decode"]["bias"]
-    return jnp.take(rows, target, axis), jnp.take(bias, target)
+    return model.clone(dtype=None).apply({"params": params}, jnp.asarray(target), method="score")

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple, get_args, get_origin, get_type_hints
 
 from ranjax import cli
-from ranjax.choices import Activation, Block, Cell, GateInit, Gates, Solver, Tokenizer
+from ranjax.choices import Activation, Block, Cell, GateInit, Gates, Softmax, Solver, Tokenizer
 from ranjax.data import is_named
 from ranjax.errors import UserError, flag, is_choice, is_number, is_path, is_size
 from ranjax.saved import MEND, read_sealed, write_sealed
@@ -109,6 +109,11 @@ class Config:
     """Rate on the embedding and on every layer's output."""
     tie: bool = True
     """Output layer = the embedding transposed."""
+    softmax: Softmax = "full"
+    """The output layer: full; or adaptive, for words: rare ones cost little and, with --tie, have fewer features."""
+    cutoffs: Sizes | None = None
+    """First ids of the clusters of an adaptive softmax, in the order of frequency; 2000, or 10000 60000 from 100,000
+    words on, if not given."""
     epochs: Size = 3
     """Passes over the training text."""
     batch_size: Size = 20

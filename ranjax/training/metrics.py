@@ -1,4 +1,4 @@
-"""How good a model is: cross-entropy, perplexity, and the exact evaluation of a text."""
+"""How good a model is: perplexity, and the exact evaluation of a text."""
 
 import math
 from collections.abc import Callable, Iterator
@@ -9,8 +9,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
-from jaxtyping import Float, Int
 
 from ranjax.errors import DivergedError, UserError, check_size
 from ranjax.lm import LanguageModel, checked_text, zero_state
@@ -19,18 +17,6 @@ MOST = 1e100  # perplexity: JSON and pictures have no infinity
 # Tokens a call. The state goes on from one to the next, so the result does not depend on it; of several streams,
 # though, each but the first reads as many before it counts.
 WINDOW = 512
-
-
-def cross_entropy(logits: Float[jax.Array, "*n vocabulary"], targets: Int[jax.Array, "*n"]) -> Float[jax.Array, "*n"]:
-    """-log p(target), in nats, of each prediction.
-
-    Example:
-      >>> import jax.numpy as jnp
-      >>> from ranjax.training.metrics import cross_entropy
-      >>> round(cross_entropy(jnp.zeros(8), jnp.array(5)).item(), 3)  # ln 8
-      2.079
-    """
-    return optax.softmax_cross_entropy_with_integer_labels(logits, targets)
 
 
 def perplexity(nats: float) -> float:
@@ -115,8 +101,10 @@ def make_evaluator(
 
     @partial(jax.jit, donate_argnums=1)
     def window(params, state, tokens, targets):
-        logits, state = model.apply({"params": params}, tokens, state, deterministic=True)
-        return state, jnp.sum(jnp.where(targets < 0, 0.0, cross_entropy(logits, jnp.maximum(targets, 0))))
+        apply = partial(model.apply, {"params": params})
+        hidden, state = apply(tokens, state, deterministic=True, method="hidden")
+        nats = jnp.asarray(apply(hidden, jnp.maximum(targets, 0), method="nats"))
+        return state, jnp.sum(jnp.where(targets < 0, 0.0, nats))
 
     def evaluate(params, ids, counted=None) -> Evaluation:
         ids = checked_text("ids", ids, model.vocabulary)

@@ -83,7 +83,18 @@ def load_model(source: str | Path, revision: str | None = None) -> Run:
 def build_model(config: Config, vocabulary: int) -> LanguageModel:
     """The model that a configuration describes."""
     names = ("cell", "features", "layers", "embedding", "projection", "gates", "activation", "solver")
-    names += ("dropout", "tie", "init_scale", "gate_init", "half_life", "block", "conv_width", "expansion")
+    names += (
+        "dropout",
+        "tie",
+        "softmax",
+        "cutoffs",
+        "init_scale",
+        "gate_init",
+        "half_life",
+        "block",
+        "conv_width",
+        "expansion",
+    )
     with in_flags(names):
         model = LanguageModel(vocabulary, **{name: getattr(config, name) for name in names})
         abstract_params(model)

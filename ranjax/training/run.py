@@ -63,6 +63,7 @@ def train(config: Config, *, constrain: Constraint = unconstrained, stop: Stop |
     config = normalised(config)
     _check_directory(config)
     corpus = load_corpus(config.dataset, config.data_dir, config.tokenizer)
+    _check_words(config, corpus)
     text = columns(corpus.train, config.batch_size, config.steps)
     windows = windows_per_epoch(text.shape[1], config.steps)
     check_memory(config, len(corpus.vocabulary), COPIES[config.optimizer])
@@ -84,6 +85,16 @@ def train(config: Config, *, constrain: Constraint = unconstrained, stop: Stop |
         except Stopped:
             report.interrupted()
             raise
+
+
+def _check_words(config: Config, corpus: Corpus) -> None:
+    """Raises a UserError for an adaptive softmax over ids that are not in the order of frequency."""
+    kind = corpus.vocabulary.tokenizer
+    if config.softmax == "adaptive" and kind != "word":
+        raise UserError(
+            "--softmax adaptive needs words, whose ids are in the order of frequency; the tokens of this text are of "
+            f"the kind {kind}. Use --tokenizer word or --softmax full."
+        )
 
 
 def _check_directory(config: Config) -> None:

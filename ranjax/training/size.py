@@ -4,6 +4,7 @@ import jax
 
 from ranjax.device import free_memory
 from ranjax.errors import UserError
+from ranjax.output import default_cutoffs, tail_features
 from ranjax.training.config import Config
 
 UNKNOWN = 2**50  # bytes; more than this no device has, whatever it reports
@@ -26,12 +27,23 @@ def parameter_count(config: Config, vocabulary: int) -> int:
     embedding = config.embedding or (outputs[-1] if config.tie and not residual else sizes[0])
     if residual:
         blocks = [_block(config, embedding, *shape) for shape in zip(sizes, outputs, strict=True)]
-        stack = sum(blocks) * (layers // len(sizes)) + embedding
-        return vocabulary * embedding + stack + vocabulary * (1 if config.tie else embedding + 1)
+        return sum(blocks) * (layers // len(sizes)) + embedding + _words(config, vocabulary, embedding, embedding)
     stack = sum(_layer(config, *shape) for shape in zip([embedding, *outputs], sizes, outputs, strict=False))
     if len(sizes) == 1:
         stack += (layers - 1) * _layer(config, outputs[0], sizes[0], outputs[0])
-    return vocabulary * embedding + stack + vocabulary * (1 if config.tie else outputs[-1] + 1)
+    return stack + _words(config, vocabulary, embedding, outputs[-1])
+
+
+def _words(config: Config, vocabulary: int, embedding: int, output: int) -> int:
+    """The number of parameters of the embedding and of the output layer."""
+    if config.softmax == "full":
+        return vocabulary * embedding + vocabulary * (1 if config.tie else output + 1)
+    cutoffs = config.cutoffs or default_cutoffs(vocabulary)
+    total = (cutoffs[0] + len(cutoffs)) * (output + 1)
+    for k, (first, last) in enumerate(zip(cutoffs, (*cutoffs[1:], vocabulary), strict=True), 1):
+        size = tail_features(output, k)
+        total += size * output + (last - first) * (size + 1)
+    return total + (0 if config.tie else vocabulary * embedding)
 
 
 def _block(config: Config, width: int, size: int, output: int) -> int:

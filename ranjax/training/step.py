@@ -12,7 +12,6 @@ from jax import Array
 from ranjax.lm import LanguageModel, zero_state
 from ranjax.solvers import Result
 from ranjax.training.config import Config
-from ranjax.training.metrics import cross_entropy
 
 BAD_STEPS = 5  # in a row, after which a run stops
 NOT_YET = float(jnp.finfo(jnp.float32).max)  # the best loss before the first; finite, for JAX_DEBUG_INFS
@@ -162,12 +161,13 @@ def make_loss(model: LanguageModel, config: Config, constrain: Constraint = unco
     """`loss(params, carry, window, key) -> (loss, (carry, iterations))`: summed over time, averaged over the batch."""
 
     def loss(params, carry, window, key):
-        (logits, carry), sown = model.apply(
-            {"params": constrain(params)}, window[:, :-1], carry, deterministic=config.dropout == 0,
-            rngs={"dropout": key}, mutable="solver",
+        params = {"params": constrain(params)}
+        (hidden, carry), sown = model.apply(
+            params, window[:, :-1], carry, deterministic=config.dropout == 0, rngs={"dropout": key},
+            mutable="solver", method="hidden",
         )  # fmt: skip
-        nats = cross_entropy(logits, window[:, 1:])
-        return jnp.mean(jnp.sum(nats, axis=1)), (carry, mean_iterations(sown))
+        nats = jnp.asarray(model.apply(params, hidden, window[:, 1:], method="total_nats"))
+        return nats / len(window), (carry, mean_iterations(sown))
 
     return loss
 

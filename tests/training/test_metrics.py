@@ -13,7 +13,7 @@ from ranjax.cli import Stop, Stopped
 from ranjax.errors import DivergedError, UserError
 from ranjax.lm import LanguageModel
 from ranjax.training import metrics
-from ranjax.training.metrics import Evaluation, cross_entropy, finite, make_evaluator, perplexity, shown
+from ranjax.training.metrics import Evaluation, finite, make_evaluator, perplexity, shown
 
 VOCABULARY = 15
 
@@ -44,13 +44,6 @@ def log_probabilities(model, params, ids):
     logits, _ = model.apply({"params": params}, ids[None, :-1], deterministic=True)
     logits = np.asarray(logits[0], np.float64)
     return logits[np.arange(len(ids) - 1), ids[1:]] - np.log(np.exp(logits).sum(-1))
-
-
-def test_cross_entropy_is_that_of_numpy():
-    rng = np.random.default_rng(0)
-    logits, targets = rng.normal(size=(2, 3, 7)) * 5, rng.integers(7, size=(2, 3))
-    expected = np.log(np.exp(logits).sum(-1)) - np.take_along_axis(logits, targets[..., None], -1)[..., 0]
-    np.testing.assert_allclose(cross_entropy(jnp.float32(logits), jnp.asarray(targets)), expected, rtol=1e-5)
 
 
 def test_evaluation_counts_every_prediction_whatever_the_window(model, params, ids, monkeypatch):

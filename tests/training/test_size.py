@@ -24,9 +24,10 @@ RAN += [{"gates": gates, "projection": 3} for gates in ("recurrent", "input")]
 
 
 RESIDUAL = [{"block": "residual"}, {"block": "residual", "conv_width": 1, "expansion": None, "gates": "input"}]
+ADAPTIVE = [{"softmax": "adaptive", "cutoffs": (4,)}, {"softmax": "adaptive", "cutoffs": [2, 7]}]
 
 
-@pytest.mark.parametrize("cell", [*RAN, {"cell": "lstm"}, {"cell": "gru"}, {"cell": "rnn"}, *RESIDUAL])
+@pytest.mark.parametrize("cell", [*RAN, {"cell": "lstm"}, {"cell": "gru"}, {"cell": "rnn"}, *RESIDUAL, *ADAPTIVE])
 @pytest.mark.parametrize("shape", SHAPES)
 def test_the_parameters_are_counted_as_the_model_has_them(cell, shape):
     config = Config(**{"tie": False, **cell, **shape})
