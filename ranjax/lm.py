@@ -68,8 +68,8 @@ class LanguageModel(nn.Module):
       tie: the output layer is the embedding's transpose; the last output must have the embedding's size.
       softmax: `"full"`; or `"adaptive"`, where rare words cost little; ids must be in the order of frequency. With
         `tie` rare words have fewer features in the embedding, too. See `ranjax.output.AdaptiveSoftmax`.
-      cutoffs: of the adaptive softmax, the first ids of its clusters (default: 2,000; from 100,000 words on 10,000 and
-        60,000).
+      cutoffs: of the adaptive softmax, the first ids of its clusters (default: 2,000; above 20,000 words 10,000, too;
+        above 100,000 words 10,000 and 60,000).
       init_scale: every weight is drawn uniformly from +-init_scale. None: embedding uniform in +-0.1, the default
         initialisers of the cells, LeCun's for the output layer.
       dtype: dtype of the products; the logits are float32 or wider.

@@ -22,6 +22,7 @@ from ranjax.cell import uniform
 from ranjax.errors import is_size
 
 HELD = 2**22  # logits, at most, that a loss holds at once (16 MB); but those of LEAST rows
+FEW = 64  # rows a chunk where only some are taken
 LEAST = 32  # rows a chunk: each adds to the gradient of the whole kernel
 FACTOR = 4  # each cluster has a fourth of the features of the one before
 
@@ -65,7 +66,7 @@ def total_nats(
       >>> round(float(total_nats(x, w, b, y)), 4)  # 3 ln 8
       6.2383
     """
-    return _total(rows, kernel, bias, targets, jnp.asarray(len(rows) if count is None else count), axis)
+    return _total(rows, kernel, bias, targets, count, axis)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(5,))
@@ -91,7 +92,8 @@ def _chunks(
 ) -> tuple[Array, Any]:
     """The nats of each row, 0 from `count` on; the gradients of their sum by rows, kernel and bias, if asked for."""
     number, vocabulary = len(rows), kernel.shape[axis]
-    size: int = min(number, max(LEAST, HELD // vocabulary))
+    most = HELD // vocabulary if count is None else FEW  # the last chunk of few rows is computed in full
+    size: int = min(number, max(LEAST, most))
     padding: int = -number % size
     rows, targets = jnp.pad(rows, ((0, padding), (0, 0))), jnp.pad(targets, (0, padding))
     count = jnp.asarray(number if count is None else count)
@@ -155,8 +157,14 @@ class FullSoftmax(NamedTuple):
 
 
 def default_cutoffs(vocabulary: int) -> tuple[int, ...]:
-    """Where the clusters of a vocabulary begin, if nothing else is asked for."""
-    return (2000,) if vocabulary <= 100_000 else (10_000, 60_000)
+    """Where the clusters of a vocabulary begin, if nothing else is asked for.
+
+    Milliseconds of a training step on WikiText-2, 2 x 256, 20 x 35, 2 CPU cores, 2026-11-30: (2000, 10000) 62, (2000,)
+    94, (4000,) 94, (4000, 12000) 74; the full softmax 434.
+    """
+    if vocabulary <= 20_000:
+        return (2000,)
+    return (2000, 10_000) if vocabulary <= 100_000 else (10_000, 60_000)
 
 
 def check_cutoffs(cutoffs: Any, vocabulary: int) -> None:

@@ -168,7 +168,8 @@ def test_cutoffs_that_do_not_rise_or_pass_the_vocabulary_are_refused(cutoffs):
 
 
 def test_cutoffs_by_default():
-    assert default_cutoffs(33_278) == (2000,)
+    assert default_cutoffs(10_000) == (2000,)
+    assert default_cutoffs(33_278) == (2000, 10_000)
     assert default_cutoffs(267_735) == (10_000, 60_000)
 
 

@@ -112,8 +112,8 @@ class Config:
     softmax: Softmax = "full"
     """The output layer: full; or adaptive, for words: rare ones cost little and, with --tie, have fewer features."""
     cutoffs: Sizes | None = None
-    """First ids of the clusters of an adaptive softmax, in the order of frequency; 2000, or 10000 60000 from 100,000
-    words on, if not given."""
+    """First ids of the clusters of an adaptive softmax, in the order of frequency; if not given 2000, above 20,000
+    words 2000 10000, above 100,000 words 10000 60000."""
     epochs: Size = 3
     """Passes over the training text."""
     batch_size: Size = 20
