@@ -243,7 +243,8 @@ def difference(found: dict[str, Any], expected: dict[str, Any]) -> str:
 def _state(run: Path, loaded: Any) -> Any:
     """The training state that a run would resume from."""
     from ranjax.training.checkpoint import Checkpoints
-    from ranjax.training.step import initial_state, make_optimizer
+    from ranjax.training.optimizer import make_optimizer
+    from ranjax.training.step import initial_state
 
     like = initial_state(loaded.model, make_optimizer(loaded.config, 1), loaded.config)
     return Checkpoints(run).load("latest", like)

@@ -50,7 +50,8 @@ def ranjax_steps(features: int, batch: int, steps: int, **options):
 
     from ranjax.training.config import Config
     from ranjax.training.model import build_model
-    from ranjax.training.step import initial_state, make_optimizer, make_step
+    from ranjax.training.optimizer import make_optimizer
+    from ranjax.training.step import initial_state, make_step
 
     config = Config(
         features=(features,), batch_size=batch, steps=steps, dropout=0.0, tie=False, optimizer="sgd",

@@ -46,6 +46,7 @@ class ResidualBlock(nn.Module):
       dropout: rate on what is added to the stream, in [0, 1).
       solver, axis_name: of the RAN; see `RAN`.
       time_major, return_carry, reverse, keep_order: as for `RAN`.
+      locked: one mask of dropout for all steps of a sequence, in place of one for each step.
 
     Raises:
       TypeError: for another cell.
@@ -77,6 +78,7 @@ class ResidualBlock(nn.Module):
     reverse: bool = False
     keep_order: bool = False
     axis_name: str | None = None
+    locked: bool = False
 
     def __post_init__(self):
         if not isinstance(self.cell, RANCell) and type(self.cell) not in EQUATIONS:
@@ -187,7 +189,8 @@ class ResidualBlock(nn.Module):
         """x + W_out (values * silu(W_gate by)), with dropout on what is added."""
         gated = values * nn.silu(self._dense(values.shape[-1], gate)(by))
         added = self._dense(x.shape[-1], out)(gated)
-        return x + nn.Dropout(self.dropout)(added, deterministic or not self.dropout).astype(x.dtype)
+        drop = nn.Dropout(self.dropout, (0 if self.time_major else x.ndim - 2,) if self.locked else ())
+        return x + drop(added, deterministic or not self.dropout).astype(x.dtype)
 
     @nn.nowrap
     def _states(

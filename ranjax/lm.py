@@ -30,6 +30,7 @@ Carries = tuple  # one carry per layer
 
 CELLS = ("ran", "lstm", "gru", "rnn")
 RAN_ONLY = ("projection", "gates", "activation", "solver", "axis_name", "gate_init", "half_life")
+DROPOUTS = ("dropout", "dropout_input", "dropout_output", "dropout_words")
 BLOCKS = ("plain", "residual")
 RESIDUAL_ONLY = ("conv_width", "expansion")
 SOFTMAXES = ("full", "adaptive")
@@ -46,9 +47,9 @@ class LanguageModel(nn.Module):
     With `block="residual"` every layer is a `ResidualBlock` as wide as the embedding, the stream begins with
     :math:`h^0_t = \sqrt{d} E_{w_t}` for an embedding of size d, and an RMSNorm is before the output layer.
 
-    Dropout applies to the embedding and to the output of every layer, with independent masks for every step; with
-    residual blocks to what each adds to the stream, and to the last norm. It never applies to the recurrence. The masks
-    of all steps are drawn outside the loop over time.
+    Dropout applies to the embedding and to the output of every layer; with residual blocks to what each adds to the
+    stream, and to the last norm. It never applies to the recurrence. Masks are drawn outside the loop over time, for
+    every step, or one for all steps of a sequence (`locked`).
 
     Attributes:
       vocabulary: number of tokens.
@@ -65,6 +66,9 @@ class LanguageModel(nn.Module):
       block: `"plain"`, layers in sequence, or `"residual"`.
       conv_width, expansion: of the residual blocks; see `ResidualBlock`.
       dropout: rate, in [0, 1).
+      dropout_input, dropout_output: rates on the embedding and on what the output layer reads (default: `dropout`).
+      dropout_words: rate at which words are dropped: a word has no embedding wherever it stands in the tokens.
+      locked: each sequence has one mask for all steps; also called variational dropout (Gal and Ghahramani 2016).
       tie: the output layer is the embedding's transpose; the last output must have the embedding's size.
       softmax: `"full"`; or `"adaptive"`, where rare words cost little; ids must be in the order of frequency. With
         `tie` rare words have fewer features in the embedding, too. See `ranjax.output.AdaptiveSoftmax`.
@@ -107,6 +111,10 @@ class LanguageModel(nn.Module):
     conv_width: int = 4
     expansion: float | None = 1.5
     dropout: float = 0.0
+    dropout_input: float | None = None
+    dropout_output: float | None = None
+    dropout_words: float = 0.0
+    locked: bool = False
     tie: bool = False
     softmax: str = "full"
     cutoffs: tuple[int, ...] | list[int] | None = None
@@ -133,7 +141,9 @@ class LanguageModel(nn.Module):
             check_solver(self.solver, self.gates, self.axis_name)
         if self.init_scale is not None and not self.init_scale > 0:
             raise ValueError(f"`init_scale` must be above 0; got {self.init_scale}.")
-        check_rate("dropout", self.dropout)
+        for name in DROPOUTS:
+            if getattr(self, name) is not None or name in ("dropout", "dropout_words"):
+                check_rate(name, getattr(self, name))
         options = [("cell", "ran", name) for name in RAN_ONLY]
         options += [("block", "residual", name) for name in RESIDUAL_ONLY] + [("softmax", "adaptive", "cutoffs")]
         for of, kind, name in options:
@@ -217,7 +227,7 @@ class LanguageModel(nn.Module):
         return math.sqrt(self.embedding_size) if self.block == "residual" else 1.0
 
     @property
-    def _time_major(self) -> bool:
+    def time_major(self) -> bool:
         """Whether the layers run with time as the first axis: where they scan over it with full matrices."""
         return self.cell != "ran" or (
             self.gates == "recurrent" and is_sequential(self.solver, "recurrent", self.axis_name)
@@ -232,7 +242,11 @@ class LanguageModel(nn.Module):
         if not (adaptive and self.tie):
             self.embed = nn.Embed(self.vocabulary, self.embedding_size, dtype=self.dtype, embedding_init=init)
         self.stack = [self._layer(size) for size in self.sizes]
-        self.drop = nn.Dropout(self.dropout)
+        over = (0 if self.time_major else 1,) if self.locked else ()
+        self.drop = nn.Dropout(self.dropout, over)
+        first, last = self.dropout_input, self.dropout_output
+        self.drop_input = self.drop if first is None else nn.Dropout(first, over)
+        self.drop_output = self.drop if last is None else nn.Dropout(last, over)
         if self.block == "residual":
             self.norm = nn.RMSNorm()  # in the dtype of the stream
         if adaptive:
@@ -249,10 +263,10 @@ class LanguageModel(nn.Module):
     def _layer(self, features: int) -> nn.Module:
         """One layer over a sequence that returns `(carry, outputs)`."""
         cell = self._cell(features)
-        options: dict = {"time_major": self._time_major, "return_carry": True, "axis_name": self.axis_name}
+        options: dict = {"time_major": self.time_major, "return_carry": True, "axis_name": self.axis_name}
         if self.block == "residual":
             sizes = self.conv_width, self.expansion, self.dropout
-            return ResidualBlock(cell, *sizes, solver=self.solver, **options)
+            return ResidualBlock(cell, *sizes, solver=self.solver, locked=self.locked, **options)
         return RAN(cell, self.solver, **options) if isinstance(cell, RANCell) else Stepwise(cell)
 
     @nn.nowrap
@@ -273,19 +287,30 @@ class LanguageModel(nn.Module):
         tokens = checked_ids(tokens, self.vocabulary)
         if tokens.ndim != 2:
             raise ValueError(f"`tokens` must have the axes (batch, time); got the shape {tokens.shape}.")
-        h = self.embedded(tokens.T if self._time_major else tokens)
-        h = self.drop(h, deterministic=deterministic)
-        carries = []
-        for layer, carry in zip(self.stack, self.carries(state, tokens.shape[:1]), strict=True):
+        tokens = tokens.T if self.time_major else tokens
+        h = self.drop_input(self._words_dropped(self.embedded(tokens), tokens, deterministic), deterministic)
+        carries, given = [], self.carries(state, tokens.shape[1:] if self.time_major else tokens.shape[:1])
+        for n, (layer, carry) in enumerate(zip(self.stack, given, strict=True), 1):
             if isinstance(layer, ResidualBlock):
                 carry, h = layer(h, carry, deterministic=deterministic)
             else:
                 carry, h = layer(h, initial_carry=carry)
-                h = self.drop(h, deterministic=deterministic)
+                if n < len(given):
+                    h = self.drop(h, deterministic)
             carries.append(carry)
         if self.block == "residual":
-            h = self.drop(self.norm(h).astype(self.dtype or h.dtype), deterministic=deterministic)
-        return jnp.swapaxes(h, 0, 1) if self._time_major else h, tuple(carries)
+            h = self.norm(h).astype(self.dtype or h.dtype)
+        last = self.drop_output(h, deterministic)
+        if not deterministic:
+            self.sow("outputs", "last", (h, last))
+        return jnp.swapaxes(last, 0, 1) if self.time_major else last, tuple(carries)
+
+    def _words_dropped(self, embedded: Array, tokens: Array, deterministic: bool) -> Array:
+        """The embeddings, of some words 0 everywhere, and of the others as much larger."""
+        if deterministic or not self.dropout_words:
+            return embedded
+        kept = jax.random.bernoulli(self.make_rng("dropout"), 1 - self.dropout_words, (self.vocabulary,))
+        return jnp.where(kept[tokens][..., None], embedded / (1 - self.dropout_words), 0)
 
     def embedded(self, tokens: Array) -> Array:
         """What the first layer reads of these tokens, before dropout."""

@@ -19,9 +19,10 @@ from ranjax.data import load_corpus, windows_per_epoch
 from ranjax.training.checkpoint import Checkpoints
 from ranjax.training.config import Config
 from ranjax.training.model import build_model
+from ranjax.training.optimizer import make_optimizer
 from ranjax.training.report import Report
 from ranjax.training.run import train
-from ranjax.training.step import TrainState, initial_state, make_optimizer
+from ranjax.training.step import TrainState, initial_state
 
 TEXT = "the cat sat on the mat\nthe dog sat on the log\nthe cat saw the dog\n"
 
@@ -64,7 +65,8 @@ def assert_same(a, b):
 def blank_state(**fields):
     """A training state without arrays, and all counters 0 but for those given."""
     zero, count = jnp.zeros(()), jnp.zeros((), jnp.int32)
-    state = TrainState({}, {}, (), count, count, zero, count, count, count, zero, zero, count, zero)
+    counts = count, count, zero, count, count, count, zero, zero, count, zero
+    state = TrainState({}, {}, (), *counts, average={}, averaged=jnp.array(-1), recent=jnp.zeros(0), older=zero)
     return state._replace(**{name: jnp.asarray(value) for name, value in fields.items()})
 
 

@@ -17,10 +17,10 @@ from ranjax.cli import Stop, refusals
 from ranjax.data import load_corpus
 from ranjax.errors import DivergedError, UserError
 from ranjax.training.config import Config, normalised
+from ranjax.training.loss import Constraint, unconstrained
 from ranjax.training.metrics import MOST
 from ranjax.training.report import device, versions
 from ranjax.training.run import train
-from ranjax.training.step import Constraint, unconstrained
 
 EVERY_EPOCH = ("valid_perplexities", "train_perplexities")
 FIGURES = (

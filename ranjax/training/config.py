@@ -10,7 +10,19 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple, get_args, get_origin, get_type_hints
 
 from ranjax import cli
-from ranjax.choices import Activation, Block, Cell, GateInit, Gates, Softmax, Solver, Tokenizer
+from ranjax.choices import (
+    Activation,
+    Average,
+    Block,
+    Cell,
+    GateInit,
+    Gates,
+    Optimizer,
+    Precision,
+    Softmax,
+    Solver,
+    Tokenizer,
+)
 from ranjax.data import is_named
 from ranjax.errors import UserError, flag, is_choice, is_number, is_path, is_size
 from ranjax.saved import MEND, read_sealed, write_sealed
@@ -107,6 +119,20 @@ class Config:
     """Size of a RAN's projected output."""
     dropout: Rate = 0.2
     """Rate on the embedding and on every layer's output."""
+    dropout_input: Rate | None = None
+    """Rate on the embedding; --dropout if not given."""
+    dropout_output: Rate | None = None
+    """Rate on what the output layer reads; --dropout if not given."""
+    dropout_words: Rate = 0.0
+    """Rate at which words are dropped, each in all places of a window."""
+    dropout_weights: Rate = 0.0
+    """Rate on the weights that read the last output, one mask for a window."""
+    locked: bool = False
+    """One mask of dropout for all steps of a window, in place of one for each step."""
+    activation_penalty: NotNegative = 0.0
+    """Weight of the mean square of the last layer's outputs in the loss."""
+    change_penalty: NotNegative = 0.0
+    """Weight of the mean square of their change from step to step."""
     tie: bool = True
     """Output layer = the embedding transposed."""
     softmax: Softmax = "full"
@@ -120,12 +146,17 @@ class Config:
     """Streams of text trained on in parallel."""
     steps: Size = 35
     """Truncation length: tokens that a gradient reaches back at most."""
-    optimizer: Literal["sgd", "adamw"] = "adamw"
-    """The update rule."""
+    optimizer: Optimizer = "adamw"
+    """The update rule. muon: for the matrices of the layers, adamw for all else; schedule_free: adamw on averages."""
+    average: Average = "never"
+    """non-monotone: once validation has not been better for --patience epochs, the parameters of all later steps are
+    averaged, and the averages are evaluated and saved as the best."""
+    patience: Size = 5
+    """Epochs without a better validation, after which averaging begins."""
     learning_rate: Positive = 2e-3
     """Learning rate at its highest."""
     weight_decay: NotNegative = 0.0
-    """Of adamw; for sgd there is none."""
+    """Decay of the weights: decoupled from the gradient, but for sgd."""
     schedule: Literal["constant", "cosine", "decay"] = "decay"
     """constant; cosine: --warmup steps up, then down to a hundredth over --epochs (so more epochs stretch it);
     decay: constant for --decay-after epochs, then times --decay each epoch."""
@@ -139,6 +170,12 @@ class Config:
     """Largest global norm of the gradient."""
     init_scale: Positive | None = None
     """All weights uniform in +- this; the cells' own initialisers if not given."""
+    precision: Precision = "float32"
+    """Of the products. Parameters, states, the softmax and the optimizer are float32 in either."""
+    accumulate: Size = 1
+    """Parts of a batch that are computed one after another, for less memory."""
+    remat: Size = 1
+    """Parts of a window whose activations are computed again in the backward pass, for less memory."""
     solver: Solver = "auto"
     """How a RAN layer solves its recurrence."""
     streams: Size = 1
@@ -165,8 +202,15 @@ def check(config: Config) -> None:
         for rule in rules:
             if not _holds(rule.holds, value):
                 raise UserError(f"{flag(name)} must be {rule.expected}; got {value!r}.")
-    if config.weight_decay and config.optimizer != "adamw":
-        raise UserError(f"--weight-decay is for --optimizer adamw; got {config.weight_decay} with {config.optimizer}.")
+    for name, whole in (("accumulate", "batch_size"), ("remat", "steps")):
+        part, of = getattr(config, name), getattr(config, whole)
+        if of % part:
+            raise UserError(f"{flag(name)} must divide {flag(whole)} {of}; got {part}.")
+    if config.optimizer == "schedule_free" and config.schedule != "constant":
+        raise UserError(
+            f"--optimizer schedule_free takes the place of a schedule; got it with --schedule {config.schedule}. Give "
+            "--schedule constant."
+        )
 
 
 def _allowed(kind: Any) -> tuple[tuple, list[Rule]]:
@@ -195,8 +239,9 @@ def _holds(condition: Callable[[Any], Any], value: Any) -> bool:
 
 # Settings of papers. Lee et al. 2017 (the authors' code) for medium, large and text8; Zaremba et al. 2014's small
 # network, as in TensorFlow's tutorial. text8 there has a dropout of 0.1 on whole embedding rows and 0.4 on outputs;
-# here 0.4 on both.
-Preset = Literal["ptb-small", "ptb-medium", "ptb-large", "text8"]
+# here 0.4 on both. Merity et al. 2018 (AWD) for Penn Treebank, whose loss is a mean over steps, here a sum; for
+# WikiText-2 they have --dropout 0.2 --dropout-input 0.65 --batch-size 80.
+Preset = Literal["ptb-small", "ptb-medium", "ptb-large", "text8", "awd"]
 _ZAREMBA = Config(optimizer="sgd", schedule="decay", tie=False, dataset="ptb", activation="tanh", warmup=0)
 PRESETS = {
     "ptb-small": replace(
@@ -215,6 +260,12 @@ PRESETS = {
         _ZAREMBA, dataset="text8", layers=3, features=(1024, 1024, 2048), embedding=128, dropout=0.4,
         learning_rate=0.2, decay=1 / 1.03, decay_after=5, epochs=500, batch_size=128, steps=100, clip=10.0,
         init_scale=0.04,
+    ),
+    "awd": replace(
+        _ZAREMBA, tie=True, features=(1150, 1150, 400), layers=3, dropout=0.25, dropout_input=0.4, dropout_output=0.4,
+        dropout_words=0.1, dropout_weights=0.5, locked=True, activation_penalty=2.0, change_penalty=1.0,
+        weight_decay=1.2e-6, learning_rate=30 / 70, schedule="constant", clip=0.25 * 70, epochs=500, batch_size=20,
+        steps=70, average="non-monotone", patience=5,
     ),
 }  # fmt: skip
 

@@ -11,7 +11,7 @@ from ranjax.errors import DivergedError
 from ranjax.training.checkpoint import Checkpoints
 from ranjax.training.metrics import Evaluation
 from ranjax.training.report import Report
-from ranjax.training.step import BAD_STEPS, NOT_YET, TrainState
+from ranjax.training.step import BAD_STEPS, NOT_YET, TrainState, triggered
 
 SAVE_SECONDS = 60.0
 
@@ -25,6 +25,7 @@ class Loop:
       step: of training, with the text; it may donate the state.
       text: on the device, `(batch, length)`.
       windows: steps an epoch.
+      evaluated: the parameters of a state that are validated and saved as the best.
       stop: the request to stop of Ctrl-C or SIGTERM, read after each burst of steps: the state is saved, then it ends
         the program.
     """
@@ -35,12 +36,14 @@ class Loop:
     text: Any
     windows: int
     stop: Stop
+    evaluated: Callable[[TrainState], Any]
 
     def epochs(self, state: TrainState, number: int, validate: Callable[[Any], Evaluation]) -> TrainState:
         """Trains up to so many epochs, each validated and saved."""
         for _ in range(int(state.epoch), number):
             state = self.epoch(state)
-            state = self.validated(state, validate(state.params))
+            params = self.evaluated(state)
+            state = self.validated(state, params, validate(params))
             self.stop.check()
         return state
 
@@ -76,7 +79,7 @@ class Loop:
                 "start again, with another --out."
             )
 
-    def validated(self, state: TrainState, evaluation: Evaluation) -> TrainState:
+    def validated(self, state: TrainState, params: Any, evaluation: Evaluation) -> TrainState:
         """Ends an epoch: keeps the state if it is the best so far, reports it, and saves it to go on from.
 
         It is reported before it is saved: after a kill between the two, the resumed run reports it again.
@@ -90,9 +93,9 @@ class Loop:
                 "with another --out."
             )
         if evaluation.nats < float(state.best):
-            self._write("best", int(state.step), state.params)
+            self._write("best", int(state.step), params)
             state = state._replace(best=state.best.at[()].set(evaluation.nats))
-        state = state._replace(epoch=state.epoch + 1)
+        state = triggered(state, evaluation.nats)._replace(epoch=state.epoch + 1)
         self.report.epoch(state, evaluation)
         self.save(state)
         return state

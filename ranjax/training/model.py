@@ -10,7 +10,7 @@ import jax.numpy as jnp
 
 from ranjax.data.vocabulary import Vocabulary, load_vocabulary
 from ranjax.errors import UserError, check_path, in_flags
-from ranjax.lm import LanguageModel
+from ranjax.lm import DROPOUTS, LanguageModel
 from ranjax.training.arrays import load_tensors
 from ranjax.training.checkpoint import Checkpoints
 from ranjax.training.config import Config, load_config
@@ -83,20 +83,11 @@ def load_model(source: str | Path, revision: str | None = None) -> Run:
 def build_model(config: Config, vocabulary: int) -> LanguageModel:
     """The model that a configuration describes."""
     names = ("cell", "features", "layers", "embedding", "projection", "gates", "activation", "solver")
-    names += (
-        "dropout",
-        "tie",
-        "softmax",
-        "cutoffs",
-        "init_scale",
-        "gate_init",
-        "half_life",
-        "block",
-        "conv_width",
-        "expansion",
-    )
+    names += ("gate_init", "half_life", "block", "conv_width", "expansion")
+    names += ("tie", "softmax", "cutoffs", "init_scale", "locked", *DROPOUTS)
     with in_flags(names):
-        model = LanguageModel(vocabulary, **{name: getattr(config, name) for name in names})
+        dtype = jnp.bfloat16 if config.precision == "bfloat16" else None
+        model = LanguageModel(vocabulary, dtype=dtype, **{name: getattr(config, name) for name in names})
         abstract_params(model)
     return model
 

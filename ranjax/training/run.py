@@ -24,18 +24,13 @@ from ranjax.training.config import Config, check, check_same, load_config, norma
 from ranjax.training.environment import check_environment, save_environment
 from ranjax.training.folder import absolute
 from ranjax.training.loop import Loop
+from ranjax.training.loss import Constraint, unconstrained
 from ranjax.training.metrics import finite, make_evaluator
 from ranjax.training.model import Run, build_model
+from ranjax.training.optimizer import evaluated, make_optimizer
 from ranjax.training.report import Report
 from ranjax.training.size import COPIES, check_memory
-from ranjax.training.step import (
-    Constraint,
-    TrainState,
-    initial_state,
-    make_optimizer,
-    make_step,
-    unconstrained,
-)
+from ranjax.training.step import TrainState, initial_state, make_step
 
 UNFINISHED = ".ranjax-"  # begins the name of a run's directory until it is complete
 SOON = 60.0  # seconds in which a program that begins a run has locked its directory
@@ -66,7 +61,7 @@ def train(config: Config, *, constrain: Constraint = unconstrained, stop: Stop |
     _check_words(config, corpus)
     text = columns(corpus.train, config.batch_size, config.steps)
     windows = windows_per_epoch(text.shape[1], config.steps)
-    check_memory(config, len(corpus.vocabulary), COPIES[config.optimizer])
+    check_memory(config, len(corpus.vocabulary), COPIES[config.optimizer] + (config.average != "never"))
     model = build_model(config, len(corpus.vocabulary))
     optimizer = make_optimizer(config, windows)
     state = initial_state(model, optimizer, config, constrain)
@@ -77,7 +72,7 @@ def train(config: Config, *, constrain: Constraint = unconstrained, stop: Stop |
         report = held.enter_context(Report(config.directory, config, windows, int(state.step), int(state.epoch)))
         step = make_step(model, optimizer, config, windows, constrain)
         evaluate = make_evaluator(model, config.streams, stop.check)
-        loop = Loop(checkpoints, report, step, jax.device_put(text), windows, stop)
+        loop = Loop(checkpoints, report, step, jax.device_put(text), windows, stop, evaluated(config))
         try:
             state = loop.epochs(state, config.epochs, lambda params: evaluate(params, corpus.valid))
             best = checkpoints.load("best", state.params)

@@ -8,7 +8,8 @@ from ranjax.output import default_cutoffs, tail_features
 from ranjax.training.config import Config
 
 UNKNOWN = 2**50  # bytes; more than this no device has, whatever it reports
-COPIES = {"sgd": 2, "adamw": 4}  # in training: the parameters, their gradient, and adamw's two averages of it
+# In training: the parameters, their gradient, what the optimizer keeps of each; `average` keeps one more.
+COPIES = {"sgd": 2, "adamw": 4, "muon": 3, "schedule_free": 4}
 
 
 def parameter_count(config: Config, vocabulary: int) -> int:

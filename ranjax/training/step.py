@@ -1,7 +1,7 @@
 """One step of training: the state it changes, the update rule, the jitted step."""
 
 from collections.abc import Callable
-from functools import partial, wraps
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -10,14 +10,13 @@ import optax
 from jax import Array
 
 from ranjax.lm import LanguageModel, zero_state
-from ranjax.solvers import Result
 from ranjax.training.config import Config
+from ranjax.training.loss import Constraint, in_parts, make_loss, unconstrained
 
 BAD_STEPS = 5  # in a row, after which a run stops
+NOT_BEGUN = -1  # steps that an average is of
 NOT_YET = float(jnp.finfo(jnp.float32).max)  # the best loss before the first; finite, for JAX_DEBUG_INFS
 DROPOUT = 1  # folded into the key of the seed, which draws the weights
-
-Constraint = Callable[[Any], Any]  # a function of the parameters: what the model computes with in their place
 
 
 class TrainState(NamedTuple):
@@ -33,6 +32,9 @@ class TrainState(NamedTuple):
       best: lowest validation loss so far, nats per token; `NOT_YET` before the first.
       seconds, timed: spent training, compilation left out, and on how many steps.
       iterations: of the fixed point solver, the mean over the layers, summed over the epoch so far.
+      average: of the parameters, a tree like theirs; empty where nothing is averaged.
+      averaged: how many steps it is of; `NOT_BEGUN` before averaging begins.
+      recent, older: validation losses of the last `patience` epochs, and the lowest before them.
     """
 
     params: Any
@@ -48,47 +50,10 @@ class TrainState(NamedTuple):
     seconds: Array
     timed: Array
     iterations: Array
-
-
-def learning_rate(config: Config, per_epoch: int) -> optax.Schedule:
-    """The learning rate at a step, for an epoch of so many steps."""
-    return _promoting(_schedule(config, per_epoch))
-
-
-def _promoting(function: Callable) -> Callable:
-    """A function of optax, whose arithmetic mixes dtypes, also where `jax_numpy_dtype_promotion` is "strict"."""
-
-    @wraps(function)
-    def call(*arguments):
-        with jax.numpy_dtype_promotion("standard"):
-            return function(*arguments)
-
-    return call
-
-
-def _schedule(config: Config, per_epoch: int) -> optax.Schedule:
-    peak, total = config.learning_rate, config.epochs * per_epoch
-    if config.schedule == "constant":
-        return optax.constant_schedule(peak)
-    if config.schedule == "cosine":
-        warmup = min(config.warmup, total // 2)
-        return optax.warmup_cosine_decay_schedule(0.0 if warmup else peak, peak, warmup, total, peak / 100)
-    first = peak if config.decay_after else peak * config.decay
-    begin = max(config.decay_after - 1, 0) * per_epoch
-    return optax.exponential_decay(first, per_epoch, config.decay, begin, staircase=True)
-
-
-def make_optimizer(config: Config, per_epoch: int) -> optax.GradientTransformation:
-    """Global-norm clipping, then the update rule at the scheduled rate."""
-    rate = learning_rate(config, per_epoch)
-    rule = optax.sgd(rate) if config.optimizer == "sgd" else optax.adamw(rate, weight_decay=config.weight_decay)
-    chain = optax.chain(optax.clip_by_global_norm(config.clip), rule)
-    return optax.GradientTransformation(chain.init, _promoting(chain.update))
-
-
-def unconstrained(params: Any) -> Any:
-    """The constraint of a usual training: none."""
-    return params
+    average: Any
+    averaged: Array
+    recent: Array
+    older: Array
 
 
 def initial_state(
@@ -105,6 +70,8 @@ def initial_state(
     state = TrainState(
         params=params, optimizer=optimizer.init(params), carry=carry, step=count, epoch=count, loss=zero,
         tokens=count, bad=count, bad_in_row=count, best=most, seconds=zero, timed=count, iterations=zero,
+        average=params if config.average != "never" else {}, averaged=jnp.array(NOT_BEGUN),
+        recent=jnp.full(config.patience if config.average != "never" else 0, NOT_YET), older=most,
     )  # fmt: skip
     return jax.tree.map(jnp.copy, state)  # donated buffers must be distinct
 
@@ -126,7 +93,7 @@ def make_step(
       constrain: what the model computes with in place of its parameters, such as an ablation; the gradient goes
         through it, and it is applied after each update.
     """
-    differentiate = jax.value_and_grad(make_loss(model, config, constrain), has_aux=True)
+    differentiate = in_parts(jax.value_and_grad(make_loss(model, config, constrain), has_aux=True), config.accumulate)
     dropout = jax.random.fold_in(jax.random.key(config.seed), DROPOUT)
 
     @partial(jax.jit, donate_argnums=0)
@@ -135,19 +102,23 @@ def make_step(
         window = jax.lax.dynamic_slice_in_dim(text, position * config.steps, config.steps + 1, axis=1)
         carry = jax.tree.map(lambda c: jnp.where(position == 0, 0, c), state.carry)
         key = jax.random.fold_in(dropout, state.step)
-        (loss, (new_carry, iterations)), gradient = differentiate(state.params, carry, window, key)
+        (loss, (nats, new_carry, iterations)), gradient = differentiate(state.params, carry, window, key)
         updates, new_optimizer = optimizer.update(gradient, state.optimizer, state.params)
         new = constrain(optax.apply_updates(state.params, updates)), new_optimizer, new_carry
         running = state.bad_in_row < BAD_STEPS
         good = running & jnp.isfinite(loss) & jnp.isfinite(optax.tree.norm(gradient))
         kept = jax.tree.map(lambda a, b: jnp.where(good, a, b), new, (state.params, state.optimizer, carry))
         fresh = position == 0
+        averaged = jnp.where(good & (state.averaged != NOT_BEGUN), state.averaged + 1, state.averaged)
+        share = jnp.where(averaged > state.averaged, 1 / jnp.maximum(averaged, 1).astype(jnp.float32), 0)
         return state._replace(
+            average=jax.tree.map(lambda a, p: a + share * (p - a), state.average, kept[0] if state.average else {}),
+            averaged=averaged,
             params=kept[0],
             optimizer=kept[1],
             carry=kept[2],
             step=state.step + 1,
-            loss=jnp.where(fresh, 0, state.loss) + jnp.where(good, loss, 0) * config.batch_size,
+            loss=jnp.where(fresh, 0, state.loss) + jnp.where(good, nats, 0) * config.batch_size,
             tokens=jnp.where(fresh, 0, state.tokens) + jnp.where(good, config.batch_size * config.steps, 0),
             bad=jnp.where(good, state.bad, state.bad + 1),
             bad_in_row=jnp.where(good, 0, state.bad_in_row + 1),
@@ -157,22 +128,14 @@ def make_step(
     return step
 
 
-def make_loss(model: LanguageModel, config: Config, constrain: Constraint = unconstrained) -> Callable:
-    """`loss(params, carry, window, key) -> (loss, (carry, iterations))`: summed over time, averaged over the batch."""
+def triggered(state: TrainState, nats: float) -> TrainState:
+    """The state after a validation: averaging begins where no epoch of the last `patience` was better than one before.
 
-    def loss(params, carry, window, key):
-        params = {"params": constrain(params)}
-        (hidden, carry), sown = model.apply(
-            params, window[:, :-1], carry, deterministic=config.dropout == 0, rngs={"dropout": key},
-            mutable="solver", method="hidden",
-        )  # fmt: skip
-        nats = jnp.asarray(model.apply(params, hidden, window[:, 1:], method="total_nats"))
-        return nats / len(window), (carry, mean_iterations(sown))
-
-    return loss
-
-
-def mean_iterations(sown: Any) -> Array | float:
-    """Of the fixed point solver in a forward pass, the mean over the layers; 0 where nothing was iterated."""
-    results = jax.tree.leaves(sown.get("solver", {}), is_leaf=lambda one: isinstance(one, Result))
-    return jnp.mean(jnp.stack([result.iterations for result in results])) if results else 0.0
+    That is the non-monotone trigger of Merity et al. 2018: this loss is above the lowest but for the last `patience`.
+    """
+    if not state.average:
+        return state
+    older = jnp.minimum(state.older, state.recent[0])
+    recent = jnp.append(state.recent[1:], jnp.float32(nats))
+    begins = (state.averaged == NOT_BEGUN) & (nats > state.older)
+    return state._replace(averaged=jnp.where(begins, 0, state.averaged), older=older, recent=recent)

@@ -16,7 +16,9 @@ from ranjax.cli import Stop, Stopped
 from ranjax.lm import zero_state
 from ranjax.training import step
 from ranjax.training.config import Config
-from ranjax.training.model import build_model, load_run
+from ranjax.training.loss import make_loss
+from ranjax.training.model import build_model
+from ranjax.training.optimizer import load_run, make_optimizer
 
 VOCABULARY, FEATURES = 11, 6
 GATES = 2 * (2 * 2 * FEATURES * FEATURES + 2 * FEATURES)  # of two layers: kernels on x and h, biases
@@ -30,7 +32,7 @@ def trained(ablated, updates=3, **options):
     )  # fmt: skip
     text = jnp.asarray(np.random.default_rng(0).integers(VOCABULARY, size=(3, 16)), jnp.int32)
     model = build_model(config, VOCABULARY)
-    optimizer, constrain = step.make_optimizer(config, 1), ablation.constraint(ablated)
+    optimizer, constrain = make_optimizer(config, 1), ablation.constraint(ablated)
     before = step.initial_state(model, optimizer, config, constrain)
     update = step.make_step(model, optimizer, config, 15 // config.steps, constrain)
     after = jax.tree.map(jnp.copy, before)  # updates take the state they are given
@@ -74,7 +76,7 @@ def test_a_gate_that_is_a_function_of_the_other_gives_it_its_gradient():
 
     model, before, _, text = trained("complement", tie=False, steps=15)
     after = trained("complement", tie=False, steps=15, updates=1)[2]
-    loss, carry = step.make_loss(model, Config(dropout=0.0)), zero_state(model, before, 3)
+    loss, carry = make_loss(model, Config(dropout=0.0)), zero_state(model, before, 3)
 
     def of_free(free):
         whole = of_gates(lambda p: jnp.stack([-p, p], axis=-2), free)

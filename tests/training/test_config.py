@@ -58,6 +58,7 @@ def test_presets_are_the_settings_of_the_papers():
         "ptb-medium": [0.5, 1.0, 0.8, 6, 39, 35, 5.0, 0.05],
         "ptb-large": [0.65, 0.8, 1 / 1.15, 14, 55, 35, 10.0, 0.04],
         "text8": [0.4, 0.2, 1 / 1.03, 5, 500, 100, 10.0, 0.04],
+        "awd": [0.25, 30 / 70, 0.5, 1, 500, 70, 0.25 * 70, None],
     }
 
 
@@ -147,7 +148,7 @@ SIZES = "one or more whole numbers, each at least 1 and below 2**31"
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"optimizer": "adam"}, "--optimizer must be one of sgd, adamw; got 'adam'"),
+        ({"optimizer": "adam"}, "--optimizer must be one of sgd, adamw, muon, schedule_free; got 'adam'"),
         ({"schedule": "linear"}, "--schedule must be one of constant, cosine, decay; got 'linear'"),
         ({"tokenizer": "words"}, "--tokenizer must be one of word, character, byte, bpe, None; got 'words'"),
         ({"tie": "no"}, "--tie must be one of True, False; got 'no'"),
@@ -196,7 +197,12 @@ SIZES = "one or more whole numbers, each at least 1 and below 2**31"
         ({"learning_rate": math.nan}, "--learning-rate must be finite and above 0; got nan"),
         *(({name: math.inf}, "must be finite and ") for name in ("clip", "decay", "init_scale", "weight_decay")),
         *(({name: 2**31}, f"below 2**31; got {2**31}") for name in ("epochs", "embedding", "decay_after")),
-        ({"optimizer": "sgd", "weight_decay": 0.1}, "--weight-decay is for --optimizer adamw; got 0.1 with sgd"),
+        ({"accumulate": 3}, "--accumulate must divide --batch-size 4; got 3"),
+        ({"remat": 4}, "--remat must divide --steps 7; got 4"),
+        (
+            {"optimizer": "schedule_free"},
+            "--optimizer schedule_free takes the place of a schedule; got it with --schedule decay",
+        ),
     ],
 )
 def test_settings_from_python_are_checked_as_flags_are(options, message):

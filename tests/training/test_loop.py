@@ -3,6 +3,7 @@
 import math
 import signal
 import time
+from operator import attrgetter
 from pathlib import Path
 
 import pytest
@@ -40,7 +41,8 @@ class Run:
 def looped(windows, advance=lambda state: state._replace(step=state.step + 1), stop=None):
     """A loop and what it has saved and reported."""
     run = Run()
-    return Loop(run, run, lambda state, _: advance(state), None, windows, stop or Stop()), run
+    params_of = attrgetter("params")
+    return Loop(run, run, lambda state, _: advance(state), None, windows, stop or Stop(), params_of), run
 
 
 def test_bursts_of_fast_steps_double():
@@ -123,7 +125,7 @@ def test_each_epoch_is_validated_reported_and_saved():
 
 def test_a_state_as_good_as_the_best_is_not_better():
     training, run = looped(2)
-    training.validated(blank_state(best=1.0), Evaluation(1.0, 10))
+    training.validated(blank_state(best=1.0), {}, Evaluation(1.0, 10))
     assert "best" not in run.events
 
 
@@ -144,5 +146,5 @@ def test_five_steps_in_a_row_that_are_not_finite_end_the_run():
 def test_a_validation_that_is_not_finite_ends_the_run(best, kept):
     training, run = looped(2)
     with pytest.raises(DivergedError, match=f"the validation loss is nan; {kept}"):
-        training.validated(blank_state(best=best), Evaluation(math.nan, 10))
+        training.validated(blank_state(best=best), {}, Evaluation(math.nan, 10))
     assert run.events == []
