@@ -175,8 +175,10 @@ COUNTS = True, -1, NAN, 1.5, "x", [], FAR, 2**31
 POSITIVES = True, -1, 0, NAN, INF, 1e308, 1e-320, "x", "1", [], FAR
 CHOICES = True, 1, "", "x", [], "RAN"
 PATHS = 1, True, "", "\0", []
+WEIGHTS = True, -1, NAN, INF, 1e308, "x", [], FAR
+RATES = True, -1, 1, 1.5, NAN, INF, "x", []
 SETTINGS = {
-    **dict.fromkeys(["epochs", "batch_size", "steps", "streams"], (None, *SIZES)),
+    **dict.fromkeys(["epochs", "batch_size", "steps", "streams", "patience", "accumulate", "remat"], (None, *SIZES)),
     **dict.fromkeys(["layers", "embedding", "projection"], SIZES),
     "conv_width": (None, *SIZES),
     "expansion": POSITIVES,
@@ -186,13 +188,14 @@ SETTINGS = {
     **dict.fromkeys(["warmup", "decay_after", "seed"], (None, *COUNTS)),
     **dict.fromkeys(["learning_rate", "decay", "clip"], (None, *POSITIVES)),
     "init_scale": POSITIVES,
-    "weight_decay": (None, True, -1, NAN, INF, 1e308, "x", [], FAR),
-    "dropout": (None, True, -1, 1, 1.5, NAN, INF, "x", []),
+    **dict.fromkeys(["weight_decay", "activation_penalty", "change_penalty"], (None, *WEIGHTS)),
+    **dict.fromkeys(["dropout", "dropout_words", "dropout_weights"], (None, *RATES)),
+    **dict.fromkeys(["dropout_input", "dropout_output"], RATES),
     **dict.fromkeys(["cell", "gates", "activation", "optimizer", "schedule", "solver"], (None, *CHOICES)),
+    **dict.fromkeys(["softmax", "average", "precision"], (None, *CHOICES)),
     "tokenizer": CHOICES,
-    "softmax": (None, *CHOICES),
     "cutoffs": ("x", (), (0,), (1.5,), (True,), ("8",), (3,)),
-    **dict.fromkeys(["tie", "resume"], (None, 1, 0, "x", "True", [])),
+    **dict.fromkeys(["tie", "resume", "locked"], (None, 1, 0, "x", "True", [])),
     "dataset": (None, *PATHS),
     **dict.fromkeys(["data_dir", "out"], PATHS),
 }

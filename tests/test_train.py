@@ -44,7 +44,12 @@ def test_an_error_is_one_message_and_exit_code_1(tmp_path):
         (["--learning-rate", "0"], "--learning-rate must be finite and above 0; got 0"),
         (["--learning-rate", "inf"], "--learning-rate must be finite and above 0; got inf"),
         (["--clip", "0"], "--clip must be finite and above 0; got 0"),
-        (["--preset", "ptb-small", "--weight-decay", "0.1"], "--weight-decay is for --optimizer adamw; got 0.1"),
+        (["--optimizer", "schedule_free"], "--optimizer schedule_free takes the place of a schedule; got it with .*"),
+        (
+            ["--softmax", "adaptive"],
+            "--softmax adaptive needs words, .* of the kind character. Use --tokenizer word .*",
+        ),
+        (["--softmax", "adaptive", "--tokenizer", "word", "--cutoffs", "9", "3"], "--cutoffs must be .* got (9, 3)"),
         (["--dropout", "2"], r"--dropout must be in \[0, 1\); got 2"),
         (["--solver", "associative"], "--solver must be one of .* got '.*' with --gates recurrent"),
         (["--gates", "diagonal", "--projection", "3", "--no-tie"], "--projection cannot go with --gates diagonal"),
@@ -154,6 +159,7 @@ def wait_for_compilation(process, out):
 
 
 def wait_for_steps(process, out):
+    assert process.stdout.readline().startswith("a step takes ")
     assert process.stdout.readline().startswith("epoch 1/")
 
 

@@ -29,7 +29,7 @@ from ranjax.training.metrics import finite, make_evaluator
 from ranjax.training.model import Run, build_model
 from ranjax.training.optimizer import evaluated, make_optimizer
 from ranjax.training.report import Report
-from ranjax.training.size import COPIES, check_memory
+from ranjax.training.size import COPIES, check_memory, check_step
 from ranjax.training.step import TrainState, initial_state, make_step
 
 UNFINISHED = ".ranjax-"  # begins the name of a run's directory until it is complete
@@ -64,15 +64,16 @@ def train(config: Config, *, constrain: Constraint = unconstrained, stop: Stop |
     check_memory(config, len(corpus.vocabulary), COPIES[config.optimizer] + (config.average != "never"))
     model = build_model(config, len(corpus.vocabulary))
     optimizer = make_optimizer(config, windows)
-    state = initial_state(model, optimizer, config, constrain)
+    state, text = initial_state(model, optimizer, config, constrain), jax.device_put(text)
     with ExitStack() as held:
         stop = held.enter_context(stopping() if stop is None else nullcontext(stop))
         state = _begin(config, corpus, state, windows, held)
+        step = make_step(model, optimizer, config, windows, constrain).lower(state, text).compile()
+        _check_step(step, config)
         checkpoints = Checkpoints(config.directory)
         report = held.enter_context(Report(config.directory, config, windows, int(state.step), int(state.epoch)))
-        step = make_step(model, optimizer, config, windows, constrain)
         evaluate = make_evaluator(model, config.streams, stop.check)
-        loop = Loop(checkpoints, report, step, jax.device_put(text), windows, stop, evaluated(config))
+        loop = Loop(checkpoints, report, step, text, windows, stop, evaluated(config))
         try:
             state = loop.epochs(state, config.epochs, lambda params: evaluate(params, corpus.valid))
             best = checkpoints.load("best", state.params)
@@ -80,6 +81,16 @@ def train(config: Config, *, constrain: Constraint = unconstrained, stop: Stop |
         except Stopped:
             report.interrupted()
             raise
+
+
+def _check_step(step: Any, config: Config) -> None:
+    """Reports the memory that a step takes. Raises a UserError where there is less; a new run leaves nothing then."""
+    try:
+        print(f"{check_step(step)}.", flush=True)
+    except UserError:
+        if not config.resume:
+            shutil.rmtree(config.directory, ignore_errors=True)
+        raise
 
 
 def _check_words(config: Config, corpus: Corpus) -> None:

@@ -1,5 +1,7 @@
 """What a model takes of a device's memory, by arithmetic: before an array or a layer of it exists."""
 
+from typing import Any
+
 import jax
 
 from ranjax.device import free_memory
@@ -84,3 +86,26 @@ def check_memory(config: Config, vocabulary: int, copies: int = 1) -> None:
             f"a model of {parameters:,} parameters takes at least {takes / 1e6:,.0f} MB of {device}'s memory{have}. "
             "Lower --features, --embedding or --layers."
         )
+
+
+def check_step(compiled: Any) -> str:
+    """What a compiled step takes of the device's memory, in words: its arguments, results and temporary arrays.
+
+    Args:
+      compiled: `jitted.lower(...).compile()`.
+
+    Raises:
+      UserError: where that is more than is free.
+    """
+    takes, device = compiled.memory_analysis(), jax.devices()[0]
+    kept = takes.argument_size_in_bytes + takes.output_size_in_bytes - takes.alias_size_in_bytes
+    total, free = kept + takes.temp_size_in_bytes, free_memory(device)
+    described = f"a step takes {total / 1e6:,.0f} MB, {takes.temp_size_in_bytes / 1e6:,.0f} of them temporary"
+    if free is None:
+        return described
+    if total > free:
+        raise UserError(
+            f"{described}, and {free / 1e6:,.0f} MB of {device}'s memory are free. Give --accumulate or --remat a "
+            "larger number, or lower --batch-size, --steps or --features."
+        )
+    return f"{described}; {free / 1e6:,.0f} MB are free"

@@ -1,6 +1,5 @@
 """One step of training: the state it changes, the update rule, the jitted step."""
 
-from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -82,7 +81,7 @@ def make_step(
     config: Config,
     windows: int,
     constrain: Constraint = unconstrained,
-) -> Callable[[TrainState, Array], TrainState]:
+) -> Any:
     """One update on the window that the state points at: `step(state, text) -> state`, jitted, state donated.
 
     `text` is `(batch, length)`. A loss or a gradient that is not finite leaves parameters, optimiser (and with it the

@@ -4,13 +4,16 @@ import re
 import time
 
 import jax
+import jax.numpy as jnp
 import pytest
+from small_runs import settings
 
 from ranjax.errors import UserError
 from ranjax.training import size
 from ranjax.training.config import Config
 from ranjax.training.model import abstract_params, build_model
-from ranjax.training.size import check_memory, parameter_count
+from ranjax.training.run import train
+from ranjax.training.size import check_memory, check_step, parameter_count
 
 SHAPES = [
     {"features": (5,)},
@@ -63,3 +66,30 @@ def test_the_copies_that_training_needs_are_counted(monkeypatch):
     check_memory(config, 100, copies=3)
     with pytest.raises(UserError, match=re.escape(f"of which {3 * needed / 1e6:,.0f} MB are free")):
         check_memory(config, 100, copies=4)
+
+
+def test_what_a_step_takes_is_that_of_the_compiled_program(monkeypatch):
+    def step(state, text):
+        return state + jnp.sum(jnp.sin(jnp.outer(text, text)) @ jnp.outer(text, text)), text.sum()
+
+    numbers = jax.ShapeDtypeStruct((1000,), jnp.float32)
+    compiled = jax.jit(step, donate_argnums=0).lower(jnp.zeros(1000), numbers).compile()
+    monkeypatch.setattr(size, "free_memory", lambda _: 10**9)
+    said = check_step(compiled)
+    total, temporary = (
+        int(n) for n in re.fullmatch(r"a step takes (\d+) MB, (\d+) .*; 1,000 MB are free", said).groups()
+    )
+    assert 8 <= temporary <= total <= temporary + 1  # at least two arrays of 4 MB
+    monkeypatch.setattr(size, "free_memory", lambda _: None)
+    assert "free" not in check_step(compiled)
+    monkeypatch.setattr(size, "free_memory", lambda _: 10**6)
+    with pytest.raises(UserError, match=r"a step takes .* 1 MB of .* memory are free\. Give --accumulate or --remat"):
+        check_step(compiled)
+
+
+def test_a_training_whose_step_does_not_fit_leaves_nothing(pets_text, tmp_path, monkeypatch):
+    config = settings(pets_text, tmp_path / "run")
+    monkeypatch.setattr(size, "free_memory", lambda _: 15_000)
+    with pytest.raises(UserError, match=r"a step takes .* MB of .* memory are free"):
+        train(config)
+    assert not config.directory.exists()
