@@ -185,6 +185,7 @@ SETTINGS = {
     "half_life": (None, *POSITIVES, 0.5),
     **dict.fromkeys(["block", "gate_init"], (None, *CHOICES)),
     "features": (None, 8, "x", (), (0,), (-1,), (1.5,), (True,), (2**31,), ("8",)),
+    "vary_steps": (None, *COUNTS, 18),
     **dict.fromkeys(["warmup", "decay_after", "seed"], (None, *COUNTS)),
     **dict.fromkeys(["learning_rate", "decay", "clip"], (None, *POSITIVES)),
     "init_scale": POSITIVES,

@@ -49,7 +49,7 @@ def test_an_error_is_one_message_and_exit_code_1(tmp_path):
             ["--softmax", "adaptive"],
             "--softmax adaptive needs words, .* of the kind character. Use --tokenizer word .*",
         ),
-        (["--softmax", "adaptive", "--tokenizer", "word", "--cutoffs", "9", "3"], "--cutoffs must be .* got (9, 3)"),
+        (["--softmax", "adaptive", "--tokenizer", "word", "--cutoffs", "9", "3"], r"--cutoffs must be .* got \(9, 3\)"),
         (["--dropout", "2"], r"--dropout must be in \[0, 1\); got 2"),
         (["--solver", "associative"], "--solver must be one of .* got '.*' with --gates recurrent"),
         (["--gates", "diagonal", "--projection", "3", "--no-tie"], "--projection cannot go with --gates diagonal"),

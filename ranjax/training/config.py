@@ -146,6 +146,8 @@ class Config:
     """Streams of text trained on in parallel."""
     steps: Size = 35
     """Truncation length: tokens that a gradient reaches back at most."""
+    vary_steps: Count = 0
+    """Each boundary between windows is moved by so many tokens, back, forth or not at all, in each epoch otherwise."""
     optimizer: Optimizer = "adamw"
     """The update rule. muon: for the matrices of the layers, adamw for all else; schedule_free: adamw on averages."""
     average: Average = "never"
@@ -206,6 +208,11 @@ def check(config: Config) -> None:
         part, of = getattr(config, name), getattr(config, whole)
         if of % part:
             raise UserError(f"{flag(name)} must divide {flag(whole)} {of}; got {part}.")
+    if 2 * config.vary_steps >= config.steps or (config.vary_steps and config.remat > 1):
+        raise UserError(
+            f"--vary-steps must be below half of --steps {config.steps}, and 0 with --remat; got {config.vary_steps} "
+            f"with --remat {config.remat}."
+        )
     if config.optimizer == "schedule_free" and config.schedule != "constant":
         raise UserError(
             f"--optimizer schedule_free takes the place of a schedule; got it with --schedule {config.schedule}. Give "
@@ -265,7 +272,7 @@ PRESETS = {
         _ZAREMBA, tie=True, features=(1150, 1150, 400), layers=3, dropout=0.25, dropout_input=0.4, dropout_output=0.4,
         dropout_words=0.1, dropout_weights=0.5, locked=True, activation_penalty=2.0, change_penalty=1.0,
         weight_decay=1.2e-6, learning_rate=30 / 70, schedule="constant", clip=0.25 * 70, epochs=500, batch_size=20,
-        steps=70, average="non-monotone", patience=5,
+        steps=70, vary_steps=10, average="non-monotone", patience=5,
     ),
 }  # fmt: skip
 

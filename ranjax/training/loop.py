@@ -22,7 +22,7 @@ class Loop:
 
     Attributes:
       checkpoints, report: of the run.
-      step: of training, with the text; it may donate the state.
+      step: of training, with the text and the step's number; it may donate the state.
       text: on the device, `(batch, length)`.
       windows: steps an epoch.
       evaluated: the parameters of a state that are validated and saved as the best.
@@ -32,7 +32,7 @@ class Loop:
 
     checkpoints: Checkpoints
     report: Report
-    step: Callable[[TrainState, Any], TrainState]
+    step: Callable[[TrainState, Any, int], TrainState]
     text: Any
     windows: int
     stop: Stop
@@ -54,8 +54,8 @@ class Loop:
         while at < end:
             began, compiling = time.monotonic(), not self.report.steps
             n = min(burst, end - at)
-            for _ in range(n):
-                state = self.step(state, self.text)
+            for number in range(at, at + n):
+                state = self.step(state, self.text, number)
             at += n
             self.check(state)  # waits for the burst
             elapsed = time.monotonic() - began

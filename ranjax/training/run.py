@@ -31,6 +31,7 @@ from ranjax.training.optimizer import evaluated, make_optimizer
 from ranjax.training.report import Report
 from ranjax.training.size import COPIES, check_memory, check_step
 from ranjax.training.step import TrainState, initial_state, make_step
+from ranjax.training.windows import Steps
 
 UNFINISHED = ".ranjax-"  # begins the name of a run's directory until it is complete
 SOON = 60.0  # seconds in which a program that begins a run has locked its directory
@@ -68,12 +69,12 @@ def train(config: Config, *, constrain: Constraint = unconstrained, stop: Stop |
     with ExitStack() as held:
         stop = held.enter_context(stopping() if stop is None else nullcontext(stop))
         state = _begin(config, corpus, state, windows, held)
-        step = make_step(model, optimizer, config, windows, constrain).lower(state, text).compile()
-        _check_step(step, config)
+        steps = Steps(make_step(model, optimizer, config, windows, constrain), state, text, config, windows)
+        _check_step(steps.longest, config)
         checkpoints = Checkpoints(config.directory)
         report = held.enter_context(Report(config.directory, config, windows, int(state.step), int(state.epoch)))
         evaluate = make_evaluator(model, config.streams, stop.check)
-        loop = Loop(checkpoints, report, step, text, windows, stop, evaluated(config))
+        loop = Loop(checkpoints, report, steps, text, windows, stop, evaluated(config))
         try:
             state = loop.epochs(state, config.epochs, lambda params: evaluate(params, corpus.valid))
             best = checkpoints.load("best", state.params)

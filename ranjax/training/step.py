@@ -82,10 +82,11 @@ def make_step(
     windows: int,
     constrain: Constraint = unconstrained,
 ) -> Any:
-    """One update on the window that the state points at: `step(state, text) -> state`, jitted, state donated.
+    """One update on a window: `step(state, text, start=None, length=config.steps) -> state`, jitted, state donated.
 
-    `text` is `(batch, length)`. A loss or a gradient that is not finite leaves parameters, optimiser (and with it the
-    step by which the learning rate is scheduled) and carry unchanged, and is counted.
+    `text` is `(batch, tokens)`; `start` is where the window begins, `length` its steps. None: the window that the state
+    points at, all being of `config.steps`. A loss or a gradient that is not finite leaves parameters, optimiser (and
+    with it the step by which the learning rate is scheduled) and carry unchanged, and is counted.
 
     Args:
       windows: steps an epoch.
@@ -95,10 +96,11 @@ def make_step(
     differentiate = in_parts(jax.value_and_grad(make_loss(model, config, constrain), has_aux=True), config.accumulate)
     dropout = jax.random.fold_in(jax.random.key(config.seed), DROPOUT)
 
-    @partial(jax.jit, donate_argnums=0)
-    def step(state: TrainState, text: Array) -> TrainState:
+    @partial(jax.jit, donate_argnums=0, static_argnums=3)
+    def step(state: TrainState, text: Array, start: Array | None = None, length: int = config.steps) -> TrainState:
         position = state.step % windows
-        window = jax.lax.dynamic_slice_in_dim(text, position * config.steps, config.steps + 1, axis=1)
+        start = position * config.steps if start is None else start
+        window = jax.lax.dynamic_slice_in_dim(text, start, length + 1, axis=1)
         carry = jax.tree.map(lambda c: jnp.where(position == 0, 0, c), state.carry)
         key = jax.random.fold_in(dropout, state.step)
         (loss, (nats, new_carry, iterations)), gradient = differentiate(state.params, carry, window, key)
@@ -118,7 +120,7 @@ def make_step(
             carry=kept[2],
             step=state.step + 1,
             loss=jnp.where(fresh, 0, state.loss) + jnp.where(good, nats, 0) * config.batch_size,
-            tokens=jnp.where(fresh, 0, state.tokens) + jnp.where(good, config.batch_size * config.steps, 0),
+            tokens=jnp.where(fresh, 0, state.tokens) + jnp.where(good, config.batch_size * length, 0),
             bad=jnp.where(good, state.bad, state.bad + 1),
             bad_in_row=jnp.where(good, 0, state.bad_in_row + 1),
             iterations=jnp.where(fresh, 0, state.iterations) + iterations,

@@ -199,6 +199,8 @@ SIZES = "one or more whole numbers, each at least 1 and below 2**31"
         *(({name: 2**31}, f"below 2**31; got {2**31}") for name in ("epochs", "embedding", "decay_after")),
         ({"accumulate": 3}, "--accumulate must divide --batch-size 4; got 3"),
         ({"remat": 4}, "--remat must divide --steps 7; got 4"),
+        ({"vary_steps": 4}, "--vary-steps must be below half of --steps 7, and 0 with --remat; got 4 with --remat 1"),
+        ({"vary_steps": 1, "remat": 7}, "--vary-steps must be below half of --steps 7, and 0 with --remat; got 1 with"),
         (
             {"optimizer": "schedule_free"},
             "--optimizer schedule_free takes the place of a schedule; got it with --schedule decay",

@@ -42,7 +42,7 @@ def looped(windows, advance=lambda state: state._replace(step=state.step + 1), s
     """A loop and what it has saved and reported."""
     run = Run()
     params_of = attrgetter("params")
-    return Loop(run, run, lambda state, _: advance(state), None, windows, stop or Stop(), params_of), run
+    return Loop(run, run, lambda state, *_: advance(state), None, windows, stop or Stop(), params_of), run
 
 
 def test_bursts_of_fast_steps_double():
