@@ -110,6 +110,7 @@ def test_schedule_free_evaluates_its_averages(pets_text, tmp_path):
     assert found < 10
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize("options", [{"accumulate": 2, "remat": 7}, {"precision": "bfloat16"}, {"optimizer": "muon"}])
 def test_a_run_learns_by_every_setting(options, pets_text, tmp_path):
     """The text has 15 characters; a training without them reaches about 2."""

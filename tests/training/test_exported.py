@@ -116,6 +116,7 @@ np.save(sys.argv[1], whole)
 """
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_compiled_functions_need_no_ranjax(kind, exports, tmp_path):
     run, folder = ranjax.load_model(exports[kind][1]), exports[kind][1]

@@ -74,6 +74,7 @@ def read(folder, *names):
     return {name: (folder / name).read_bytes() for name in names or os.listdir(folder)}
 
 
+@pytest.mark.quick
 def test_a_model_is_downloaded_and_needs_no_network_then(folder, tmp_path):
     """Of a model's files those that are read come, and none whose name leaves the folder."""
     files = read(folder) | {"../evil.json": b"{}", "model.py": b"raise SystemExit"}

@@ -12,6 +12,8 @@ from ranjax.training import optimizer
 from ranjax.training.config import PRESETS, Config
 from ranjax.training.model import build_model
 
+pytestmark = pytest.mark.quick
+
 
 def test_the_learning_rate_of_the_papers_halves_after_four_epochs():
     rate = optimizer.learning_rate(PRESETS["ptb-small"], per_epoch=10)
