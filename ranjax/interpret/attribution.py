@@ -19,6 +19,9 @@ Shares hold the factors constant: the effect of a word on the gates is in no wor
 includes it, at the price of a numerical integral. `experiments/weights` compares both with the change of the logit when
 a word is replaced.
 
+With an adaptive softmax the logit is the score of the word within its cluster, where the difference of two scores is
+that of the log-probabilities.
+
 Sums are in float32 or wider. For a model with narrower products they differ from its logits by the rounding of those.
 
 References:

@@ -53,6 +53,18 @@ def test_the_shares_sum_to_the_logit(x64, options):
     assert float(jnp.min(jnp.abs(found.words[:, :8]))) > 0
 
 
+@pytest.mark.parametrize("options", [{"tie": True}, {"tie": False, "block": "residual", "gates": "input"}])
+def test_shares_of_an_adaptive_softmax_sum_to_scores_within_clusters(x64, options):
+    model, params, state = random_model(softmax="adaptive", cutoffs=(4, 7), **options)
+    log_p, _ = model.apply({"params": params}, TOKENS[None], batched(state), deterministic=True)
+    found = jax.vmap(lambda target: attribution.shares(model, params, TOKENS, target, 7, state))(jnp.arange(11))
+    total = found.words.sum(1) + found.carry.sum(1) + found.bias
+    for cluster in (slice(0, 4), slice(4, 7), slice(7, 11)):
+        np.testing.assert_allclose(np.diff(total[cluster]), np.diff(log_p[0, 7, cluster]), rtol=0, atol=1e-12)
+    integrated = attribution.integrated_gradients(model, params, TOKENS, 9, 7, state, nodes=64)
+    np.testing.assert_allclose(integrated.total, total[9], rtol=0, atol=1e-6)
+
+
 def test_shares_of_one_identity_layer_are_weighted_contents(x64):
     model, params, state = random_model(layers=1, activation="identity")
     (parts,) = attribution.decompositions(model, params, TOKENS, state)
