@@ -9,7 +9,7 @@ import pytest
 from ranjax import LanguageModel, output
 from ranjax.output import AdaptiveSoftmax, default_cutoffs, nats, total_nats
 
-CUTOFFS = [(3,), (5, 11), (1, 2, 22)]
+CUTOFFS = [(5, 11), (1, 2, 22)]
 
 
 def plain(x, w, b, y):
@@ -25,14 +25,14 @@ def drawn(rows, features, vocabulary, dtype=jnp.float64):
     return x, w, jax.random.normal(keys[2], (vocabulary,), dtype), jax.random.randint(keys[3], (rows,), 0, vocabulary)
 
 
-@pytest.fixture(params=[1, 40, 10**6])
+@pytest.fixture(params=[40, 10**6])
 def held(request, monkeypatch):
-    """Chunks of one row, of a few and of all, in which neither rows nor vocabularies are multiples."""
+    """Chunks of a few rows, which is no divisor of their number, and of all."""
     monkeypatch.setattr(output, "HELD", request.param)
     monkeypatch.setattr(output, "LEAST", 1)
 
 
-@pytest.mark.parametrize(("rows", "vocabulary"), [(1, 1), (7, 1), (13, 11), (17, 23)])
+@pytest.mark.parametrize(("rows", "vocabulary"), [(1, 1), (7, 1), (17, 23)])
 @pytest.mark.parametrize("axis", [0, 1])
 def test_chunks_are_the_plain_softmax(x64, held, rows, vocabulary, axis):
     x, w, b, y = drawn(rows, 5, vocabulary)

@@ -276,13 +276,21 @@ PRESETS = {
     ),
 }  # fmt: skip
 
+# What the program does where a data set is named and nothing else: measured in experiments/.
+RECIPES = {
+    "wikitext-2": Config(
+        dataset="wikitext-2", block="residual", gates="input", activation="identity", features=(256,),
+        softmax="adaptive", dropout=0.3, schedule="cosine", epochs=7,
+    ),
+}  # fmt: skip
+
 # What may differ between a run and its resumption.
 _FREE = {"out", "resume", "data_dir", "epochs"}
 
 
 @dataclass(frozen=True)
 class _Start:
-    """What the defaults of the other flags are: those of a preset, or of the run that goes on."""
+    """What the defaults of the other flags are: those of a preset, of the run that goes on, or of the data set."""
 
     preset: Preset | None = None
     dataset: str = Config.dataset
@@ -300,10 +308,10 @@ class _Flags(Config):
 
 
 def parse(argv: list[str] | None = None) -> Config:
-    """Reads the flags; with --preset or --resume the preset or the saved settings are their defaults."""
+    """Reads the flags; their defaults are a preset, the settings that --resume finds, or the recipe of the data set."""
     program = "python -m ranjax.train"
     start, _ = cli.options(_Start, argv, program, return_unknown_args=True, add_help=False)
-    default = PRESETS[start.preset] if start.preset else Config()
+    default = PRESETS[start.preset] if start.preset else _recipe(start.dataset, start.cell)
     if start.resume and not start.preset:
         begun = normalised(Config(dataset=start.dataset, cell=start.cell, out=start.out))
         default = replace(load_config(begun.directory), out=str(begun.directory))
@@ -319,6 +327,12 @@ def parse(argv: list[str] | None = None) -> Config:
             got = f"{getattr(config, name)} with {config.schedule}"
             raise UserError(f"{flag(name)} is for --schedule {schedule}; got {got}.")
     return config
+
+
+def _recipe(dataset: str, cell: str) -> Config:
+    """The recipe of a data set, for this cell; the defaults where it has none."""
+    recipe = RECIPES.get(dataset, Config())
+    return recipe if cell == "ran" else replace(recipe, gates=Config.gates, activation=Config.activation)
 
 
 def normalised(config: Config) -> Config:

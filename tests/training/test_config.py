@@ -16,6 +16,7 @@ from ranjax.errors import UserError
 from ranjax.saved import write_sealed
 from ranjax.training.config import (
     PRESETS,
+    RECIPES,
     Config,
     Preset,
     check,
@@ -25,6 +26,7 @@ from ranjax.training.config import (
     parse,
     save_config,
 )
+from ranjax.training.model import build_model
 
 
 @pytest.mark.parametrize("preset", PRESETS)
@@ -32,6 +34,22 @@ def test_presets_from_flags_and_from_python_are_the_same_config(preset):
     assert parse(["--preset", preset]) == parse([f"--preset={preset}"]) == normalised(PRESETS[preset])
     changed = dataclasses.replace(PRESETS[preset], learning_rate=0.3, seed=4, tie=True)
     assert parse(["--seed", "4", "--preset", preset, "--tie", "--learning-rate", "0.3"]) == normalised(changed)
+
+
+@pytest.mark.parametrize("dataset", RECIPES)
+def test_a_data_set_has_its_recipe_unless_flags_or_a_preset_say_otherwise(dataset):
+    assert parse(["--dataset", dataset]) == normalised(RECIPES[dataset])
+    changed = dataclasses.replace(RECIPES[dataset], epochs=1, features=(9,))
+    assert parse(["--features", "9", "--dataset", dataset, "--epochs", "1"]) == normalised(changed)
+    preset = dataclasses.replace(PRESETS["ptb-small"], dataset=dataset)
+    assert parse(["--dataset", dataset, "--preset", "ptb-small"]) == normalised(preset)
+
+
+@pytest.mark.parametrize("cell", ["ran", "lstm", "gru", "rnn"])
+def test_a_recipe_is_for_every_cell(cell):
+    config = parse(["--dataset", "wikitext-2", "--cell", cell])
+    check(config)
+    assert build_model(config, 33_278).cell == cell
 
 
 def test_explicit_flags_win_over_the_preset(tmp_path, monkeypatch):
@@ -62,7 +80,7 @@ def test_presets_are_the_settings_of_the_papers():
     }
 
 
-@pytest.mark.parametrize("config", [Config(), *PRESETS.values()])
+@pytest.mark.parametrize("config", [Config(), *PRESETS.values(), *RECIPES.values()])
 def test_defaults_and_presets_pass_the_checks_and_are_saved_whole(config, tmp_path):
     config = dataclasses.replace(config, out=str(tmp_path))
     check(config)

@@ -43,10 +43,9 @@ def assert_near(found, expected):
 def test_parts_of_the_batch_and_of_the_window_are_the_whole(x64, options):
     config = Config(features=(8,), dropout=0.0, batch_size=6, steps=12, **options)
     whole = differentiated(config)
-    for parts in (2, 3, 6):
-        assert_near(differentiated(config, parts), whole)
-    for remat in (2, 4, 12):
-        assert_near(differentiated(dataclasses.replace(config, remat=remat)), whole)
+    assert_near(differentiated(config, parts=3), whole)
+    assert_near(differentiated(dataclasses.replace(config, remat=4)), whole)
+    assert_near(differentiated(dataclasses.replace(config, remat=3), parts=2), whole)
 
 
 def test_locked_masks_are_the_same_in_all_parts_of_a_window(x64):
