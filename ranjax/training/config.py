@@ -277,10 +277,11 @@ PRESETS = {
 }  # fmt: skip
 
 # What the program does where a data set is named and nothing else: measured in experiments/.
+_SCAN = Config(block="residual", gates="input", activation="identity", schedule="cosine")
 RECIPES = {
-    "wikitext-2": Config(
-        dataset="wikitext-2", block="residual", gates="input", activation="identity", features=(256,),
-        softmax="adaptive", dropout=0.3, schedule="cosine", epochs=7,
+    "python-docs": replace(_SCAN, dataset="python-docs", features=(160,)),
+    "wikitext-2": replace(
+        _SCAN, dataset="wikitext-2", features=(256,), softmax="adaptive", dropout=0.3, epochs=7
     ),
 }  # fmt: skip
 
@@ -295,6 +296,8 @@ class _Start:
     preset: Preset | None = None
     dataset: str = Config.dataset
     cell: str = Config.cell
+    block: str | None = None
+    gates: str | None = None
     out: str | None = None
     resume: bool = False
 
@@ -311,7 +314,7 @@ def parse(argv: list[str] | None = None) -> Config:
     """Reads the flags; their defaults are a preset, the settings that --resume finds, or the recipe of the data set."""
     program = "python -m ranjax.train"
     start, _ = cli.options(_Start, argv, program, return_unknown_args=True, add_help=False)
-    default = PRESETS[start.preset] if start.preset else _recipe(start.dataset, start.cell)
+    default = PRESETS[start.preset] if start.preset else _recipe(start)
     if start.resume and not start.preset:
         begun = normalised(Config(dataset=start.dataset, cell=start.cell, out=start.out))
         default = replace(load_config(begun.directory), out=str(begun.directory))
@@ -329,10 +332,12 @@ def parse(argv: list[str] | None = None) -> Config:
     return config
 
 
-def _recipe(dataset: str, cell: str) -> Config:
-    """The recipe of a data set, for this cell; the defaults where it has none."""
-    recipe = RECIPES.get(dataset, Config())
-    return recipe if cell == "ran" else replace(recipe, gates=Config.gates, activation=Config.activation)
+def _recipe(start: _Start) -> Config:
+    """The recipe of a data set, or the defaults; h = c is for gates on the input: with others it can diverge."""
+    recipe = RECIPES.get(start.dataset, Config())
+    if start.cell != "ran" or start.block == "plain":
+        return replace(recipe, gates=Config.gates, activation=Config.activation)
+    return recipe if start.gates in (None, "input") else replace(recipe, activation=Config.activation)
 
 
 def normalised(config: Config) -> Config:

@@ -52,6 +52,21 @@ def test_a_recipe_is_for_every_cell(cell):
     assert build_model(config, 33_278).cell == cell
 
 
+@pytest.mark.parametrize(
+    ("flags", "expected"),
+    [
+        ([], ("residual", "input", "identity")),
+        (["--block", "plain"], ("plain", "recurrent", "tanh")),
+        (["--gates", "recurrent"], ("residual", "recurrent", "tanh")),
+        (["--gates", "diagonal", "--activation", "identity"], ("residual", "diagonal", "identity")),
+        (["--block", "plain", "--gates", "input"], ("plain", "input", "tanh")),
+    ],
+)
+def test_what_a_recipe_has_for_its_gates_is_not_for_others(flags, expected):
+    config = parse(flags)
+    assert (config.block, config.gates, config.activation) == expected
+
+
 def test_explicit_flags_win_over_the_preset(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     config = parse(["--preset", "ptb-medium", "--learning-rate", "0.3", "--out", "x"])
@@ -65,7 +80,8 @@ def test_every_preset_is_a_choice_of_the_flag():
 
 
 def test_the_preset_none_means_the_defaults():
-    assert parse(["--preset", "None"]) == parse([]) == normalised(Config())
+    assert parse(["--preset", "None"]) == parse([]) == normalised(RECIPES[Config.dataset])
+    assert parse(["--dataset", "markov"]) == normalised(Config(dataset="markov"))
 
 
 def test_presets_are_the_settings_of_the_papers():
@@ -123,7 +139,7 @@ def test_a_copied_run_is_resumed_where_it_is_found(pets_text, tmp_path, monkeypa
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--warmup", "500"], "--warmup is for --schedule cosine; got 500 with decay"),
+        (["--schedule", "decay", "--warmup", "500"], "--warmup is for --schedule cosine; got 500 with decay"),
         (["--preset", "ptb-small", "--schedule", "cosine", "--decay", "0.9"], "--decay is for .*; got 0.9 with cosine"),
         (["--schedule", "constant", "--decay-after", "2"], "--decay-after is for .* decay; got 2 with constant"),
     ],
