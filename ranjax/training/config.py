@@ -279,9 +279,10 @@ PRESETS = {
 # What the program does where a data set is named and nothing else: measured in experiments/.
 _SCAN = Config(block="residual", gates="input", activation="identity", schedule="cosine")
 RECIPES = {
-    "python-docs": replace(_SCAN, dataset="python-docs", features=(160,)),
+    "python-docs": replace(_SCAN, dataset="python-docs", features=(160,), learning_rate=4e-3),
     "wikitext-2": replace(
-        _SCAN, dataset="wikitext-2", features=(256,), softmax="adaptive", dropout=0.3, epochs=7
+        _SCAN, dataset="wikitext-2", features=(256,), softmax="adaptive", dropout=0.3, epochs=7,
+        learning_rate=3e-3,
     ),
 }  # fmt: skip
 
