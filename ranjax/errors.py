@@ -105,3 +105,21 @@ def fitting(where: str) -> Iterator[None]:
         yield
     except UserError as error:
         raise UserError(f"{where} does not fit the model: {error}") from None
+
+
+@contextmanager
+def needing(extra: str) -> Iterator[None]:
+    """Says by which command a package comes that an import does not find.
+
+    Example:
+      >>> from ranjax.errors import needing
+      >>> with needing("export"):
+      ...     import no_such_package
+      Traceback (most recent call last):
+      ModuleNotFoundError: no_such_package is not installed. Install it: pip install 'ranjax[export]'
+    """
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        message = f"{error.name} is not installed. Install it: pip install 'ranjax[{extra}]'"
+        raise ModuleNotFoundError(message, name=error.name) from None

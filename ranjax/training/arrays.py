@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from ranjax.errors import UserError
+from ranjax.errors import UserError, needing
 
 
 def save_arrays(folder: Path, tree: Any) -> dict[str, str]:
@@ -58,7 +58,8 @@ def save_tensors(path: Path, tree: Any) -> None:
     Raises:
       OSError: where the system refuses it.
     """
-    from safetensors.numpy import save
+    with needing("export"):
+        from safetensors.numpy import save
 
     path.write_bytes(save({name: np.asarray(leaf) for name, leaf in sorted(by_name(tree).items())}))
 
@@ -73,7 +74,8 @@ def load_tensors(path: Path, like: Any) -> Any:
     Raises:
       UserError: for a file that is missing or damaged, or has other arrays; no array is read then.
     """
-    from safetensors import SafetensorError, safe_open
+    with needing("export"):
+        from safetensors import SafetensorError, safe_open
 
     expected = {name: (leaf.shape, str(leaf.dtype)) for name, leaf in by_name(like).items()}
     try:

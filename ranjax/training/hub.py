@@ -4,7 +4,7 @@ import re
 from pathlib import Path
 
 from ranjax.data.files import hub_answers
-from ranjax.errors import UserError
+from ranjax.errors import UserError, needing
 
 MODEL_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*", re.ASCII)
 
@@ -17,8 +17,9 @@ def download(model: str, revision: str | None, files: tuple[str, ...]) -> Path:
     """
     if not MODEL_ID.fullmatch(model):
         raise UserError(f"{model} is neither a folder nor the id of a model on the hub, OWNER/NAME.")
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HTTPError  # pyright: ignore[reportPrivateImportUsage]  # of whichever client it has
+    with needing("export"):
+        from huggingface_hub import snapshot_download
+        from huggingface_hub.errors import HTTPError  # pyright: ignore[reportPrivateImportUsage]  # of its client
 
     offline = not hub_answers()
     try:
@@ -41,8 +42,9 @@ def upload(folder: Path, model: str) -> str:
       UserError: for what is no id; where the hub does not answer, or does not allow it.
     """
     check_id(model)
-    from huggingface_hub import HfApi
-    from huggingface_hub.errors import HTTPError  # pyright: ignore[reportPrivateImportUsage]
+    with needing("export"):
+        from huggingface_hub import HfApi
+        from huggingface_hub.errors import HTTPError  # pyright: ignore[reportPrivateImportUsage]
 
     try:
         api = HfApi()

@@ -268,6 +268,14 @@ def test_a_vocabulary_of_another_size_does_not_fit(copied):
         ranjax.load_model(copied)
 
 
+def test_a_package_that_is_not_installed_is_named_with_its_command(copied, monkeypatch):
+    for name in ("safetensors", "huggingface_hub"):
+        monkeypatch.setitem(sys.modules, name, None)
+    for source, name in ((copied, "safetensors"), ("owner/name", "huggingface_hub")):
+        with pytest.raises(ModuleNotFoundError, match=rf"{name} is not installed\. .* pip install 'ranjax\[export\]'"):
+            ranjax.load_model(source)
+
+
 def test_a_revision_is_of_the_hub(copied):
     with pytest.raises(UserError, match="`revision` is for a model on the hub; got 'main' with the folder"):
         ranjax.load_model(copied, revision="main")
