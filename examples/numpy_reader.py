@@ -46,29 +46,29 @@ def logits_of(ids, config, weights):
     embedding, residual = weights["embed.embedding"], config["block"] == "residual"
     history = [np.zeros(embedding.shape[1])] * (config["conv_width"] - 1) * residual
     states = [(np.zeros(w["cell.gates.bias"].shape[1]), history) for w in stack]
+    readout = embedding.T if config["tie"] else weights["decode.kernel"]
+    bias = weights["bias" if config["tie"] else "decode.bias"]
     for i in ids:
         x = embedding[i] * (embedding.shape[1] ** 0.5 if residual else 1)
         for n, w in enumerate(stack):
             x, *states[n] = layer(w, x, *states[n], np.tanh if config["activation"] == "tanh" else np.positive)
         x = norm(x, weights["norm.scale"]) if residual else x
-        yield (
-            x @ embedding.T + weights["bias"]
-            if config["tie"]
-            else x @ weights["decode.kernel"] + weights["decode.bias"]
-        )
+        yield x @ readout + bias
 
 
 def generate(folder, prompt, length):
     config, vocabulary = (json.loads((folder / f"{name}.json").read_text("utf-8")) for name in ("config", "vocabulary"))
     tokens, words = list(vocabulary["content"]), vocabulary["tokenizer"] == "word"
-    if config["cell"] != "ran" or config["projection"] or vocabulary["tokenizer"] not in ("word", "character"):
-        raise SystemExit("this reader is for RANs over words or characters, without a projection")
+    parts = prompt.replace("\n", " <eos> ").split() if words else prompt
+    kind = config["cell"], config["softmax"], config["projection"], vocabulary["tokenizer"] == "bpe"
+    if kind != ("ran", "full", None, False) or set(parts) - set(tokens):
+        raise SystemExit("for RANs with a full softmax over words or characters that the model has, no projection")
     data, weights = (folder / "model.safetensors").read_bytes(), {}
     begin = 8 + int.from_bytes(data[:8], "little")  # the length of the header; the header, as JSON; the arrays
     for name, one in json.loads(data[8:begin]).items():
         first, last = (begin + offset for offset in one["data_offsets"])
         weights[name] = np.frombuffer(data[first:last], "<f4").reshape(one["shape"])
-    ids = [tokens.index(one) for one in (prompt.replace("\n", " <eos> ").split() if words else prompt)]
+    ids = [tokens.index(part) for part in parts]
     for n, logits in enumerate(islice(logits_of(ids, config, weights), len(ids) + length - 1), 1):  # the list grows
         ids += [int(np.argmax(logits))] * (n == len(ids))
     text = (" " if words else "").join(tokens[i] for i in ids)

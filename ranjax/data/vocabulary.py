@@ -10,7 +10,7 @@ from typing import ClassVar, Protocol
 
 import numpy as np
 
-from ranjax.errors import UserError, is_size
+from ranjax.errors import UserError, is_size, needing
 from ranjax.saved import MEND, is_text, parse_object, read_sealed, write_sealed
 
 EOS, UNK = "<eos>", "<unk>"
@@ -176,7 +176,8 @@ class BytePairs:
 
     @classmethod
     def build(cls, text: str) -> "BytePairs":
-        from tokenizers import ByteLevelBPETokenizer
+        with needing("export"):
+            from tokenizers import ByteLevelBPETokenizer
 
         bpe = ByteLevelBPETokenizer()
         bpe.train_from_iterator(_lines(text), vocab_size=BPE_SIZE, min_frequency=2, show_progress=False)
@@ -184,7 +185,8 @@ class BytePairs:
 
     @cached_property
     def _bpe(self):
-        from tokenizers import Tokenizer
+        with needing("export"):
+            from tokenizers import Tokenizer
 
         return Tokenizer.from_str(self.serialised)
 

@@ -124,9 +124,10 @@ class Config:
     dropout_output: Rate | None = None
     """Rate on what the output layer reads; --dropout if not given."""
     dropout_words: Rate = 0.0
-    """Rate at which words are dropped, each in all places of a window."""
+    """Rate at which words are dropped, each in all places of a window, or of a part of it (--remat)."""
     dropout_weights: Rate = 0.0
-    """Rate on the weights that read the last output, one mask for a window."""
+    """Rate on the weights that read the last output: one mask for a window, or for a part of its batch
+    (--accumulate)."""
     locked: bool = False
     """One mask of dropout for all steps of a window, in place of one for each step."""
     activation_penalty: NotNegative = 0.0
@@ -151,10 +152,10 @@ class Config:
     optimizer: Optimizer = "adamw"
     """The update rule. muon: for the matrices of the layers, adamw for all else; schedule_free: adamw on averages."""
     average: Average = "never"
-    """non-monotone: once validation has not been better for --patience epochs, the parameters of all later steps are
-    averaged, and the averages are evaluated and saved as the best."""
+    """non-monotone: once a validation is worse than the best of all but the last --patience, the parameters of all
+    later steps are averaged, and the averages are evaluated and saved as the best."""
     patience: Size = 5
-    """Epochs without a better validation, after which averaging begins."""
+    """Validations that the trigger of --average leaves out."""
     learning_rate: Positive = 2e-3
     """Learning rate at its highest."""
     weight_decay: NotNegative = 0.0
@@ -163,7 +164,7 @@ class Config:
     """constant; cosine: --warmup steps up, then down to a hundredth over --epochs (so more epochs stretch it);
     decay: constant for --decay-after epochs, then times --decay each epoch."""
     warmup: Count = 200
-    """Steps of linear warm-up (cosine), at most half of all."""
+    """Steps of linear warm-up: for cosine at most half of all; for --optimizer schedule_free."""
     decay: Positive = 0.5
     """Factor per epoch (decay)."""
     decay_after: Count = 1
@@ -213,6 +214,13 @@ def check(config: Config) -> None:
             f"--vary-steps must be below half of --steps {config.steps}, and 0 with --remat; got {config.vary_steps} "
             f"with --remat {config.remat}."
         )
+    if config.dropout_weights and config.cell == "ran" and config.gates == "input":
+        raise UserError(
+            f"--dropout-weights is for cells that read their last output; got {config.dropout_weights} with --gates "
+            "input."
+        )
+    if config.optimizer == "schedule_free" and config.average != "never":
+        raise UserError("--optimizer schedule_free evaluates averages of its own. Give --average never.")
     if config.optimizer == "schedule_free" and config.schedule != "constant":
         raise UserError(
             f"--optimizer schedule_free takes the place of a schedule; got it with --schedule {config.schedule}. Give "
@@ -271,7 +279,7 @@ PRESETS = {
     "awd": replace(
         _ZAREMBA, tie=True, features=(1150, 1150, 400), layers=3, dropout=0.25, dropout_input=0.4, dropout_output=0.4,
         dropout_words=0.1, dropout_weights=0.5, locked=True, activation_penalty=2.0, change_penalty=1.0,
-        weight_decay=1.2e-6, learning_rate=30 / 70, schedule="constant", clip=0.25 * 70, epochs=500, batch_size=20,
+        weight_decay=1.2e-6 * 70, learning_rate=30 / 70, schedule="constant", clip=0.25 * 70, epochs=500, batch_size=20,
         steps=70, vary_steps=10, average="non-monotone", patience=5,
     ),
 }  # fmt: skip
@@ -315,7 +323,7 @@ def parse(argv: list[str] | None = None) -> Config:
     """Reads the flags; their defaults are a preset, the settings that --resume finds, or the recipe of the data set."""
     program = "python -m ranjax.train"
     start, _ = cli.options(_Start, argv, program, return_unknown_args=True, add_help=False)
-    default = PRESETS[start.preset] if start.preset else _recipe(start)
+    default = PRESETS[start.preset] if start.preset else recipe(start.dataset, start.cell, start.block, start.gates)
     if start.resume and not start.preset:
         begun = normalised(Config(dataset=start.dataset, cell=start.cell, out=start.out))
         default = replace(load_config(begun.directory), out=str(begun.directory))
@@ -327,18 +335,22 @@ def parse(argv: list[str] | None = None) -> Config:
             "Leave one of them out."
         )
     for name, schedule in (("warmup", "cosine"), ("decay", "decay"), ("decay_after", "decay")):
-        if config.schedule != schedule and getattr(config, name) != getattr(default, name):
+        taken = name == "warmup" and config.optimizer == "schedule_free"
+        if config.schedule != schedule and not taken and getattr(config, name) != getattr(default, name):
             got = f"{getattr(config, name)} with {config.schedule}"
             raise UserError(f"{flag(name)} is for --schedule {schedule}; got {got}.")
     return config
 
 
-def _recipe(start: _Start) -> Config:
-    """The recipe of a data set, or the defaults; h = c is for gates on the input: with others it can diverge."""
-    recipe = RECIPES.get(start.dataset, Config())
-    if start.cell != "ran" or start.block == "plain":
-        return replace(recipe, gates=Config.gates, activation=Config.activation)
-    return recipe if start.gates in (None, "input") else replace(recipe, activation=Config.activation)
+def recipe(dataset: str, cell: str = "ran", block: str | None = None, gates: str | None = None) -> Config:
+    """The recipe of a data set, or the defaults, where these are given.
+
+    h = c is for gates on the input: with others it can diverge.
+    """
+    found = RECIPES.get(dataset, Config())
+    if cell != "ran" or block == "plain":
+        return replace(found, gates=Config.gates, activation=Config.activation)
+    return found if gates in (None, "input") else replace(found, activation=Config.activation)
 
 
 def normalised(config: Config) -> Config:
@@ -347,7 +359,8 @@ def normalised(config: Config) -> Config:
     Paths of text are absolute, so that the run can be used from any directory; numbers are Python's own.
     """
     config = replace(config, **{name: _number(value) for name, value in vars(config).items()})
-    dataset, data_dir, features = str(config.dataset), config.data_dir, config.features
+    dataset, data_dir = str(config.dataset), config.data_dir
+    lists = {name: getattr(config, name) for name in ("features", "cutoffs")}
     path = Path(os.path.expanduser(dataset))
     if dataset and (path.is_file() or path.is_dir()) and not is_named(dataset):  # a pipe has no path of its own
         dataset = str(absolute(dataset))
@@ -356,7 +369,7 @@ def normalised(config: Config) -> Config:
         dataset=dataset,
         out=config.out and str(config.out),
         data_dir=data_dir and str(absolute(data_dir)),
-        features=tuple(map(_number, features)) if isinstance(features, tuple | list) else features,
+        **{name: tuple(map(_number, one)) for name, one in lists.items() if isinstance(one, tuple | list)},
     )
 
 

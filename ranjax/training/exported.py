@@ -1,9 +1,9 @@
 """A trained model as a folder of plain files that travels: weights, settings, vocabulary, card, compiled functions."""
 
 import dataclasses
-import json
 import os
 import secrets
+import shlex
 import shutil
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ from ranjax.errors import UserError, check_path, flag
 from ranjax.lm import LanguageModel, zero_state
 from ranjax.saved import is_count, is_number, is_text, read_json
 from ranjax.training.arrays import by_name, save_tensors
-from ranjax.training.config import Config, save_config
+from ranjax.training.config import Config, recipe, save_config
 from ranjax.training.folder import absolute
 from ranjax.training.model import TENSORS, Run, load_run
 
@@ -34,6 +34,7 @@ RESULT = {
     "device": is_text,
     "date": is_text,
     "versions": lambda value: isinstance(value, dict),
+    "config": lambda value: isinstance(value, dict),
 }
 
 
@@ -61,6 +62,8 @@ def export(directory: str | Path, out: str | Path, name: str | None = None) -> P
     if not (directory / "result.json").exists():
         raise UserError(f"{directory} has no result.json: export a run that is finished, or go on with it: --resume.")
     result = read_json(directory / "result.json", RESULT)
+    if result["config"].get("epochs") != run.config.epochs:
+        raise UserError(f"{directory} was resumed and is not finished: its result.json is older. Go on: --resume.")
     if os.path.lexists(out):
         raise UserError(f"--out {out} exists and is left unchanged. Give another --out.")
     new = out.with_name(f".ranjax-{secrets.token_hex(4)}")
@@ -131,8 +134,6 @@ def _sequential(model: LanguageModel) -> LanguageModel:
 def card(run: Run, result: dict[str, Any], name: str) -> str:
     """The model card: what the model is, its figures, how it is used."""
     config = run.config
-    changed = [one for one in dataclasses.fields(config) if getattr(config, one.name) != one.default]
-    flags = " ".join(_as_flag(one.name, getattr(config, one.name)) for one in changed)
     # What is in a cell of the table must not end it.
     rows = {
         "data set": config.dataset.replace("|", "\\|"),
@@ -145,14 +146,32 @@ def card(run: Run, result: dict[str, Any], name: str) -> str:
         "versions": ", ".join(f"{package} {of}" for package, of in result["versions"].items()),
     }
     table = "\n".join(f"| {key} | {value} |" for key, value in rows.items())
-    return CARD.format(name=name, cell=config.cell.upper(), table=table, flags=f" {flags}".rstrip())
+    return CARD.format(name=name, cell=config.cell.upper(), table=table, flags=flags(config))
+
+
+def flags(config: Config) -> str:
+    """The command line of a training with these settings, without what is of one machine.
+
+    Example:
+      >>> from ranjax.training.config import Config
+      >>> from ranjax.training.exported import flags
+      >>> flags(Config(dataset="markov", features=(8, 9), expansion=None, tie=False))
+      '--dataset markov --cell ran --block plain --gates recurrent --expansion None --features 8 9 --no-tie'
+    """
+    given = ("dataset", "cell", "block", "gates") if config.cell == "ran" else ("dataset", "cell", "block")
+    otherwise = vars(recipe(*(getattr(config, name) for name in given)))
+    settings = {name: getattr(config, name) for name in given} | {
+        name: value for name, value in vars(config).items() if value != otherwise[name] and name not in LOCAL
+    }
+    return " ".join(_as_flag(name, value) for name, value in settings.items())
 
 
 def _as_flag(name: str, value: Any) -> str:
     """A setting as it is written on the command line."""
     if isinstance(value, bool):
         return flag(name) if value else flag(f"no_{name}")
-    return f"{flag(name)} {' '.join(map(str, value)) if isinstance(value, tuple) else json.dumps(value).strip(chr(34))}"
+    values = value if isinstance(value, tuple | list) else [value]
+    return f"{flag(name)} {shlex.join(map(str, values))}"
 
 
 CARD = """\
@@ -199,5 +218,5 @@ logits, state = step.call(weights, state, jnp.array([0]))
 
 ## Training
 
-    python -m ranjax.train{flags}
+    python -m ranjax.train {flags}
 """

@@ -1,5 +1,6 @@
 """The model of a run: built from its settings, and with the parameters that it has learned."""
 
+import os
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -53,7 +54,8 @@ def load_run(directory: str | Path) -> Run:
 def load_model(source: str | Path, revision: str | None = None) -> Run:
     """Loads a trained model from a folder, or from the hub.
 
-    Nothing that is downloaded is executed; from the hub come the files of a model only, into its usual cache.
+    Nothing that is downloaded is executed; from the hub come the files of a model only, into its usual cache, and where
+    they came from is printed.
 
     Args:
       source: a folder that `python -m ranjax.export` wrote, the directory of a run; or, where there is no such path,
@@ -73,11 +75,17 @@ def load_model(source: str | Path, revision: str | None = None) -> Run:
       ranjax.errors.UserError: no/such/model is neither a folder nor the id of a model on the hub, OWNER/NAME.
     """
     check_path("source", source)
-    if absolute(source).exists():
+    try:
+        local = os.path.lexists(absolute(source))
+    except OSError as error:
+        raise UserError(f"{source} cannot be read: {error.strerror}.") from None
+    if local:
         if revision is not None:
             raise UserError(f"`revision` is for a model on the hub; got {revision!r} with the folder {source}.")
         return load_run(source)
-    return load_run(download(str(source), revision, FILES))
+    folder = download(str(source), revision, FILES)
+    print(f"{source} is no folder here: loaded from the hub, at {folder.name}.")
+    return load_run(folder)
 
 
 def build_model(config: Config, vocabulary: int) -> LanguageModel:

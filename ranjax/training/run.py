@@ -5,7 +5,8 @@ import secrets
 import shlex
 import shutil
 import time
-from contextlib import ExitStack, nullcontext, suppress
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
@@ -69,8 +70,10 @@ def train(config: Config, *, constrain: Constraint = unconstrained, stop: Stop |
     with ExitStack() as held:
         stop = held.enter_context(stopping() if stop is None else nullcontext(stop))
         state = _begin(config, corpus, state, windows, held)
-        steps = Steps(make_step(model, optimizer, config, windows, constrain), state, text, config, windows)
-        _check_step(steps.longest, config)
+        step = make_step(model, optimizer, config, windows, constrain)
+        with _nothing_left(config):
+            steps = Steps(step, state, text, config, windows)
+            print(f"{check_step(steps.longest)}.", flush=True)
         checkpoints = Checkpoints(config.directory)
         report = held.enter_context(Report(config.directory, config, windows, int(state.step), int(state.epoch)))
         evaluate = make_evaluator(model, config.streams, stop.check)
@@ -84,11 +87,12 @@ def train(config: Config, *, constrain: Constraint = unconstrained, stop: Stop |
             raise
 
 
-def _check_step(step: Any, config: Config) -> None:
-    """Reports the memory that a step takes. Raises a UserError where there is less; a new run leaves nothing then."""
+@contextmanager
+def _nothing_left(config: Config) -> Iterator[None]:
+    """Removes the directory of a new run whose step cannot be compiled or takes too much memory."""
     try:
-        print(f"{check_step(step)}.", flush=True)
-    except UserError:
+        yield
+    except (UserError, RuntimeError):  # the latter of XLA
         if not config.resume:
             shutil.rmtree(config.directory, ignore_errors=True)
         raise

@@ -89,21 +89,22 @@ def check_memory(config: Config, vocabulary: int, copies: int = 1) -> None:
 
 
 def check_step(compiled: Any) -> str:
-    """What a compiled step takes of the device's memory, in words: its arguments, results and temporary arrays.
+    """What a compiled step takes of the device's memory, in words.
 
     Args:
-      compiled: `jitted.lower(...).compile()`.
+      compiled: `jitted.lower(...).compile()`, whose arguments are on the device.
 
     Raises:
-      UserError: where that is more than is free.
+      UserError: where what it takes beside them is more than is free.
     """
     takes, device = compiled.memory_analysis(), jax.devices()[0]
-    kept = takes.argument_size_in_bytes + takes.output_size_in_bytes - takes.alias_size_in_bytes
-    total, free = kept + takes.temp_size_in_bytes, free_memory(device)
-    described = f"a step takes {total / 1e6:,.0f} MB, {takes.temp_size_in_bytes / 1e6:,.0f} of them temporary"
+    more = takes.temp_size_in_bytes + takes.output_size_in_bytes - takes.alias_size_in_bytes
+    state = takes.argument_size_in_bytes
+    described = f"a step takes {more / 1e6:,.0f} MB beside the {state / 1e6:,.0f} of its state and text"
+    free = free_memory(device)
     if free is None:
         return described
-    if total > free:
+    if more > free:
         raise UserError(
             f"{described}, and {free / 1e6:,.0f} MB of {device}'s memory are free. Give --accumulate or --remat a "
             "larger number, or lower --batch-size, --steps or --features."

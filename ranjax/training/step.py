@@ -130,9 +130,9 @@ def make_step(
 
 
 def triggered(state: TrainState, nats: float) -> TrainState:
-    """The state after a validation: averaging begins where no epoch of the last `patience` was better than one before.
+    """The state after a validation: averaging begins where it is worse than the best of all but the last `patience`.
 
-    That is the non-monotone trigger of Merity et al. 2018: this loss is above the lowest but for the last `patience`.
+    That is the non-monotone trigger of Merity et al. 2018.
     """
     if not state.average:
         return state

@@ -17,8 +17,8 @@ from ranjax.lm import zero_state
 from ranjax.training import step
 from ranjax.training.config import Config
 from ranjax.training.loss import make_loss
-from ranjax.training.model import build_model
-from ranjax.training.optimizer import load_run, make_optimizer
+from ranjax.training.model import build_model, load_run
+from ranjax.training.optimizer import make_optimizer
 
 VOCABULARY, FEATURES = 11, 6
 GATES = 2 * (2 * 2 * FEATURES * FEATURES + 2 * FEATURES)  # of two layers: kernels on x and h, biases

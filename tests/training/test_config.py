@@ -67,6 +67,21 @@ def test_what_a_recipe_has_for_its_gates_is_not_for_others(flags, expected):
     assert (config.block, config.gates, config.activation) == expected
 
 
+def test_schedule_free_has_a_warmup():
+    flags = ["--optimizer", "schedule_free", "--schedule", "constant", "--warmup", "50"]
+    assert parse(flags).warmup == 50
+
+
+def test_cutoffs_are_kept_and_resumed_with(tmp_path):
+    given = Config(dataset="x", out=str(tmp_path), softmax="adaptive", cutoffs=(np.int64(5), 9))
+    for cutoffs in (given.cutoffs, [5, 9]):
+        config = normalised(dataclasses.replace(given, cutoffs=cutoffs))
+        assert config.cutoffs == (5, 9)
+        save_config(config, tmp_path)
+        assert load_config(tmp_path) == config
+        check_same(config, load_config(tmp_path))
+
+
 def test_explicit_flags_win_over_the_preset(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     config = parse(["--preset", "ptb-medium", "--learning-rate", "0.3", "--out", "x"])
@@ -86,6 +101,7 @@ def test_the_preset_none_means_the_defaults():
 
 def test_presets_are_the_settings_of_the_papers():
     """Dropout, rate, its factor and the epochs before it, epochs, steps, clipping, scale of the weights."""
+    assert PRESETS["awd"].weight_decay * PRESETS["awd"].learning_rate == pytest.approx(30 * 1.2e-6)  # as theirs
     names = ["dropout", "learning_rate", "decay", "decay_after", "epochs", "steps", "clip", "init_scale"]
     assert {name: [getattr(preset, of) for of in names] for name, preset in PRESETS.items()} == {
         "ptb-small": [0.0, 1.0, 0.5, 4, 13, 20, 5.0, 0.1],
@@ -233,6 +249,14 @@ SIZES = "one or more whole numbers, each at least 1 and below 2**31"
         *(({name: 2**31}, f"below 2**31; got {2**31}") for name in ("epochs", "embedding", "decay_after")),
         ({"accumulate": 3}, "--accumulate must divide --batch-size 4; got 3"),
         ({"remat": 4}, "--remat must divide --steps 7; got 4"),
+        (
+            {"dropout_weights": 0.5, "gates": "input"},
+            "--dropout-weights is for cells that read their last output; got 0.5",
+        ),
+        (
+            {"optimizer": "schedule_free", "schedule": "constant", "average": "non-monotone"},
+            "--optimizer schedule_free evaluates averages of its own. Give --average never",
+        ),
         ({"vary_steps": 4}, "--vary-steps must be below half of --steps 7, and 0 with --remat; got 4 with --remat 1"),
         ({"vary_steps": 1, "remat": 7}, "--vary-steps must be below half of --steps 7, and 0 with --remat; got 1 with"),
         (

@@ -1,8 +1,11 @@
 """Exported models: what is written is what is read, by ranjax, by JAX alone and by NumPy alone."""
 
+import dataclasses
 import importlib.util
 import json
 import os
+import re
+import shlex
 import struct
 import subprocess
 import sys
@@ -18,7 +21,9 @@ from ranjax import evaluate, generate
 from ranjax.errors import UserError
 from ranjax.saved import read_json
 from ranjax.training.arrays import by_name
+from ranjax.training.config import parse, save_config
 from ranjax.training.exported import export
+from ranjax.training.exported import flags as flags_of
 from ranjax.training.model import load_run
 from ranjax.training.run import train
 
@@ -28,6 +33,7 @@ KINDS = {
     "words": {"tokenizer": "word", "gates": "diagonal", "layers": 2, "tie": False},
     "blocks": {"gates": "input", "activation": "identity", "block": "residual", "layers": 2},
     "lstm blocks": {"cell": "lstm", "block": "residual"},
+    "adaptive": {"tokenizer": "word", "softmax": "adaptive", "cutoffs": [3, 6], "expansion": 1.5},
 }
 
 
@@ -88,7 +94,10 @@ def test_the_card_has_the_figures_and_its_code_runs(exports):
     result, card = json.loads((directory / "result.json").read_text()), (folder / "README.md").read_text()
     assert f"| test perplexity | {result['test_perplexity']:.2f} |" in card
     assert f"| parameters | {result['parameters']:,} |" in card
-    assert "--block residual" in card
+    command = re.search(r"python -m ranjax\.train (.*)", card)[1]
+    assert parse([*shlex.split(command), "--dataset", load_run(directory).config.dataset]) == dataclasses.replace(
+        load_run(directory).config, out=None
+    )
     ours, alone = (part.split("```")[0] for part in card.split("```python\n")[1:])
     assert "ranjax" not in alone
     for code, place in ((ours, folder.parent), (alone, folder)):
@@ -156,9 +165,10 @@ def test_the_reader_needs_numpy_alone():
     assert imported == {"json", "sys", "itertools", "pathlib", "numpy"}
 
 
-def test_the_reader_refuses_what_it_cannot_read(exports):
-    with pytest.raises(SystemExit, match="for RANs over words or characters"):
-        reader().generate(exports["lstm blocks"][1], "the", 3)
+@pytest.mark.parametrize(("kind", "prompt"), [("lstm blocks", "the"), ("adaptive", "the"), ("words", "no such word")])
+def test_the_reader_refuses_what_it_cannot_read(kind, prompt, exports):
+    with pytest.raises(SystemExit, match="for RANs with a full softmax over words or characters that the model has"):
+        reader().generate(exports[kind][1], prompt, 3)
 
 
 def test_nothing_is_overwritten_and_nothing_is_left(pets_run, tmp_path):
@@ -177,6 +187,20 @@ def test_an_unfinished_run_is_refused(copied_run, tmp_path):
     with pytest.raises(UserError, match=r"has no result\.json: export a run that is finished, or go on with it"):
         export(copied_run.directory, tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+def test_a_run_that_was_resumed_and_not_finished_is_refused(copied_run, tmp_path):
+    config = load_run(copied_run.directory).config
+    save_config(dataclasses.replace(config, epochs=9), copied_run.directory)
+    with pytest.raises(UserError, match=r"was resumed and is not finished: its result\.json is older"):
+        export(copied_run.directory, tmp_path / "out")
+
+
+@pytest.mark.parametrize("flags", [[], ["--block", "plain"], ["--gates", "recurrent"], ["--cell", "lstm"]])
+@pytest.mark.parametrize("dataset", ["python-docs", "wikitext-2", "markov"])
+def test_the_flags_of_settings_are_read_as_these_settings(dataset, flags):
+    config = parse(["--dataset", dataset, *flags, "--features", "9", "--expansion", "None", "--init-scale", "0.1"])
+    assert parse(shlex.split(flags_of(config))) == config
 
 
 def header_of(length):

@@ -16,6 +16,7 @@ MODELS = [
     {},
     {"cell": "lstm"},
     {"gates": "input", "block": "residual"},
+    {"gates": "input", "block": "residual", "conv_width": 1},
     {"block": "residual", "cell": "gru"},
     {"gates": "diagonal", "softmax": "adaptive", "cutoffs": (4,)},
 ]
