@@ -1,6 +1,7 @@
 """The model of a run: built from its settings, and with the parameters that it has learned."""
 
 import os
+import sys
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -55,7 +56,7 @@ def load_model(source: str | Path, revision: str | None = None) -> Run:
     """Loads a trained model from a folder, or from the hub.
 
     Nothing that is downloaded is executed; from the hub come the files of a model only, into its usual cache, and where
-    they came from is printed.
+    they came from is printed on standard error.
 
     Args:
       source: a folder that `python -m ranjax.export` wrote, the directory of a run; or, where there is no such path,
@@ -84,7 +85,7 @@ def load_model(source: str | Path, revision: str | None = None) -> Run:
             raise UserError(f"`revision` is for a model on the hub; got {revision!r} with the folder {source}.")
         return load_run(source)
     folder = download(str(source), revision, FILES)
-    print(f"{source} is no folder here: loaded from the hub, at {folder.name}.")
+    print(f"{source} is no folder here: loaded from the hub, at {folder.name}.", file=sys.stderr)
     return load_run(folder)
 
 

@@ -83,6 +83,7 @@ def test_a_model_is_downloaded_and_needs_no_network_then(folder, tmp_path):
     assert done.returncode == 0, done.stderr
     expected = f"{float(ranjax.load_model(folder).params['bias'].sum())}\n"
     assert done.stdout == expected
+    assert f"owner/pets is no folder here: loaded from the hub, at {COMMIT}." in done.stderr
     assert {path.split(f"{COMMIT}/")[1] for path in asked if "/resolve/" in path} == set(FILES)
     assert not list(tmp_path.rglob("evil.json"))
     with serving(hub_of({})) as (_, port):
