@@ -144,12 +144,23 @@ class LanguageModel(nn.Module):
         for name in DROPOUTS:
             if getattr(self, name) is not None or name in ("dropout", "dropout_words"):
                 check_rate(name, getattr(self, name))
+        self._check_options()
+        self._check_ends()
+        super().__post_init__()
+
+    @nn.nowrap
+    def _check_options(self) -> None:
+        """Raises a ValueError for an option of another cell, block or softmax than the model's."""
         options = [("cell", "ran", name) for name in RAN_ONLY]
         options += [("block", "residual", name) for name in RESIDUAL_ONLY] + [("softmax", "adaptive", "cutoffs")]
         for of, kind, name in options:
             value, chosen = getattr(self, name), getattr(self, of)
             if chosen != kind and value != getattr(LanguageModel, name):
                 raise ValueError(f"`{name}` is an option of {of}={kind!r}; got {value!r} with {of}={chosen!r}.")
+
+    @nn.nowrap
+    def _check_ends(self) -> None:
+        """Raises a ValueError for blocks, clusters of words or a tied output whose sizes do not fit."""
         if self.block == "residual":
             check_size("conv_width", self.conv_width)
             check_expansion(self.expansion, self.embedding_size)
@@ -161,7 +172,6 @@ class LanguageModel(nn.Module):
                 f"`tie` needs the embedding to be as wide as the last output; got embedding={self.embedding_size} "
                 f"and an output of {last}. Make them equal, or leave the output layer untied."
             )
-        super().__post_init__()
 
     @property
     def sizes(self) -> tuple[int, ...]:

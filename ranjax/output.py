@@ -9,6 +9,7 @@ has the frequent words and one entry for each cluster of rarer ones in its head,
 and computes a cluster only for those predictions whose word is in it, from fewer features. Both are exact.
 """
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -31,7 +32,13 @@ def nats(
     rows: Array, kernel: Array, bias: Array, targets: Array, count: Array | None = None, *, axis: int = 0
 ) -> Array:
     """-log p(target) of each row in nats, `(n,)`, 0 from `count` on. See `total_nats`, which has gradients."""
-    return _chunks(rows, kernel, bias, targets, count, axis, gradient=False)[0]
+
+    def losses(x, y, taken, sums):
+        return (_softmax(x, kernel, bias, y, taken, axis)[0],), sums
+
+    wide = jnp.promote_types(jnp.float32, rows.dtype)
+    (found,), _ = _over_chunks(losses, rows, targets, count, kernel.shape[axis], (jnp.zeros(len(rows), wide),), ())
+    return found
 
 
 def total_nats(
@@ -71,13 +78,26 @@ def total_nats(
 
 @partial(jax.custom_vjp, nondiff_argnums=(5,))
 def _total(rows, kernel, bias, targets, count, axis):
-    return jnp.sum(_chunks(rows, kernel, bias, targets, count, axis, gradient=False)[0])
+    return jnp.sum(nats(rows, kernel, bias, targets, count, axis=axis))
 
 
 def _forward(rows, kernel, bias, targets, count, axis):
-    found, gradient = _chunks(rows, kernel, bias, targets, count, axis, gradient=True)
-    like = rows, kernel, bias
-    return jnp.sum(found), tuple(g.astype(a.dtype) for g, a in zip(gradient, like, strict=True))
+    wide = jnp.promote_types(jnp.float32, rows.dtype)
+    dot = partial(lax.dot_general, preferred_element_type=wide)
+
+    def with_gradients(x, y, taken, sums):
+        loss, p = _softmax(x, kernel, bias, y, taken, axis)
+        p_narrow = p.astype(rows.dtype)
+        dx = dot(p_narrow, kernel, (((1,), (axis,)), ((), ())))
+        operands = (p_narrow, x) if axis == 0 else (x, p_narrow)
+        dw = dot(*operands, (((0,), (0,)), ((), ())))
+        return (loss, dx), (sums[0] + dw, sums[1] + jnp.sum(p, 0))
+
+    of_rows = jnp.zeros(len(rows), wide), jnp.zeros(rows.shape, wide)
+    sums = jnp.zeros(kernel.shape, wide), jnp.zeros(bias.shape, wide)
+    (found, dx), sums = _over_chunks(with_gradients, rows, targets, count, kernel.shape[axis], of_rows, sums)
+    gradient = zip((dx, *sums), (rows, kernel, bias), strict=True)
+    return jnp.sum(found), tuple(g.astype(a.dtype) for g, a in gradient)
 
 
 def _backward(axis, gradient, cotangent):
@@ -87,39 +107,38 @@ def _backward(axis, gradient, cotangent):
 _total.defvjp(_forward, _backward)
 
 
-def _chunks(
-    rows: Array, kernel: Array, bias: Array, targets: Array, count: Array | None, axis: int, gradient: bool
-) -> tuple[Array, Any]:
-    """The nats of each row, 0 from `count` on; the gradients of their sum by rows, kernel and bias, if asked for."""
-    number, vocabulary = len(rows), kernel.shape[axis]
+def _over_chunks(
+    compute: Callable, rows: Array, targets: Array, count: Array | None, vocabulary: int, of_rows: Any, sums: Any
+) -> tuple[Any, Any]:
+    """Rows and targets in chunks, whose logits are held one chunk at a time.
+
+    Args:
+      compute: `(x, y, taken, sums) -> (results of each row, sums)` of a chunk; rows that are not taken are 0.
+      count: how many rows take part; None: all.
+      of_rows, sums: what the results begin with, zeros.
+
+    Returns:
+      The results of all rows, and the sums.
+    """
+    number = len(rows)
     most = HELD // vocabulary if count is None else FEW  # the last chunk of few rows is computed in full
     size: int = min(number, max(LEAST, most))
     padding: int = -number % size
-    rows, targets = jnp.pad(rows, ((0, padding), (0, 0))), jnp.pad(targets, (0, padding))
+    rows, targets, of_rows = jax.tree.map(
+        lambda a: jnp.pad(a, ((0, padding), *((0, 0),) * (a.ndim - 1))), (rows, targets, of_rows)
+    )
     count = jnp.asarray(number if count is None else count)
-    wide = jnp.promote_types(jnp.float32, rows.dtype)
-    sums: Any = [jnp.zeros(a.shape, wide) for a in (rows, kernel, bias)] if gradient else []
 
-    def body(n, carry):
-        found, sums = carry
+    def chunk(n, carry):
         x, y = (lax.dynamic_slice_in_dim(a, n * size, size) for a in (rows, targets))
         taken = n * size + jnp.arange(size) < count
-        x = jnp.where(taken[:, None], x, 0)
-        loss, p = _softmax(x, kernel, bias, y, taken, axis)
-        found = lax.dynamic_update_slice_in_dim(found, loss, n * size, 0)
-        if not gradient:
-            return found, sums
-        dot = partial(lax.dot_general, preferred_element_type=wide)
-        p_narrow = p.astype(rows.dtype)
-        dx = dot(p_narrow, kernel, (((1,), (axis,)), ((), ())))
-        operands = (p_narrow, x) if axis == 0 else (x, p_narrow)
-        dw = dot(*operands, (((0,), (0,)), ((), ())))
-        of_rows = lax.dynamic_update_slice_in_dim(sums[0], dx, n * size, 0)
-        return found, [of_rows, sums[1] + dw, sums[2] + jnp.sum(p, 0)]
+        results, sums = compute(jnp.where(taken[:, None], x, 0), y, taken, carry[1])
+        update = partial(lax.dynamic_update_slice_in_dim, start_index=n * size, axis=0)
+        return jax.tree.map(update, carry[0], results), sums
 
-    carry: Any = jnp.zeros(len(rows), wide), sums
-    found, sums = body(0, carry) if size == len(rows) else lax.fori_loop(0, -(-count // size), body, carry)
-    return found[:number], (sums[0][:number], *sums[1:]) if gradient else None
+    carry: Any = of_rows, sums
+    of_rows, sums = chunk(0, carry) if size == len(rows) else lax.fori_loop(0, -(-count // size), chunk, carry)
+    return jax.tree.map(lambda a: a[:number], of_rows), sums
 
 
 def _softmax(x: Array, kernel: Array, bias: Array, targets: Array, taken: Array, axis: int) -> tuple[Array, Array]:

@@ -10,17 +10,13 @@ def serving(answer):
     """A server whose handler answers every request; gives the requests and the port."""
     asked = []
 
-    class Hub(http.server.BaseHTTPRequestHandler):
-        def do_HEAD(self):
-            asked.append(self.path)
-            answer(self)
+    def handle(request):
+        asked.append(request.path)
+        answer(request)
 
-        do_GET = do_POST = do_HEAD  # noqa: N815
-
-        def log_message(self, *_):
-            pass
-
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Hub) as hub:
+    methods = dict.fromkeys(("do_HEAD", "do_GET", "do_POST"), handle) | {"log_message": lambda *_: None}
+    handler = type("Hub", (http.server.BaseHTTPRequestHandler,), methods)
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as hub:
         threading.Thread(target=hub.serve_forever, daemon=True).start()
         yield asked, hub.server_port
         hub.shutdown()

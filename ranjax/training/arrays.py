@@ -80,7 +80,8 @@ def load_tensors(path: Path, like: Any) -> Any:
     expected = {name: (leaf.shape, str(leaf.dtype)) for name, leaf in by_name(like).items()}
     try:
         with safe_open(path, "numpy") as file:
-            found = {name: _described(file.get_slice(name)) for name in file.keys()}  # noqa: SIM118
+            names = file.keys()
+            found = {name: _described(file.get_slice(name)) for name in names}
             for name in sorted(expected.keys() | found.keys()):
                 if expected.get(name) != found.get(name):
                     want, got = (_in_words(of.get(name)) for of in (expected, found))

@@ -54,16 +54,21 @@ def make_loss(model: LanguageModel, config: Config, constrain: Constraint = unco
             loss, nats, carry, iterations = run(carry, key, window[:, :-1], window[:, 1:])
             return loss, (nats, carry, iterations)
         keys = jnp.stack([key if config.locked else jax.random.fold_in(key, n) for n in range(config.remat)])
-        texts = (jnp.stack(jnp.split(text, config.remat, axis=1)) for text in (window[:, :-1], window[:, 1:]))
-
-        def advance(carry, parts):
-            loss, nats, carry, iterations = jax.checkpoint(run)(carry, *parts)
-            return carry, (loss, nats, jnp.float32(iterations))
-
-        carry, (losses, nats, iterations) = jax.lax.scan(advance, carry, (keys, *texts))
-        return jnp.sum(losses), (jnp.sum(nats), carry, jnp.mean(iterations))
+        return _recomputed(run, carry, keys, window)
 
     return loss
+
+
+def _recomputed(run: Callable, carry: Any, keys: Array, window: Array) -> tuple[Array, Any]:
+    """The loss of a window in as many parts as there are keys, each computed again in the backward pass."""
+    texts = (jnp.stack(jnp.split(text, len(keys), axis=1)) for text in (window[:, :-1], window[:, 1:]))
+
+    def advance(carry, parts):
+        loss, nats, carry, iterations = jax.checkpoint(run)(carry, *parts)
+        return carry, (loss, nats, jnp.float32(iterations))
+
+    carry, (losses, nats, iterations) = jax.lax.scan(advance, carry, (keys, *texts))
+    return jnp.sum(losses), (jnp.sum(nats), carry, jnp.mean(iterations))
 
 
 def mean_iterations(sown: Any) -> Array | float:

@@ -110,10 +110,9 @@ def make_step(
         good = running & jnp.isfinite(loss) & jnp.isfinite(optax.tree.norm(gradient))
         kept = jax.tree.map(lambda a, b: jnp.where(good, a, b), new, (state.params, state.optimizer, carry))
         fresh = position == 0
-        averaged = jnp.where(good & (state.averaged != NOT_BEGUN), state.averaged + 1, state.averaged)
-        share = jnp.where(averaged > state.averaged, 1 / jnp.maximum(averaged, 1).astype(jnp.float32), 0)
+        average, averaged = _averaged(state, kept[0], good)
         return state._replace(
-            average=jax.tree.map(lambda a, p: a + share * (p - a), state.average, kept[0] if state.average else {}),
+            average=average,
             averaged=averaged,
             params=kept[0],
             optimizer=kept[1],
@@ -127,6 +126,13 @@ def make_step(
         )
 
     return step
+
+
+def _averaged(state: TrainState, params: Any, good: Array) -> tuple[Any, Array]:
+    """The average after a step, and how many steps it is of: one more, if it has begun and the step was good."""
+    averaged = jnp.where(good & (state.averaged != NOT_BEGUN), state.averaged + 1, state.averaged)
+    share = jnp.where(averaged > state.averaged, 1 / jnp.maximum(averaged, 1).astype(jnp.float32), 0)
+    return jax.tree.map(lambda a, p: a + share * (p - a), state.average, params if state.average else {}), averaged
 
 
 def triggered(state: TrainState, nats: float) -> TrainState:
