@@ -195,6 +195,7 @@ SETTINGS = {
     **dict.fromkeys(["cell", "gates", "activation", "optimizer", "schedule", "solver"], (None, *CHOICES)),
     **dict.fromkeys(["softmax", "average", "precision"], (None, *CHOICES)),
     "tokenizer": CHOICES,
+    "mesh": (*PATHS, "x", "data", "data=", "data=0", "rows=2", "data=3", "data=999"),
     "cutoffs": ("x", (), (0,), (1.5,), (True,), ("8",), (3,)),
     **dict.fromkeys(["tie", "resume", "locked"], (None, 1, 0, "x", "True", [])),
     "dataset": (None, *PATHS),

@@ -21,6 +21,7 @@ from jax import Array, lax
 
 from ranjax.cell import uniform
 from ranjax.errors import is_size
+from ranjax.sharding import alike, varying_as
 
 HELD = 2**22  # logits, at most, that a loss holds at once (16 MB); but those of LEAST rows
 FEW = 64  # rows a chunk where only some are taken
@@ -37,6 +38,7 @@ def nats(
         return (_softmax(x, kernel, bias, y, taken, axis)[0],), sums
 
     wide = jnp.promote_types(jnp.float32, rows.dtype)
+    rows, kernel, bias, targets = alike(rows, kernel, bias, targets)
     (found,), _ = _over_chunks(losses, rows, targets, count, kernel.shape[axis], (jnp.zeros(len(rows), wide),), ())
     return found
 
@@ -73,6 +75,7 @@ def total_nats(
       >>> round(float(total_nats(x, w, b, y)), 4)  # 3 ln 8
       6.2383
     """
+    rows, kernel, bias, targets = alike(rows, kernel, bias, targets)
     return _total(rows, kernel, bias, targets, count, axis)
 
 
@@ -136,7 +139,7 @@ def _over_chunks(
         update = partial(lax.dynamic_update_slice_in_dim, start_index=n * size, axis=0)
         return jax.tree.map(update, carry[0], results), sums
 
-    carry: Any = of_rows, sums
+    carry: Any = jax.tree.map(lambda a: varying_as(a, (rows,)), (of_rows, sums))
     of_rows, sums = chunk(0, carry) if size == len(rows) else lax.fori_loop(0, -(-count // size), chunk, carry)
     return jax.tree.map(lambda a: a[:number], of_rows), sums
 

@@ -16,8 +16,9 @@ from jaxtyping import Inexact
 
 from ranjax.errors import check_choice
 from ranjax.kernels.base import Recurrence, Rows, Solver, Step, mapped
+from ranjax.kernels.partition import partitioned
 from ranjax.kernels.reference import LONG, associative, chunked, sequential
-from ranjax.sharding import at_boundary, automatic, before, check_spread, varying_as, varying_axes
+from ranjax.sharding import alike, at_boundary, automatic, before, check_spread, varying_as, varying_axes
 
 Sequence = Inexact[Array, "*batch time features"]
 State = Inexact[Array, "*batch features"]
@@ -78,9 +79,9 @@ def linear_recurrence(
         - `"associative"`: `jax.lax.associative_scan`.
         - `"chunked"`: all chunks of 64 steps in parallel, with a loop over the chunks between two loops over their
           steps. Memory grows linearly with the length.
-        - `"pallas"`: a kernel for GPU or TPU; elsewhere it is interpreted, which is slow. Under `jit` alone XLA does
-          not split a kernel over devices; inside `shard_map` each device runs its own. It is written in Pallas with
-          Triton, which JAX 0.12 deprecates; where JAX comes without it, `"auto"` does not select the kernel.
+        - `"pallas"`: a kernel for GPU or TPU; elsewhere it is interpreted, which is slow. Arrays that are sharded
+          along batch or features are not gathered: each device runs its own. It is written in Pallas with Triton,
+          which JAX 0.12 deprecates; where JAX comes without it, `"auto"` does not select the kernel.
       axis_name: name of the mesh axis that time is spread over. `decay`, `inputs` and the states are then one device's
         part; `initial` is the same on all devices and precedes the first step of the whole sequence. Inside `shard_map`
         the kernel needs `check_vma=False`; otherwise `"auto"` does not select it.
@@ -164,7 +165,7 @@ def _run_recurrence(
 ) -> Sequence:
     """The states of the recurrence with this step."""
     time, features = inputs.shape[-2:]
-    decay, inputs, initial = (varying_as(a, (decay, inputs, initial)) for a in (decay, inputs, initial))
+    decay, inputs, initial = alike(decay, inputs, initial)
     arrays, carry = tuple(a.reshape(-1, time, features) for a in (decay, inputs)), initial.reshape(-1, features)
     recurrence = Recurrence(step, (carry,), arrays, ((1, inputs.dtype),), reverse=reverse)
     recurrence = recurrence._replace(affine=True, in_place=step is _linear_step)
@@ -250,7 +251,8 @@ def _pallas(recurrence: Recurrence) -> tuple[Rows, Rows]:
         )
     from ranjax.kernels import gpu, tpu  # importing Pallas takes a second, and few programs need it
 
-    return _by_platform(recurrence, {"tpu": tpu.run, "cuda": gpu.run, "default": partial(gpu.run, interpret=True)})
+    runs = {"tpu": tpu.run, "cuda": gpu.run, "default": partial(gpu.run, interpret=True)}
+    return _by_platform(recurrence, {platform: partitioned(run) for platform, run in runs.items()})
 
 
 def _by_platform(recurrence: Recurrence, solvers: dict[str, Solver]) -> tuple[Rows, Rows]:

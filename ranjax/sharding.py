@@ -23,6 +23,11 @@ def varying_as(array: Array, others: Iterable[Array]) -> Array:
     return lax.pvary(array, tuple(sorted(missing)))  # pyright: ignore[reportAttributeAccessIssue]  # before JAX 0.9
 
 
+def alike(*arrays: Array) -> tuple[Array, ...]:
+    """The arrays, each typed as varying over every mesh axis that one of them varies over."""
+    return tuple(varying_as(array, arrays) for array in arrays)
+
+
 def varying_axes(array: Array) -> frozenset[str]:
     """The mesh axes that an array may vary over; the attribute's name depends on the version of JAX."""
     kind = jax.typeof(array)

@@ -19,9 +19,13 @@ __getattr__ = cli.lazy(
 def main(argv: list[str] | None = None) -> None:
     """The program."""
     with cli.exit_with_message():
-        from ranjax.training.config import parse
+        from ranjax.training.config import parse, parse_cluster
 
-        config = parse(argv)
+        config, cluster = parse(argv), parse_cluster(argv)
+        if cluster.distributed:
+            from ranjax.training.processes import join
+
+            join(cluster)
         check_device()
         from ranjax.training.run import train
 

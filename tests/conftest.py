@@ -107,7 +107,8 @@ def pets(tmp_path):
     from ranjax.training.config import Config
 
     (tmp_path / "pets.txt").write_text("the cat sat on the mat\nthe dog sat on the log\n" * 80)
-    return Config(dataset=str(tmp_path / "pets.txt"), features=(8,), layers=1, batch_size=4, steps=7, epochs=1)
+    text = str(tmp_path / "pets.txt")
+    return Config(dataset=text, features=(8,), layers=1, batch_size=4, steps=7, epochs=1, mesh="data=1")
 
 
 @pytest.fixture(scope="session")

@@ -28,7 +28,7 @@ TEXT = "the cat sat on the mat\nthe dog sat on the log\nthe cat saw the dog\n"
 
 
 def settings(dataset, out, **options):
-    defaults = {"features": (8,), "layers": 1, "batch_size": 4, "steps": 7, "epochs": 2}
+    defaults = {"features": (8,), "layers": 1, "batch_size": 4, "steps": 7, "epochs": 2, "mesh": "data=1"}
     return Config(dataset=str(dataset), out=str(out), **defaults | options)
 
 
@@ -100,7 +100,9 @@ def files_of_at_most(size):
 
 
 def command(module, *flags):
-    return [sys.executable, "-m", f"ranjax.{module}", *map(str, flags)]
+    """The words of a program; a training is on one device where nothing else is asked of it."""
+    alone = ("--mesh", "data=1") if module == "train" and "--mesh" not in flags else ()
+    return [sys.executable, "-m", f"ranjax.{module}", *map(str, flags), *alone]
 
 
 def run_program(module, *flags):

@@ -51,6 +51,25 @@ def _is_finite(value: Any) -> bool:
     return is_number(value) and math.isfinite(value)
 
 
+def mesh_sizes(mesh: str | None) -> dict[str, int]:
+    """The sizes of the axes that a mesh names.
+
+    Raises:
+      ValueError: for another axis, one that is named twice, a size that is no number above 0.
+
+    Example:
+      >>> from ranjax.training.config import mesh_sizes
+      >>> mesh_sizes("data=4,model=2")
+      {'data': 4, 'model': 2}
+    """
+    pairs = [part.split("=") for part in mesh.split(",")] if mesh else []
+    sizes = {axis: int(size) for axis, size in pairs}
+    if len(sizes) < len(pairs) or not all(axis in MESH_AXES and size > 0 for axis, size in sizes.items()):
+        raise ValueError(f"{mesh!a} is no mesh of {', '.join(MESH_AXES)}")
+    return sizes
+
+
+MESH_AXES = "data", "model", "time"
 MOST_LAYERS = 1000  # each is compiled
 
 
@@ -70,6 +89,9 @@ Positive = Annotated[float, Rule(lambda v: _is_finite(v) and v > 0, "finite and 
 NotNegative = Annotated[float, Rule(lambda v: _is_finite(v) and v >= 0, "finite and at least 0"), _Float32]
 HalfLife = Annotated[float, Rule(lambda v: _is_finite(v) and v >= 1, "finite and at least 1"), _Float32]
 Rate = Annotated[float, Rule(lambda v: _is_finite(v) and 0 <= v < 1 - 2.0**-25, "in [0, 1)")]
+Mesh = Annotated[
+    str, Rule(lambda v: is_path(v) and mesh_sizes(v), "axes of data, model and time with their sizes, such as data=4,model=2")
+]
 Text = Annotated[str, Rule(is_path, "a name or a path")]
 Folder = Annotated[str, Rule(is_path, "a path")]
 
@@ -181,6 +203,9 @@ class Config:
     """Parts of a window whose activations are computed again in the backward pass, for less memory."""
     solver: Solver = "auto"
     """How a RAN layer solves its recurrence."""
+    mesh: Mesh | None = None
+    """Devices: how many the batch (data), the parameters (model) and the steps of a window (time) are spread over, as
+    data=4,model=2; as many as divide the batch if not given."""
     streams: Size = 1
     """Validation and test text are read as so many streams: faster for long texts, at so many times the memory. Each
     but the first begins 512 tokens before those that it counts."""
@@ -214,6 +239,7 @@ def check(config: Config) -> None:
             f"--vary-steps must be below half of --steps {config.steps}, and 0 with --remat; got {config.vary_steps} "
             f"with --remat {config.remat}."
         )
+    _check_mesh(config)
     if config.dropout_weights and config.cell == "ran" and config.gates == "input":
         raise UserError(
             f"--dropout-weights is for cells that read their last output; got {config.dropout_weights} with --gates "
@@ -226,6 +252,29 @@ def check(config: Config) -> None:
             f"--optimizer schedule_free takes the place of a schedule; got it with --schedule {config.schedule}. Give "
             "--schedule constant."
         )
+
+
+def _check_mesh(config: Config) -> None:
+    """Raises a UserError for a mesh that does not divide what it splits."""
+    sizes = mesh_sizes(config.mesh)
+    split = {
+        "data": {"--batch-size / --accumulate": config.batch_size // config.accumulate},
+        "model": {flag(name): getattr(config, name) for name in ("embedding", "projection")},
+        "time": {"--steps / --remat": config.steps // config.remat},
+    }
+    for axis, parts in sizes.items():
+        features = [("--features", size) for size in config.features if axis == "model"]
+        for name, size in [*split[axis].items(), *features]:
+            if size is not None and size % parts:
+                raise UserError(f"--mesh {config.mesh}: {axis} must divide {name}, which is {size}; got {parts}.")
+    if sizes.get("time", 1) > 1:
+        random = ("dropout", "dropout_input", "dropout_output", "dropout_words", "dropout_weights")
+        taken = [getattr(config, name) for name in (*random, "activation_penalty", "change_penalty", "vary_steps")]
+        if any(taken) or sizes.get("model", 1) > 1 or config.cell != "ran":
+            raise UserError(
+                f"--mesh {config.mesh}: time is split for --cell ran only, without a split of model, and with all of "
+                f"these at 0: {', '.join(map(flag, random))}, penalties and --vary-steps. Split data instead."
+            )
 
 
 def _allowed(kind: Any) -> tuple[tuple, list[Rule]]:
@@ -295,7 +344,7 @@ RECIPES = {
 }  # fmt: skip
 
 # What may differ between a run and its resumption.
-_FREE = {"out", "resume", "data_dir", "epochs"}
+_FREE = {"out", "resume", "data_dir", "epochs", "mesh"}
 
 
 @dataclass(frozen=True)
@@ -312,7 +361,24 @@ class _Start:
 
 
 @dataclass(frozen=True)
-class _Flags(Config):
+class Cluster:
+    """One of several processes that train together, each started with the same flags but for `process`.
+
+    On a TPU pod and under SLURM the other flags are found; elsewhere all of them are given.
+    """
+
+    distributed: bool = False
+    """Train in several processes, started with the same flags each; the first one writes to --out."""
+    coordinator: str | None = None
+    """HOST:PORT at which process 0 can be reached; needed where neither a TPU pod nor SLURM says it."""
+    processes: Size | None = None
+    """How many processes there are, with --coordinator."""
+    process: Count | None = None
+    """Which of them this is, from 0, with --coordinator."""
+
+
+@dataclass(frozen=True)
+class _Flags(Cluster, Config):
     __doc__ = Config.__doc__
 
     preset: Preset | None = None
@@ -328,7 +394,7 @@ def parse(argv: list[str] | None = None) -> Config:
         begun = normalised(Config(dataset=start.dataset, cell=start.cell, out=start.out))
         default = replace(load_config(begun.directory), out=str(begun.directory))
     flags = vars(cli.options(_Flags, argv, program, default=_Flags(**vars(default))))
-    config = normalised(Config(**{name: value for name, value in flags.items() if name != "preset"}))
+    config = normalised(Config(**{name: flags[name] for name in vars(default)}))
     if start.preset and config.block != "plain":
         raise UserError(
             f"--block {config.block} cannot go with --preset {start.preset}, whose settings are those of plain layers. "
@@ -340,6 +406,17 @@ def parse(argv: list[str] | None = None) -> Config:
             got = f"{getattr(config, name)} with {config.schedule}"
             raise UserError(f"{flag(name)} is for --schedule {schedule}; got {got}.")
     return config
+
+
+def parse_cluster(argv: list[str] | None = None) -> Cluster:
+    """Reads the flags of a process that is one of several."""
+    found, _ = cli.options(Cluster, argv, "python -m ranjax.train", return_unknown_args=True, add_help=False)
+    given = found.coordinator, found.processes, found.process
+    if any(one is not None for one in given) and (None in given or not found.distributed):
+        raise UserError("--coordinator, --processes and --process are given all together, with --distributed.")
+    if None not in given and not 0 <= found.process < found.processes:
+        raise UserError(f"--process must be from 0 to --processes - 1, {found.processes - 1}; got {found.process}.")
+    return found
 
 
 def recipe(dataset: str, cell: str = "ran", block: str | None = None, gates: str | None = None) -> Config:

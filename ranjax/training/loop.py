@@ -10,6 +10,7 @@ from ranjax.cli import Stop, refusals
 from ranjax.errors import DivergedError
 from ranjax.training.checkpoint import Checkpoints
 from ranjax.training.metrics import Evaluation
+from ranjax.training.processes import decided, is_first, whole
 from ranjax.training.report import Report
 from ranjax.training.step import BAD_STEPS, NOT_YET, TrainState, triggered
 
@@ -58,15 +59,18 @@ class Loop:
                 state = self.step(state, self.text, number)
             at += n
             self.check(state)  # waits for the burst
-            elapsed = time.monotonic() - began
+            due = at == end or time.monotonic() - last > SAVE_SECONDS
+            elapsed, signal, due = decided(time.monotonic() - began, self.stop.signal, due)
             if not compiling:
                 state = state._replace(seconds=state.seconds + elapsed, timed=state.timed + n)
                 burst = max(1, min(2 * burst, round(burst / elapsed)))
             self.report.progress(state, n, elapsed)
-            if self.stop.signal is not None or at == end or time.monotonic() - last > SAVE_SECONDS:
+            if signal is not None or due:
                 self.save(state)
                 last = time.monotonic()
-            self.stop.check()
+            if signal is not None:
+                self.stop.ask(signal)
+                self.stop.check()
         return state
 
     def check(self, state: TrainState) -> None:
@@ -105,5 +109,7 @@ class Loop:
         self._write("latest", int(state.step) + int(state.epoch), state)
 
     def _write(self, kind: str, number: int, tree: Any) -> None:
-        with refusals(self.checkpoints.directory):
-            self.checkpoints.save(kind, number, tree)
+        tree = whole(tree)
+        if is_first():
+            with refusals(self.checkpoints.directory):
+                self.checkpoints.save(kind, number, tree)

@@ -7,10 +7,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import Array
+from jax.sharding import Mesh
 
 from ranjax.lm import DROPOUTS, LanguageModel
 from ranjax.solvers import Result
 from ranjax.training.config import Config
+from ranjax.training.mesh import on_data, over_batch, over_time
 from ranjax.training.regularise import drop_weights, penalty
 
 WEIGHTS = 2**31 - 1  # folded into the key of a window, which draws the masks of dropout
@@ -23,22 +25,31 @@ def unconstrained(params: Any) -> Any:
     return params
 
 
-def make_loss(model: LanguageModel, config: Config, constrain: Constraint = unconstrained) -> Callable:
+def make_loss(
+    model: LanguageModel, config: Config, constrain: Constraint = unconstrained, mesh: Mesh | None = None
+) -> Callable:
     """`loss(params, carry, window, key) -> (loss, (nats, carry, iterations))`, sums over time, means of the batch.
 
     `loss` is `nats`, the cross-entropy, and the penalties of the settings. With `remat` parts of the window their
     activations are computed once more in the backward pass, and only those of one part are held at a time. Each part
-    then has its own masks of dropout; where they are locked, the same ones.
+    then has its own masks of dropout; where they are locked, the same ones. `mesh` is as in `make_step`.
     """
+    if mesh is not None and mesh.shape["time"] > 1:
+        model = model.clone(axis_name="time")
     random = any(getattr(config, name) for name in DROPOUTS)
     alpha, beta = config.activation_penalty, config.change_penalty
+
+    def total_nats(params, hidden, targets):
+        return jnp.asarray(model.apply(params, hidden, targets, method="total_nats"))
+
+    total = over_batch(total_nats, mesh)
 
     def part(params, carry, key, tokens, targets):
         (hidden, carry), sown = model.apply(
             params, tokens, carry, deterministic=not (random or alpha or beta), rngs={"dropout": key},
             mutable=["solver", "outputs"], method="hidden",
         )  # fmt: skip
-        nats = jnp.asarray(model.apply(params, hidden, targets, method="total_nats")) / len(tokens)
+        nats = total(params, hidden, targets) / len(tokens)
         loss = nats
         if alpha or beta:
             [outputs] = dict(sown)["outputs"]["last"]
@@ -49,7 +60,7 @@ def make_loss(model: LanguageModel, config: Config, constrain: Constraint = unco
         params = constrain(params)
         if config.dropout_weights:
             params = drop_weights(params, config.dropout_weights, jax.random.fold_in(key, WEIGHTS))
-        run = partial(part, {"params": params})
+        run = partial(over_time(part, mesh), {"params": params})
         if config.remat == 1:
             loss, nats, carry, iterations = run(carry, key, window[:, :-1], window[:, 1:])
             return loss, (nats, carry, iterations)
@@ -77,18 +88,19 @@ def mean_iterations(sown: Any) -> Array | float:
     return jnp.mean(jnp.stack([result.iterations for result in results])) if results else 0.0
 
 
-def in_parts(differentiate: Callable, parts: int) -> Callable:
+def in_parts(differentiate: Callable, parts: int, mesh: Mesh | None = None) -> Callable:
     """A function that takes a batch in so many parts, one after another, and returns the means of what it returned.
 
     Args:
       differentiate: `(params, carry, window, key) -> ((loss, (nats, carry, iterations)), gradient)`.
       parts: a divisor of the batch. With 1 the function is returned as it is.
+      mesh: as in `make_step`.
     """
     if parts == 1:
         return differentiate
 
-    def split(a):
-        return a.reshape(parts, len(a) // parts, *a.shape[1:])
+    def split(a):  # every part has sequences of each device
+        return on_data(jnp.swapaxes(a.reshape(len(a) // parts, parts, *a.shape[1:]), 0, 1), mesh, axis=1)
 
     def in_turn(params, carry, window, key):
         def add(sums, part):
@@ -103,7 +115,7 @@ def in_parts(differentiate: Callable, parts: int) -> Callable:
         sums = zero, zero, zero, jax.tree.map(jnp.zeros_like, params)
         sums, carries = jax.lax.scan(add, sums, (jnp.arange(parts), *jax.tree.map(split, (carry, window))))
         loss, nats, iterations, gradient = sums
-        carry = jax.tree.map(lambda a: a.reshape(a.shape[0] * a.shape[1], *a.shape[2:]), carries)
+        carry = jax.tree.map(lambda a: jnp.swapaxes(a, 0, 1).reshape(-1, *a.shape[2:]), carries)
         return (loss, (nats, carry, iterations)), gradient
 
     return in_turn

@@ -9,9 +9,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 
 from ranjax.errors import DivergedError, UserError, check_size
 from ranjax.lm import LanguageModel, checked_text, zero_state
+from ranjax.training.mesh import over_streams
+from ranjax.training.processes import alone
 
 MOST = 1e100  # perplexity: JSON and pictures have no infinity
 # Tokens a call. The state goes on from one to the next, so the result does not depend on it; of several streams,
@@ -72,7 +75,7 @@ def finite(evaluation: Evaluation) -> Evaluation:
 
 
 def make_evaluator(
-    model: LanguageModel, streams: int = 1, between: Callable[[], Any] = lambda: None
+    model: LanguageModel, streams: int = 1, between: Callable[[], Any] = lambda: None, mesh: Mesh | None = None
 ) -> Callable[..., Evaluation]:
     """`evaluate(params, ids, counted=None) -> Evaluation`: the whole text as one stream.
 
@@ -83,6 +86,8 @@ def make_evaluator(
       streams: how many parts of the text are read side by side, which is faster. Each but the first begins `WINDOW`
         tokens before those that it counts: the state at its first prediction remembers no further back.
       between: called between two windows of text; what it raises ends the evaluation.
+      mesh: devices, as `ranjax.training.mesh.make_mesh` returns them; where they divide the streams, each reads its
+        own. None: the default device.
 
     Raises:
       ValueError: for a number of streams that is none; from the function, for ids that are not the model's, for
@@ -99,12 +104,22 @@ def make_evaluator(
     """
     check_size("streams", streams)
 
-    @partial(jax.jit, donate_argnums=1)
     def window(params, state, tokens, targets):
         apply = partial(model.apply, {"params": params})
         hidden, state = apply(tokens, state, deterministic=True, method="hidden")
         nats = jnp.asarray(apply(hidden, jnp.maximum(targets, 0), method="nats"))
         return state, jnp.sum(jnp.where(targets < 0, 0.0, nats))
+
+    def placed(params, number):
+        """The parameters where they are computed with, and what reads a window."""
+        if mesh is None or mesh.size == 1:
+            return params, on_one
+        if number % mesh.shape["data"] == 0 and alone():
+            return params, on_all
+        return (params if mesh.shape["model"] > 1 else jax.device_put(params, jax.local_devices()[0])), on_one
+
+    on_one = jax.jit(window, donate_argnums=1)
+    on_all = on_one if mesh is None else jax.jit(over_streams(window, mesh), donate_argnums=1)
 
     def evaluate(params, ids, counted=None) -> Evaluation:
         ids = checked_text("ids", ids, model.vocabulary)
@@ -113,9 +128,10 @@ def make_evaluator(
         counts = np.ones(len(ids) - 1, bool) if counted is None else _checked_marks(np.asarray(counted), len(ids))[1:]
         side_by_side = min(streams, max(1, -(-(len(counts) - WINDOW) // WINDOW)))  # others would have no text
         state, losses = zero_state(model, params, side_by_side), []
+        params, run = placed(params, side_by_side)
         for inputs, outputs in _windows(ids[:-1], np.where(counts, ids[1:], -1), side_by_side):
             between()
-            state, loss = window(params, state, inputs, outputs)
+            state, loss = run(params, state, inputs, outputs)
             losses.append(loss)
         total, number = np.sum(jax.device_get(losses), dtype=np.float64), int(counts.sum())
         return Evaluation(float(total) / number, number)

@@ -35,6 +35,7 @@ RESULT: Schema = {
     "valid_perplexities": lambda value: isinstance(value, list) and all(map(is_number, value)),
     "train_perplexities": lambda value: isinstance(value, list) and all(map(is_number, value)),
     "device": is_text,
+    "devices": is_count,
     "date": is_text,
     "versions": lambda value: isinstance(value, dict),
 }
@@ -49,14 +50,17 @@ class Report:
       windows: steps an epoch.
       first_step: where this process begins; what an earlier one logged beyond it is dropped.
       validated: epochs whose validation has been saved by then; what an earlier one logged of others is dropped.
+      devices: how many it trains on.
 
     Attributes:
       steps: how many this process has reported.
       at: the last of them.
     """
 
-    def __init__(self, directory: Path, config: Config, windows: int, first_step: int, validated: int):
-        self.directory, self.config, self.windows = directory, config, windows
+    def __init__(
+        self, directory: Path, config: Config, windows: int, first_step: int, validated: int, devices: int = 1
+    ):
+        self.directory, self.config, self.windows, self.devices = directory, config, windows, devices
         self._same = SameFolder(directory)
         self.steps, self.at = 0, first_step
         self._rows = [
@@ -158,7 +162,8 @@ class Report:
         That is this one or, if it has only read a finished training again, one before; where the rows have all been
         deleted, its `result.json` is the only record of the curves.
         """
-        now = {"device": device(), "date": date.today().isoformat(), "versions": versions()}
+        computes = {"device": device(self.devices), "devices": self.devices}
+        now = computes | {"date": date.today().isoformat(), "versions": versions()}
         if self.steps:
             return now
         try:
@@ -202,11 +207,40 @@ def draw_loss(rows: list[dict[str, float]], windows: int, path: Path) -> None:
     write_figure(figure, path)
 
 
-def device() -> str:
-    """What computes, for whoever compares times."""
+class Silent:
+    """What a process that is not the first has in place of a `Report`."""
+
+    def __init__(self, *_: Any):
+        self.steps = 0
+
+    def __enter__(self) -> "Silent":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        pass
+
+    def progress(self, _: TrainState, steps: int, __: float) -> None:
+        self.steps += steps
+
+    def epoch(self, *_: Any) -> None:
+        pass
+
+    def interrupted(self) -> None:
+        pass
+
+    def result(self, *_: Any) -> dict[str, Any]:
+        return {}
+
+
+def device(number: int = 1) -> str:
+    """What computes, for whoever compares times.
+
+    Args:
+      number: of the devices that do.
+    """
     kind = jax.devices()[0].device_kind
     if kind != "cpu":
-        return f"1 x {kind}"  # a training is on one, however many there are
+        return f"{number} x {kind}"
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()  # those it may use
     return "1 CPU core" if cores == 1 else f"{cores} CPU cores"
 

@@ -7,6 +7,7 @@ import shutil
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, nullcontext, suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -26,10 +27,12 @@ from ranjax.training.environment import check_environment, save_environment
 from ranjax.training.folder import absolute
 from ranjax.training.loop import Loop
 from ranjax.training.loss import Constraint, unconstrained
+from ranjax.training.mesh import described, make_mesh, put, put_text, shardings
 from ranjax.training.metrics import finite, make_evaluator
 from ranjax.training.model import Run, build_model
 from ranjax.training.optimizer import evaluated, make_optimizer
-from ranjax.training.report import Report
+from ranjax.training.processes import agree, alone, from_first, is_first, on_first, say, whole
+from ranjax.training.report import Report, Silent
 from ranjax.training.size import COPIES, check_memory, check_step
 from ranjax.training.step import TrainState, initial_state, make_step
 from ranjax.training.windows import Steps
@@ -58,29 +61,34 @@ def train(config: Config, *, constrain: Constraint = unconstrained, stop: Stop |
     """
     check(config)
     config = normalised(config)
-    _check_directory(config)
+    mesh = make_mesh(config)
+    on_first(lambda: _check_directory(config), None)
     corpus = load_corpus(config.dataset, config.data_dir, config.tokenizer)
+    agree((replace(config, data_dir=None, out=None), _identity(corpus), corpus.vocabulary))
     _check_words(config, corpus)
     text = columns(corpus.train, config.batch_size, config.steps)
     windows = windows_per_epoch(text.shape[1], config.steps)
     check_memory(config, len(corpus.vocabulary), COPIES[config.optimizer] + (config.average != "never"))
     model = build_model(config, len(corpus.vocabulary))
     optimizer = make_optimizer(config, windows)
-    state, text = initial_state(model, optimizer, config, constrain), jax.device_put(text)
+    state = initial_state(model, optimizer, config, constrain)
     with ExitStack() as held:
         stop = held.enter_context(stopping() if stop is None else nullcontext(stop))
-        state = _begin(config, corpus, state, windows, held)
-        step = make_step(model, optimizer, config, windows, constrain)
+        state = from_first(on_first(lambda: _begin(config, corpus, state, windows, held), state))
+        state, text = put(state, shardings(mesh, state)), put_text(mesh, text)
+        step = make_step(model, optimizer, config, windows, constrain, mesh)
         with _nothing_left(config):
             steps = Steps(step, state, text, config, windows)
-            print(f"{check_step(steps.longest)}.", flush=True)
+            say(check_step(steps.longest), *described(mesh))
         checkpoints = Checkpoints(config.directory)
-        report = held.enter_context(Report(config.directory, config, windows, int(state.step), int(state.epoch)))
-        evaluate = make_evaluator(model, config.streams, stop.check)
+        reporter = Report if is_first() else Silent
+        at = int(state.step), int(state.epoch)
+        report = held.enter_context(reporter(config.directory, config, windows, *at, mesh.size))
+        evaluate = make_evaluator(model, config.streams, stop.check if alone() else lambda: None, mesh)
         loop = Loop(checkpoints, report, steps, text, windows, stop, evaluated(config))
         try:
-            state = loop.epochs(state, config.epochs, lambda params: evaluate(params, corpus.valid))
-            best = checkpoints.load("best", state.params)
+            state = loop.epochs(state, config.epochs, lambda params: evaluate(whole(params), corpus.valid))
+            best = from_first(on_first(lambda: checkpoints.load("best", state.params), whole(state.params)))
             return report.result(corpus, state, finite(evaluate(best, corpus.test)))
         except Stopped:
             report.interrupted()

@@ -6,11 +6,13 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
-from jax import Array
+from jax import Array, lax
+from jax.sharding import Mesh
 
 from ranjax.lm import LanguageModel, zero_state
 from ranjax.training.config import Config
 from ranjax.training.loss import Constraint, in_parts, make_loss, unconstrained
+from ranjax.training.mesh import shardings
 
 BAD_STEPS = 5  # in a row, after which a run stops
 NOT_BEGUN = -1  # steps that an average is of
@@ -81,6 +83,7 @@ def make_step(
     config: Config,
     windows: int,
     constrain: Constraint = unconstrained,
+    mesh: Mesh | None = None,
 ) -> Any:
     """One update on a window: `step(state, text, start=None, length=config.steps) -> state`, jitted, state donated.
 
@@ -92,15 +95,17 @@ def make_step(
       windows: steps an epoch.
       constrain: what the model computes with in place of its parameters, such as an ablation; the gradient goes
         through it, and it is applied after each update.
+      mesh: the devices that state and text are spread over (`ranjax.training.mesh.make_mesh`); None: one device.
     """
-    differentiate = in_parts(jax.value_and_grad(make_loss(model, config, constrain), has_aux=True), config.accumulate)
+    loss = make_loss(model, config, constrain, mesh)
+    differentiate = in_parts(jax.value_and_grad(loss, has_aux=True), config.accumulate, mesh)
     dropout = jax.random.fold_in(jax.random.key(config.seed), DROPOUT)
 
     @partial(jax.jit, donate_argnums=0, static_argnums=3)
     def step(state: TrainState, text: Array, start: Array | None = None, length: int = config.steps) -> TrainState:
         position = state.step % windows
         start = position * config.steps if start is None else start
-        window = jax.lax.dynamic_slice_in_dim(text, start, length + 1, axis=1)
+        window = lax.dynamic_slice_in_dim(text, start, length + 1, axis=1)
         carry = jax.tree.map(lambda c: jnp.where(position == 0, 0, c), state.carry)
         key = jax.random.fold_in(dropout, state.step)
         (loss, (nats, new_carry, iterations)), gradient = differentiate(state.params, carry, window, key)
@@ -111,7 +116,7 @@ def make_step(
         kept = jax.tree.map(lambda a, b: jnp.where(good, a, b), new, (state.params, state.optimizer, carry))
         fresh = position == 0
         average, averaged = _averaged(state, kept[0], good)
-        return state._replace(
+        new_state = state._replace(
             average=average,
             averaged=averaged,
             params=kept[0],
@@ -124,6 +129,7 @@ def make_step(
             bad_in_row=jnp.where(good, 0, state.bad_in_row + 1),
             iterations=jnp.where(fresh, 0, state.iterations) + iterations,
         )
+        return new_state if mesh is None else lax.with_sharding_constraint(new_state, shardings(mesh, state))
 
     return step
 

@@ -3,6 +3,7 @@
 from functools import lru_cache
 from typing import Any
 
+import jax
 import numpy as np
 
 from ranjax.training.config import Config
@@ -29,11 +30,17 @@ class Steps:
     def __call__(self, state: Any, text: Any, number: int) -> Any:
         """The state after step `number`, counted from the beginning of the run."""
         if not self._config.vary_steps:
-            return self.longest(state, text, None)
+            return self._run(self.longest, state, text, None)
         epoch, position = divmod(number, self._windows)
         bounds = boundaries(self._config.steps, self._windows, self._config.vary_steps, self._config.seed, epoch)
         start, end = bounds[position : position + 2]
-        return self._of(state, text, int(end - start))(state, text, start)
+        return self._run(self._of(state, text, int(end - start)), state, text, start)
+
+    def _run(self, step: Any, *given: Any) -> Any:
+        state = step(*given)
+        if len(state.step.devices()) > 1 and jax.default_backend() == "cpu":
+            jax.block_until_ready(state)  # the threads of two programs at once can wait for each other's collectives
+        return state
 
     def _of(self, state: Any, text: Any, length: int) -> Any:
         if length not in self._compiled:
