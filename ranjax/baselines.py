@@ -5,7 +5,6 @@ Here the products with x are computed for all steps at once, the loop of the bac
 carries only, and the gradient of a weight is one product over all steps, as for the RAN.
 """
 
-import math
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -68,8 +67,7 @@ class Stepwise(nn.Module):
             self.cell(carry, jnp.zeros(x.shape[1:], x.dtype))  # creates the parameters; x may have no steps
         params, x = promoted(self.cell.variables["params"], x, self.cell.dtype)
         weights_and_rows, step = EQUATIONS[type(self.cell)]
-        weights, rows = weights_and_rows(params, x.reshape(math.prod(x.shape[:-1]), x.shape[-1]))
-        rows = rows.reshape(*x.shape[:-1], rows.shape[-1])
+        weights, rows = weights_and_rows(params, x)  # with time and batch as one axis XLA would gather a sharded batch
         carry = jax.tree.map(lambda c: jnp.asarray(c, state_dtype(c, rows)), carry)  # at least as wide as its summands
         weights, carry = jax.tree.map(lambda a: varying_as(a, (rows,)), (weights, carry))
         return _scan_steps(step, weights, carry, rows)
@@ -142,9 +140,8 @@ def _scan_steps_forward(step, weights, carry, rows):
 def _scan_steps_backward(step, kept, cotangents):
     (weights, before, rows, back), (d_last, d_h) = kept, cotangents
     d_carry, d_after = back((d_last, (jax.tree.map(jnp.zeros_like, before), d_h)))
-    flat = partial(jax.tree.map, lambda a: a.reshape(math.prod(a.shape[:-1]), a.shape[-1]))
-    _, back_at_once = jax.vjp(lambda weights, rows: step(weights, flat(before), flat(rows)), weights, rows)
-    d_weights, d_rows = back_at_once(flat((d_after, d_h)))
+    _, back_at_once = jax.vjp(lambda weights, rows: step(weights, before, rows), weights, rows)
+    d_weights, d_rows = back_at_once((d_after, d_h))
     return d_weights, d_carry, d_rows
 
 

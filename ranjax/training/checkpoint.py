@@ -5,12 +5,14 @@ import json
 import os
 import shlex
 import shutil
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 
-from ranjax.cli import warn
+from ranjax.cli import refusals, warn
 from ranjax.errors import UserError
 from ranjax.saved import parse_object
 from ranjax.training.arrays import load_arrays, save_arrays, saved_shapes
@@ -114,6 +116,43 @@ class Checkpoints:
     def _drop(self, paths: Any) -> None:
         for path in list(paths):
             shutil.rmtree(path, ignore_errors=True)
+
+
+class Saver:
+    """Saves in a thread of its own: training goes on as soon as the arrays are copied to the host.
+
+    One is written at a time, in the order of the calls. What the system refuses is raised by the next call.
+
+    Args:
+      checkpoints: that are written.
+    """
+
+    def __init__(self, checkpoints: Checkpoints):
+        self.checkpoints = checkpoints
+        self._thread, self._written = ThreadPoolExecutor(1), None
+
+    def __enter__(self) -> "Saver":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._thread.shutdown()
+
+    def save(self, kind: str, number: int, tree: Any) -> None:
+        """Saves `tree`, whose arrays may be donated or overwritten after the call; see `Checkpoints.save`."""
+        self.wait()
+        copied = jax.tree.map(np.array, tree)
+        self._written = self._thread.submit(self.checkpoints.save, kind, number, copied)
+
+    def wait(self) -> None:
+        """Returns once all is written.
+
+        Raises:
+          UserError: where it cannot be; what was saved before is intact.
+        """
+        written, self._written = self._written, None
+        with refusals(self.checkpoints.directory):
+            if written is not None:
+                written.result()
 
 
 def _load(path: Path, like: Any) -> Any:

@@ -90,7 +90,10 @@ NotNegative = Annotated[float, Rule(lambda v: _is_finite(v) and v >= 0, "finite 
 HalfLife = Annotated[float, Rule(lambda v: _is_finite(v) and v >= 1, "finite and at least 1"), _Float32]
 Rate = Annotated[float, Rule(lambda v: _is_finite(v) and 0 <= v < 1 - 2.0**-25, "in [0, 1)")]
 Mesh = Annotated[
-    str, Rule(lambda v: is_path(v) and mesh_sizes(v), "axes of data, model and time with their sizes, such as data=4,model=2")
+    str,
+    Rule(
+        lambda v: is_path(v) and mesh_sizes(v), "axes of data, model and time with their sizes, such as data=4,model=2"
+    ),
 ]
 Text = Annotated[str, Rule(is_path, "a name or a path")]
 Folder = Annotated[str, Rule(is_path, "a path")]

@@ -6,9 +6,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from ranjax.cli import Stop, refusals
+from ranjax.cli import Stop
 from ranjax.errors import DivergedError
-from ranjax.training.checkpoint import Checkpoints
+from ranjax.training.checkpoint import Saver
 from ranjax.training.metrics import Evaluation
 from ranjax.training.processes import decided, is_first, whole
 from ranjax.training.report import Report
@@ -22,7 +22,7 @@ class Loop:
     """Dispatches steps, looks at them about once a second, saves now and then.
 
     Attributes:
-      checkpoints, report: of the run.
+      saver, report: of the run.
       step: of training, with the text and the step's number; it may donate the state.
       text: on the device, `(batch, length)`.
       windows: steps an epoch.
@@ -31,7 +31,7 @@ class Loop:
         the program.
     """
 
-    checkpoints: Checkpoints
+    saver: Saver
     report: Report
     step: Callable[[TrainState, Any, int], TrainState]
     text: Any
@@ -45,7 +45,8 @@ class Loop:
             state = self.epoch(state)
             params = self.evaluated(state)
             state = self.validated(state, params, validate(params))
-            self.stop.check()
+            self._heed(decided(0.0, self.stop.signal, False)[1])
+        self.saver.wait()
         return state
 
     def epoch(self, state: TrainState) -> TrainState:
@@ -68,10 +69,14 @@ class Loop:
             if signal is not None or due:
                 self.save(state)
                 last = time.monotonic()
-            if signal is not None:
-                self.stop.ask(signal)
-                self.stop.check()
+            self._heed(signal)
         return state
+
+    def _heed(self, signal: int | None) -> None:
+        """Ends the program for a signal that any of the processes has."""
+        if signal is not None:
+            self.stop.ask(signal)
+            self.stop.check()
 
     def check(self, state: TrainState) -> None:
         """Raises a DivergedError for a run that has diverged."""
@@ -79,8 +84,8 @@ class Loop:
             last = int(state.step) - int(state.bad_in_row) + BAD_STEPS  # the others of the burst were skipped
             raise DivergedError(
                 f"the loss or its gradient was not finite {BAD_STEPS} steps in a row, up to step {last}; "
-                f"the last good checkpoint in {self.checkpoints.run} is intact. Lower --learning-rate or --clip and "
-                "start again, with another --out."
+                f"the last good checkpoint in {self.saver.checkpoints.run} is intact. Lower --learning-rate or --clip "
+                "and start again, with another --out."
             )
 
     def validated(self, state: TrainState, params: Any, evaluation: Evaluation) -> TrainState:
@@ -91,7 +96,7 @@ class Loop:
         if not math.isfinite(evaluation.nats):
             kept = "no epoch before it was validated"
             if float(state.best) < NOT_YET:
-                kept = f"the best state before it is kept in {self.checkpoints.run}"
+                kept = f"the best state before it is kept in {self.saver.checkpoints.run}"
             raise DivergedError(
                 f"the validation loss is {evaluation.nats}; {kept}. Lower --learning-rate or --clip and start again, "
                 "with another --out."
@@ -111,5 +116,4 @@ class Loop:
     def _write(self, kind: str, number: int, tree: Any) -> None:
         tree = whole(tree)
         if is_first():
-            with refusals(self.checkpoints.directory):
-                self.checkpoints.save(kind, number, tree)
+            self.saver.save(kind, number, tree)

@@ -115,7 +115,7 @@ def in_parts(differentiate: Callable, parts: int, mesh: Mesh | None = None) -> C
         sums = zero, zero, zero, jax.tree.map(jnp.zeros_like, params)
         sums, carries = jax.lax.scan(add, sums, (jnp.arange(parts), *jax.tree.map(split, (carry, window))))
         loss, nats, iterations, gradient = sums
-        carry = jax.tree.map(lambda a: jnp.swapaxes(a, 0, 1).reshape(-1, *a.shape[2:]), carries)
+        carry = jax.tree.map(lambda a: jnp.swapaxes(a, 0, 1).reshape(parts * a.shape[1], *a.shape[2:]), carries)
         return (loss, (nats, carry, iterations)), gradient
 
     return in_turn

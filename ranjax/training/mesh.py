@@ -35,9 +35,7 @@ def make_mesh(config: Config) -> Mesh:
     if asked > there:
         raise UserError(f"--mesh {config.mesh} takes {asked} devices; there are {there}.")
     if config.mesh and there % asked:
-        raise UserError(
-            f"--mesh {config.mesh} takes {asked} devices; that must divide the {there} there are."
-        )
+        raise UserError(f"--mesh {config.mesh} takes {asked} devices; that must divide the {there} there are.")
     if jax.process_count() > 1 and asked != there:
         raise UserError(
             f"a mesh of {asked} devices leaves out some of the {there} of all processes. Give a --batch-size that "
@@ -94,7 +92,9 @@ def put_text(mesh: Mesh, text: np.ndarray) -> jax.Array:
 
 def on_data(array: jax.Array, mesh: Mesh | None, axis: int) -> jax.Array:
     """The array, the batch being its axis `axis`, split over `data`."""
-    return array if mesh is None else lax.with_sharding_constraint(array, NamedSharding(mesh, P(*[None] * axis, "data")))
+    return (
+        array if mesh is None else lax.with_sharding_constraint(array, NamedSharding(mesh, P(*[None] * axis, "data")))
+    )
 
 
 def over_batch(total: Callable, mesh: Mesh | None) -> Callable:

@@ -21,7 +21,7 @@ from ranjax.data.files import SPLITS
 from ranjax.data.vocabulary import load_vocabulary, save_vocabulary
 from ranjax.errors import UserError, check_path
 from ranjax.saved import read_sealed, write_sealed
-from ranjax.training.checkpoint import Checkpoints
+from ranjax.training.checkpoint import Checkpoints, Saver
 from ranjax.training.config import Config, check, check_same, load_config, normalised, save_config
 from ranjax.training.environment import check_environment, save_environment
 from ranjax.training.folder import absolute
@@ -63,14 +63,10 @@ def train(config: Config, *, constrain: Constraint = unconstrained, stop: Stop |
     config = normalised(config)
     mesh = make_mesh(config)
     on_first(lambda: _check_directory(config), None)
-    corpus = load_corpus(config.dataset, config.data_dir, config.tokenizer)
-    agree((replace(config, data_dir=None, out=None), _identity(corpus), corpus.vocabulary))
-    _check_words(config, corpus)
+    corpus = _corpus(config)
     text = columns(corpus.train, config.batch_size, config.steps)
     windows = windows_per_epoch(text.shape[1], config.steps)
-    check_memory(config, len(corpus.vocabulary), COPIES[config.optimizer] + (config.average != "never"))
-    model = build_model(config, len(corpus.vocabulary))
-    optimizer = make_optimizer(config, windows)
+    model, optimizer = build_model(config, len(corpus.vocabulary)), make_optimizer(config, windows)
     state = initial_state(model, optimizer, config, constrain)
     with ExitStack() as held:
         stop = held.enter_context(stopping() if stop is None else nullcontext(stop))
@@ -80,19 +76,28 @@ def train(config: Config, *, constrain: Constraint = unconstrained, stop: Stop |
         with _nothing_left(config):
             steps = Steps(step, state, text, config, windows)
             say(check_step(steps.longest), *described(mesh))
-        checkpoints = Checkpoints(config.directory)
-        reporter = Report if is_first() else Silent
-        at = int(state.step), int(state.epoch)
+        reporter, at = Report if is_first() else Silent, (int(state.step), int(state.epoch))
         report = held.enter_context(reporter(config.directory, config, windows, *at, mesh.size))
+        saver = held.enter_context(Saver(Checkpoints(config.directory)))
         evaluate = make_evaluator(model, config.streams, stop.check if alone() else lambda: None, mesh)
-        loop = Loop(checkpoints, report, steps, text, windows, stop, evaluated(config))
+        loop = Loop(saver, report, steps, text, windows, stop, evaluated(config))
         try:
             state = loop.epochs(state, config.epochs, lambda params: evaluate(whole(params), corpus.valid))
-            best = from_first(on_first(lambda: checkpoints.load("best", state.params), whole(state.params)))
+            best = from_first(on_first(lambda: saver.checkpoints.load("best", state.params), whole(state.params)))
             return report.result(corpus, state, finite(evaluate(best, corpus.test)))
         except Stopped:
+            saver.wait()
             report.interrupted()
             raise
+
+
+def _corpus(config: Config) -> Corpus:
+    """The text, after checks that its vocabulary is for these settings and that all processes have it."""
+    corpus = load_corpus(config.dataset, config.data_dir, config.tokenizer)
+    agree((replace(config, data_dir=None, out=None), _identity(corpus), corpus.vocabulary))
+    _check_words(config, corpus)
+    check_memory(config, len(corpus.vocabulary), COPIES[config.optimizer] + (config.average != "never"))
+    return corpus
 
 
 @contextmanager

@@ -12,7 +12,7 @@ from small_runs import files_of_at_most
 
 from ranjax.errors import UserError
 from ranjax.training import checkpoint
-from ranjax.training.checkpoint import Checkpoints
+from ranjax.training.checkpoint import Checkpoints, Saver
 
 TREE = {"a": jnp.arange(6.0).reshape(2, 3), "b": {"c": jnp.arange(4)}}
 
@@ -197,3 +197,47 @@ def test_a_run_without_a_best_state_says_how_to_get_one(tmp_path):
         run.load("best", TREE)
     with pytest.raises(UserError, match="has no latest checkpoint: it had one from its beginning"):
         run.load("latest", TREE)
+
+
+def test_training_goes_on_while_a_checkpoint_is_written(tmp_path, monkeypatch):
+    """Its arrays are those of the call, also where they are donated meanwhile; the next save waits for it."""
+    written, go_on = [], threading.Event()
+    write = checkpoint._write
+
+    def slowly(path, tree):
+        assert go_on.wait(20)
+        write(path, tree)
+        written.append(path.name)
+
+    monkeypatch.setattr(checkpoint, "_write", slowly)
+    advance = jax.jit(lambda a: a + 1, donate_argnums=0)
+    with Saver(Checkpoints(tmp_path)) as saver:
+        a = jnp.arange(5.0)
+        saver.save("latest", 1, {"a": a})
+        a = advance(a)
+        assert not written
+        threading.Timer(0.2, go_on.set).start()
+        saver.save("best", 2, {"a": a})
+        assert written == ["1"]
+        saver.wait()
+        assert written == ["1", "2"]
+    loaded = Checkpoints(tmp_path).load("latest", {"a": a})
+    np.testing.assert_array_equal(loaded["a"], np.arange(5.0))
+
+
+def test_what_could_not_be_written_is_raised_by_the_next_call(tmp_path):
+    with Saver(Checkpoints(tmp_path)) as saver:
+        saver.save("latest", 1, TREE)
+        saver.wait()
+        with files_of_at_most(10):
+            saver.save("latest", 2, TREE)
+            with pytest.raises(UserError, match=r"cannot be written: File too large\. What was saved before is intact"):
+                saver.wait()
+        saver.wait()  # raised once
+    jax.tree.map(np.testing.assert_array_equal, Checkpoints(tmp_path).load("latest", TREE), TREE)
+
+
+def test_all_is_written_at_the_end(tmp_path):
+    with Saver(Checkpoints(tmp_path)) as saver:
+        saver.save("best", 1, TREE)
+    assert numbers_of(tmp_path / "checkpoints" / "best") == ["1"]

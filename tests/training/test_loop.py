@@ -18,17 +18,21 @@ from ranjax.training.step import BAD_STEPS
 
 
 class Run:
-    """Records what the loop saves and reports; stands in for `Checkpoints` and for `Report`."""
+    """Records what the loop saves and reports; stands in for `Saver`, its `Checkpoints` and `Report`."""
 
-    run, directory = Path("run"), Path("run/checkpoints")
+    run = Path("run")
 
     def __init__(self):
+        self.checkpoints = self
         self.steps, self.bursts, self.saved, self.events = 0, [], [], []
 
     def save(self, kind, number, tree):
         if kind == "latest":
             self.saved.append((int(tree.step), int(tree.epoch)))
         self.events.append(kind)
+
+    def wait(self):
+        pass
 
     def progress(self, state, steps, seconds):
         self.steps += steps

@@ -84,7 +84,9 @@ def test_one_device_is_bitwise_what_it_is_without_a_mesh():
 
 @needs_devices
 @pytest.mark.quick
-@pytest.mark.parametrize("options", [{}, BLOCK, {"cell": "gru"}, {"softmax": "adaptive", "cutoffs": (10, 20)}])
+@pytest.mark.parametrize(
+    "options", [{}, BLOCK, {"cell": "lstm"}, {"cell": "gru"}, {"softmax": "adaptive", "cutoffs": (10, 20)}]
+)
 def test_a_split_batch_sums_gradients_and_exchanges_nothing_else(options):
     """As many bytes as the parameters have, once, and a few numbers; no activation is gathered."""
     steps, state, _ = begun(settings(mesh="data=4", features=(64,), **options))
