@@ -95,6 +95,7 @@ TOGETHER = {
         (("--batch-size", "100000"), "--batch-size"),
         (("--steps", "100000"), "--steps"),
         (("--resume",), "{out}"),
+        (("--resume", "x"), "x"),
         (("--solver", "pallas", "--gates", "recurrent"), "solver"),
         (("--dataset", "ptb", "--data-dir", "{out}"), "--data-dir"),
         (("--dataset", "ptb", "--data-dir", "{text}"), "--data-dir"),
@@ -196,7 +197,7 @@ SETTINGS = {
     **dict.fromkeys(["softmax", "average", "precision"], (None, *CHOICES)),
     "tokenizer": CHOICES,
     "cutoffs": ("x", (), (0,), (1.5,), (True,), ("8",), (3,)),
-    **dict.fromkeys(["tie", "resume", "locked"], (None, 1, 0, "x", "True", [])),
+    **dict.fromkeys(["tie", "resume", "locked"], (None, 1, 0, "x", "True", "AUTO", [])),
     "dataset": (None, *PATHS),
     **dict.fromkeys(["data_dir", "out"], PATHS),
 }

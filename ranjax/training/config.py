@@ -3,8 +3,10 @@
 import dataclasses
 import math
 import os
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from numbers import Integral, Real
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple, get_args, get_origin, get_type_hints
@@ -19,6 +21,7 @@ from ranjax.choices import (
     Gates,
     Optimizer,
     Precision,
+    Resume,
     Softmax,
     Solver,
     Tokenizer,
@@ -26,7 +29,7 @@ from ranjax.choices import (
 from ranjax.data import is_named
 from ranjax.errors import UserError, flag, is_choice, is_number, is_path, is_size
 from ranjax.saved import MEND, read_sealed, write_sealed
-from ranjax.training.folder import absolute
+from ranjax.training.folder import absolute, is_empty
 
 ITERATING = "fixed_point", "newton"  # solvers that iterate over all steps until they agree
 
@@ -89,9 +92,10 @@ class Config:
     tokenizer: Tokenizer | None = None
     """How text becomes tokens. If not given, the data set's usual way; characters for a file, words for a folder."""
     out: Folder | None = None
-    """Directory of the run, which must not exist yet; runs/DATASET-CELL if not given."""
-    resume: bool = False
-    """Go on with the run in --out, up to --epochs."""
+    """Directory of the run, which must be empty or not exist yet; runs/DATASET-CELL if not given."""
+    resume: Resume = False
+    """Go on with the run in --out, up to --epochs. auto: if there is one, else begin it; for schedulers, which start
+    the same command again."""
     cell: Cell = "ran"
     """The recurrent cell."""
     gates: Gates = "recurrent"
@@ -294,6 +298,7 @@ RECIPES = {
     ),
 }  # fmt: skip
 
+RESUME_WORDS = "True", "False", "auto"
 # What may differ between a run and its resumption.
 _FREE = {"out", "resume", "data_dir", "epochs"}
 
@@ -308,7 +313,7 @@ class _Start:
     block: str | None = None
     gates: str | None = None
     out: str | None = None
-    resume: bool = False
+    resume: Resume = False
 
 
 @dataclass(frozen=True)
@@ -322,10 +327,11 @@ class _Flags(Config):
 def parse(argv: list[str] | None = None) -> Config:
     """Reads the flags; their defaults are a preset, the settings that --resume finds, or the recipe of the data set."""
     program = "python -m ranjax.train"
+    argv = _with_values(sys.argv[1:] if argv is None else argv)
     start, _ = cli.options(_Start, argv, program, return_unknown_args=True, add_help=False)
     default = PRESETS[start.preset] if start.preset else recipe(start.dataset, start.cell, start.block, start.gates)
-    if start.resume and not start.preset:
-        begun = normalised(Config(dataset=start.dataset, cell=start.cell, out=start.out))
+    begun = normalised(Config(dataset=start.dataset, cell=start.cell, out=start.out, resume=start.resume))
+    if not start.preset and goes_on(begun):
         default = replace(load_config(begun.directory), out=str(begun.directory))
     flags = vars(cli.options(_Flags, argv, program, default=_Flags(**vars(default))))
     config = normalised(Config(**{name: value for name, value in flags.items() if name != "preset"}))
@@ -340,6 +346,25 @@ def parse(argv: list[str] | None = None) -> Config:
             got = f"{getattr(config, name)} with {config.schedule}"
             raise UserError(f"{flag(name)} is for --schedule {schedule}; got {got}.")
     return config
+
+
+def _with_values(argv: Sequence[str]) -> list[str]:
+    """The flags with a value of --resume where it has none, which tyro has no way to leave out of more than two."""
+    words = ["--resume=False" if word == "--no-resume" else word for word in argv]
+    return [
+        "--resume=True" if word == "--resume" and after not in RESUME_WORDS else word
+        for word, after in pairwise([*words, ""])
+    ]
+
+
+def goes_on(config: Config) -> bool:
+    """Whether a training goes on with the run in its directory: with `resume="auto"`, whether there is something there.
+
+    What is no run is then refused, as with `resume=True`.
+    """
+    if config.resume != "auto":
+        return config.resume
+    return os.path.lexists(config.directory) and not is_empty(config.directory)
 
 
 def recipe(dataset: str, cell: str = "ran", block: str | None = None, gates: str | None = None) -> Config:

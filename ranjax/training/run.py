@@ -7,6 +7,7 @@ import shutil
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, nullcontext, suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +22,9 @@ from ranjax.data.vocabulary import load_vocabulary, save_vocabulary
 from ranjax.errors import UserError, check_path
 from ranjax.saved import read_sealed, write_sealed
 from ranjax.training.checkpoint import Checkpoints
-from ranjax.training.config import Config, check, check_same, load_config, normalised, save_config
+from ranjax.training.config import Config, check, check_same, goes_on, load_config, normalised, save_config
 from ranjax.training.environment import check_environment, save_environment
-from ranjax.training.folder import absolute
+from ranjax.training.folder import absolute, is_empty
 from ranjax.training.loop import Loop
 from ranjax.training.loss import Constraint, unconstrained
 from ranjax.training.metrics import finite, make_evaluator
@@ -58,6 +59,16 @@ def train(config: Config, *, constrain: Constraint = unconstrained, stop: Stop |
     """
     check(config)
     config = normalised(config)
+    try:
+        return _train(replace(config, resume=goes_on(config)), constrain, stop)
+    except _BegunError:  # by another start of the same command, meanwhile
+        if config.resume != "auto":
+            raise
+        return _train(replace(config, resume=True), constrain, stop)
+
+
+def _train(config: Config, constrain: Constraint, stop: Stop | None) -> dict[str, Any]:
+    """Trains with settings that have been checked, and whose `resume` is true or false."""
     _check_directory(config)
     corpus = load_corpus(config.dataset, config.data_dir, config.tokenizer)
     _check_words(config, corpus)
@@ -113,14 +124,18 @@ def _check_directory(config: Config) -> None:
     directory = config.directory
     if config.resume:
         check_same(config, load_config(directory))
-    elif os.path.lexists(directory):
+    elif os.path.lexists(directory) and not is_empty(directory):
         raise _exists(directory)
+
+
+class _BegunError(UserError):
+    """The directory of a run that is to begin exists."""
 
 
 def _exists(directory: Path) -> UserError:
     resume = f"Go on with it: --out {shlex.quote(str(directory))} --resume; or give"
     mend = resume if (directory / "config.json").exists() else "Give"
-    return UserError(f"--out {directory} exists and is left unchanged. {mend} another --out.")
+    return _BegunError(f"--out {directory} exists and is left unchanged. {mend} another --out.")
 
 
 def _begin(config: Config, corpus: Corpus, state: TrainState, windows: int, held: ExitStack) -> TrainState:
