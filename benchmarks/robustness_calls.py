@@ -56,6 +56,7 @@ WRONG = {
         "--split": (*NO_CHOICE, "TEST", "training"),
         "--dataset": ("", "x", "\0", LONG, "{out}", "{place}/empty"),
         "--data-dir": ("", "\0", "{out}", "{text}"),
+        "--text": ("", "\0", LONG, "{out}", "{place}", "{text}/x"),
     },
     "generate": {
         "--checkpoint": NO_RUN,
@@ -102,7 +103,12 @@ TOGETHER = {
         (("--dataset", "copy-0"), "copy-0"),
         (("--dataset", "copy--1"), "copy--1"),
     ],
-    "evaluate": [(("--dataset", "ptb", "--data-dir", "{out}"), "--data-dir")],
+    "evaluate": [
+        (("--dataset", "ptb", "--data-dir", "{out}"), "--data-dir"),
+        (("--text", "{text}", "--split", "test"), "--split"),
+        (("--text", "{text}", "--out", "{place}"), "--out"),
+        (("--out", "{out}.jsonl"), "--text"),
+    ],
     "generate": [(("--top-k", "1.0"), "--top-k")],
     "explain": [(("--file", "{text}"), "--file")],
 }

@@ -14,7 +14,7 @@ from importlib import import_module
 from itertools import pairwise
 from pathlib import Path
 from types import NoneType, UnionType
-from typing import Annotated, Any, Union, get_args, get_origin
+from typing import IO, Annotated, Any, Union, get_args, get_origin
 
 from ranjax.errors import UserError
 
@@ -263,11 +263,19 @@ def check_utf8(flag: str, text: str) -> None:
 
 def write_whole(path: Path, content: str | bytes) -> None:
     """Writes a file all or not at all: until the new one is complete the old one stays."""
+    with written_whole(path) as file:
+        file.write(content.encode() if isinstance(content, str) else content)
+
+
+@contextmanager
+def written_whole(path: Path) -> Iterator[IO[bytes]]:
+    """A file to write to in parts, which takes its name once all of them are there."""
     new = path.with_name(f".{path.name}.new")
     try:
-        new.write_bytes(content.encode() if isinstance(content, str) else content)
+        with new.open("wb") as file:
+            yield file
         new.replace(path)
-    except OSError:
+    except BaseException:
         new.unlink(missing_ok=True)
         raise
 
