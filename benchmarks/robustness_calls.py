@@ -47,7 +47,7 @@ WRONG = {
         "--weight-decay": (*NO_NUMBER, "-1", "nan", "inf", "1e308"),
         "--dropout": NO_RATE,
         **dict.fromkeys(["--cell", "--gates", "--activation", "--optimizer", "--schedule"], NO_CHOICE),
-        **dict.fromkeys(["--solver", "--tokenizer", "--preset"], NO_CHOICE),
+        **dict.fromkeys(["--solver", "--tokenizer", "--preset", "--track"], NO_CHOICE),
         "--dataset": ("", "x", "\0", LONG, "{out}", "{place}/empty"),
         "--out": ("", "\0", LONG, "{run}", "{text}", "{text}/x", "/dev/null", "/dev/null/x", "/proc/x"),
     },
@@ -144,7 +144,7 @@ def command_lines() -> Iterator[Call]:
         for name, values in WRONG[program].items():
             for value in values:
                 yield Call(program, (*_without(base, name), name, value), _named(name, value))
-        for name in WRONG[program]:
+        for name in (name for name in WRONG[program] if name != "--track"):  # which takes none, too
             yield Call(program, (*_without(base, name), name), name)
         for more, named in TOGETHER[program]:
             yield Call(program, (*base, *more), named)
@@ -202,6 +202,7 @@ SETTINGS = {
     **dict.fromkeys(["cell", "gates", "activation", "optimizer", "schedule", "solver"], (None, *CHOICES)),
     **dict.fromkeys(["softmax", "average", "precision"], (None, *CHOICES)),
     "tokenizer": CHOICES,
+    "track": (None, "x", "wandb", ("x",), 1, True),
     "cutoffs": ("x", (), (0,), (1.5,), (True,), ("8",), (3,)),
     **dict.fromkeys(["tie", "resume", "locked"], (None, 1, 0, "x", "True", "AUTO", [])),
     "dataset": (None, *PATHS),

@@ -18,4 +18,5 @@ Solver = Literal["auto", "sequential", "associative", "chunked", "pallas", "fixe
 Tokenizer = Literal["word", "character", "byte", "bpe"]
 Split = Literal["train", "valid", "test"]
 Resume = bool | Literal["auto"]
+Tracker = Literal["tensorboard", "wandb", "trackio"]
 Reduction = Literal["max", "l1", "l2", "contribution"]

@@ -25,6 +25,7 @@ from ranjax.choices import (
     Softmax,
     Solver,
     Tokenizer,
+    Tracker,
 )
 from ranjax.data import is_named
 from ranjax.errors import UserError, flag, is_choice, is_number, is_path, is_size
@@ -73,6 +74,13 @@ Positive = Annotated[float, Rule(lambda v: _is_finite(v) and v > 0, "finite and 
 NotNegative = Annotated[float, Rule(lambda v: _is_finite(v) and v >= 0, "finite and at least 0"), _Float32]
 HalfLife = Annotated[float, Rule(lambda v: _is_finite(v) and v >= 1, "finite and at least 1"), _Float32]
 Rate = Annotated[float, Rule(lambda v: _is_finite(v) and 0 <= v < 1 - 2.0**-25, "in [0, 1)")]
+Trackers = Annotated[
+    tuple[Tracker, ...],
+    Rule(
+        lambda v: isinstance(v, tuple | list) and all(is_choice(one, get_args(Tracker)) for one in v),
+        "any of " + ", ".join(get_args(Tracker)),
+    ),
+]
 Text = Annotated[str, Rule(is_path, "a name or a path")]
 Folder = Annotated[str, Rule(is_path, "a path")]
 
@@ -190,6 +198,9 @@ class Config:
     but the first begins 512 tokens before those that it counts."""
     seed: Count = 0
     """Seed of the weights and of dropout."""
+    track: Trackers = ()
+    """Trackers that are given the rows of metrics.jsonl, one or more. tensorboard: event files in --out. Each needs its
+    package: pip install 'ranjax[NAME]'."""
 
     @property
     def directory(self) -> Path:
@@ -300,7 +311,7 @@ RECIPES = {
 
 RESUME_WORDS = "True", "False", "auto"
 # What may differ between a run and its resumption.
-_FREE = {"out", "resume", "data_dir", "epochs"}
+_FREE = {"out", "resume", "data_dir", "epochs", "track"}
 
 
 @dataclass(frozen=True)
@@ -385,7 +396,7 @@ def normalised(config: Config) -> Config:
     """
     config = replace(config, **{name: _number(value) for name, value in vars(config).items()})
     dataset, data_dir = str(config.dataset), config.data_dir
-    lists = {name: getattr(config, name) for name in ("features", "cutoffs")}
+    lists = {name: getattr(config, name) for name in ("features", "cutoffs", "track")}
     path = Path(os.path.expanduser(dataset))
     if dataset and (path.is_file() or path.is_dir()) and not is_named(dataset):  # a pipe has no path of its own
         dataset = str(absolute(dataset))
@@ -421,7 +432,12 @@ def check_same(config: Config, saved: Config) -> None:
 
 def save_config(config: Config, directory: Path) -> None:
     """Writes the settings beside the checkpoints."""
-    write_sealed(directory / "config.json", dataclasses.asdict(config) | {"resume": False})
+    write_sealed(directory / "config.json", kept(config))
+
+
+def kept(config: Config) -> dict[str, Any]:
+    """The settings of a run, without what is of one process."""
+    return dataclasses.asdict(config) | {"resume": False}
 
 
 def load_config(directory: str | Path) -> Config:

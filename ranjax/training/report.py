@@ -7,7 +7,6 @@ import platform
 import shlex
 import time
 import zlib
-from dataclasses import asdict
 from datetime import date
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -23,10 +22,11 @@ from ranjax.data.vocabulary import unknown
 from ranjax.errors import UserError
 from ranjax.figure import blank_figure, write_figure
 from ranjax.saved import Schema, is_count, is_number, is_text, parse_object, read_json
-from ranjax.training.config import ITERATING, Config
+from ranjax.training.config import ITERATING, Config, kept
 from ranjax.training.folder import SameFolder
 from ranjax.training.metrics import Evaluation, perplexity, shown
 from ranjax.training.step import TrainState
+from ranjax.training.track import Tracking
 
 LOG_SECONDS = 15.0
 ROW: Schema = {"step": is_count, "epoch": is_number, "train_perplexity": is_number}
@@ -59,9 +59,11 @@ class Report:
         self.directory, self.config, self.windows = directory, config, windows
         self._same = SameFolder(directory)
         self.steps, self.at = 0, first_step
+        before = _read_rows(directory / "metrics.jsonl")
+        self._tracking = Tracking(config.track, directory, kept(config), before)
         self._rows = [
             row
-            for row in _read_rows(directory / "metrics.jsonl")
+            for row in before
             if row["step"] <= first_step and ("valid_perplexity" not in row or row["epoch"] <= validated)
         ]
         with refusals(directory / "metrics.jsonl"):
@@ -77,11 +79,14 @@ class Report:
         self._logged = time.monotonic()
 
     def __enter__(self) -> "Report":
+        if self.at < self.config.epochs * self.windows:
+            self._tracking.open()
         self._bar.start()
         return self
 
     def __exit__(self, *_: object) -> None:
         self._bar.stop()
+        self._tracking.close()
 
     def progress(self, state: TrainState, steps: int, seconds: float) -> None:
         """After a burst of steps: the bar, and now and then a row and a line."""
@@ -135,14 +140,17 @@ class Report:
             "training_seconds": float(state.seconds),
             "skipped_steps": int(state.bad),
             "parameters": sum(p.size for p in jax.tree.leaves(state.params)),
-            "config": asdict(self.config) | {"resume": False},
+            "config": kept(self.config),
         }
         result |= self._process(valid)
         self._same.check()
+        if not (self.directory / "result.json").exists():
+            self._tracking.open()
         with refusals(self.directory):
             write_whole(self.directory / "result.json", json.dumps(result, indent=2) + "\n")
             if epochs:
                 draw_loss(self._rows, self.windows, self.directory / "loss.png")
+        self._tracking.close(result)
         line = test.line(corpus.vocabulary.unit, unknown(corpus.vocabulary, corpus.test[1:]))  # as of `ranjax.evaluate`
         print(f"test: {line}; saved in {self.directory}")
         return result
@@ -179,6 +187,7 @@ class Report:
         self._same.check()
         with refusals(path), path.open("a", encoding="utf-8") as file:
             file.write(_line(row))
+        self._tracking.row(row)
 
 
 def _so_far(state: TrainState) -> float:

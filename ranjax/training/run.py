@@ -33,6 +33,7 @@ from ranjax.training.optimizer import evaluated, make_optimizer
 from ranjax.training.report import Report
 from ranjax.training.size import COPIES, check_memory, check_step
 from ranjax.training.step import TrainState, initial_state, make_step
+from ranjax.training.track import check_trackers
 from ranjax.training.windows import Steps
 
 UNFINISHED = ".ranjax-"  # begins the name of a run's directory until it is complete
@@ -70,6 +71,7 @@ def train(config: Config, *, constrain: Constraint = unconstrained, stop: Stop |
 def _train(config: Config, constrain: Constraint, stop: Stop | None) -> dict[str, Any]:
     """Trains with settings that have been checked, and whose `resume` is true or false."""
     _check_directory(config)
+    check_trackers(config.track)
     corpus = load_corpus(config.dataset, config.data_dir, config.tokenizer)
     _check_words(config, corpus)
     text = columns(corpus.train, config.batch_size, config.steps)
