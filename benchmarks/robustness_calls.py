@@ -50,6 +50,7 @@ WRONG = {
         **dict.fromkeys(["--solver", "--tokenizer", "--preset", "--track"], NO_CHOICE),
         "--dataset": ("", "x", "\0", LONG, "{out}", "{place}/empty"),
         "--out": ("", "\0", LONG, "{run}", "{text}", "{text}/x", "/dev/null", "/dev/null/x", "/proc/x"),
+        "--profile-dir": ("", "\0", LONG, "{run}", "{text}", "{text}/x", "/dev/null", "/dev/null/x", "/proc/x"),
     },
     "evaluate": {
         "--checkpoint": NO_RUN,
@@ -206,7 +207,7 @@ SETTINGS = {
     "cutoffs": ("x", (), (0,), (1.5,), (True,), ("8",), (3,)),
     **dict.fromkeys(["tie", "resume", "locked"], (None, 1, 0, "x", "True", "AUTO", [])),
     "dataset": (None, *PATHS),
-    **dict.fromkeys(["data_dir", "out"], PATHS),
+    **dict.fromkeys(["data_dir", "out", "profile_dir"], PATHS),
 }
 
 

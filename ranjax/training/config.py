@@ -201,6 +201,8 @@ class Config:
     track: Trackers = ()
     """Trackers that are given the rows of metrics.jsonl, one or more. tensorboard: event files in --out. Each needs its
     package: pip install 'ranjax[NAME]'."""
+    profile_dir: Folder | None = None
+    """Directory, empty or not there yet, for a trace of 5 steps after a warm-up of 10, by JAX's profiler."""
 
     @property
     def directory(self) -> Path:
@@ -311,7 +313,7 @@ RECIPES = {
 
 RESUME_WORDS = "True", "False", "auto"
 # What may differ between a run and its resumption.
-_FREE = {"out", "resume", "data_dir", "epochs", "track"}
+_FREE = {"out", "resume", "data_dir", "epochs", "track", "profile_dir"}
 
 
 @dataclass(frozen=True)
@@ -437,7 +439,7 @@ def save_config(config: Config, directory: Path) -> None:
 
 def kept(config: Config) -> dict[str, Any]:
     """The settings of a run, without what is of one process."""
-    return dataclasses.asdict(config) | {"resume": False}
+    return dataclasses.asdict(config) | {"resume": False, "profile_dir": None}
 
 
 def load_config(directory: str | Path) -> Config:

@@ -23,6 +23,7 @@ from ranjax.errors import UserError
 from ranjax.figure import blank_figure, write_figure
 from ranjax.saved import Schema, is_count, is_number, is_text, parse_object, read_json
 from ranjax.training.config import ITERATING, Config, kept
+from ranjax.training.cost import Cost
 from ranjax.training.folder import SameFolder
 from ranjax.training.metrics import Evaluation, perplexity, shown
 from ranjax.training.step import TrainState
@@ -49,14 +50,17 @@ class Report:
       windows: steps an epoch.
       first_step: where this process begins; what an earlier one logged beyond it is dropped.
       validated: epochs whose validation has been saved by then; what an earlier one logged of others is dropped.
+      cost: of a step, which the rows with a speed have beside it; None where it is not known.
 
     Attributes:
       steps: how many this process has reported.
       at: the last of them.
     """
 
-    def __init__(self, directory: Path, config: Config, windows: int, first_step: int, validated: int):
-        self.directory, self.config, self.windows = directory, config, windows
+    def __init__(
+        self, directory: Path, config: Config, windows: int, first_step: int, validated: int, cost: Cost | None = None
+    ):
+        self.directory, self.config, self.windows, self._cost = directory, config, windows, cost
         self._same = SameFolder(directory)
         self.steps, self.at = 0, first_step
         before = _read_rows(directory / "metrics.jsonl")
@@ -99,7 +103,8 @@ class Report:
         if time.monotonic() - self._logged > LOG_SECONDS or int(state.step) % self.windows == 0:
             self._logged = time.monotonic()
             done = int(state.step) / self.windows - int(state.epoch)
-            self._row(state, train_perplexity=so_far, tokens_per_second=speed)
+            cost = {} if self._cost is None else self._cost.row(steps / seconds)
+            self._row(state, train_perplexity=so_far, tokens_per_second=speed, **cost)
             if not self._live:
                 print(f"{heading} {done:4.0%}: {status}", flush=True)
 

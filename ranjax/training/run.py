@@ -23,6 +23,7 @@ from ranjax.errors import UserError, check_path
 from ranjax.saved import read_sealed, write_sealed
 from ranjax.training.checkpoint import Checkpoints
 from ranjax.training.config import Config, check, check_same, goes_on, load_config, normalised, save_config
+from ranjax.training.cost import step_cost
 from ranjax.training.environment import check_environment, save_environment
 from ranjax.training.folder import absolute, is_empty
 from ranjax.training.loop import Loop
@@ -30,6 +31,7 @@ from ranjax.training.loss import Constraint, unconstrained
 from ranjax.training.metrics import finite, make_evaluator
 from ranjax.training.model import Run, build_model
 from ranjax.training.optimizer import evaluated, make_optimizer
+from ranjax.training.profile import checked_profile_dir, profiled
 from ranjax.training.report import Report
 from ranjax.training.size import COPIES, check_memory, check_step
 from ranjax.training.step import TrainState, initial_state, make_step
@@ -72,6 +74,7 @@ def _train(config: Config, constrain: Constraint, stop: Stop | None) -> dict[str
     """Trains with settings that have been checked, and whose `resume` is true or false."""
     _check_directory(config)
     check_trackers(config.track)
+    config = checked_profile_dir(config)
     corpus = load_corpus(config.dataset, config.data_dir, config.tokenizer)
     _check_words(config, corpus)
     text = columns(corpus.train, config.batch_size, config.steps)
@@ -88,9 +91,11 @@ def _train(config: Config, constrain: Constraint, stop: Stop | None) -> dict[str
             steps = Steps(step, state, text, config, windows)
             print(f"{check_step(steps.longest)}.", flush=True)
         checkpoints = Checkpoints(config.directory)
-        report = held.enter_context(Report(config.directory, config, windows, int(state.step), int(state.epoch)))
+        cost = step_cost(config, state.params, corpus.train, steps.longest)
+        report = held.enter_context(Report(config.directory, config, windows, int(state.step), int(state.epoch), cost))
         evaluate = make_evaluator(model, config.streams, stop.check)
-        loop = Loop(checkpoints, report, steps, text, windows, stop, evaluated(config))
+        step = held.enter_context(profiled(steps, config.profile_dir))
+        loop = Loop(checkpoints, report, step, text, windows, stop, evaluated(config))
         try:
             state = loop.epochs(state, config.epochs, lambda params: evaluate(params, corpus.valid))
             best = checkpoints.load("best", state.params)

@@ -344,7 +344,7 @@ def test_a_run_resumes_with_its_own_settings_only(tmp_path):
     config = Config(out=str(tmp_path))
     check_same(dataclasses.replace(config, epochs=9, data_dir="x", resume=True), config)
     for field in dataclasses.fields(Config):
-        if field.name not in ("out", "resume", "data_dir", "epochs", "track"):
+        if field.name not in ("out", "resume", "data_dir", "epochs", "track", "profile_dir"):
             with pytest.raises(UserError, match=f"--{field.name.replace('_', '-')} "):
                 check_same(dataclasses.replace(config, **{field.name: "another"}), config)
 
