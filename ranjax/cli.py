@@ -72,7 +72,9 @@ def _is_the_process(main: Callable[[], None]) -> bool:
     return spec is None and os.path.exists(given[0]) and os.path.samefile(given[0], file)
 
 
-def options(kind: type, argv: list[str] | None, program: str, default: Any = None, **how: Any) -> Any:
+def options(
+    kind: type, argv: list[str] | None, program: str, default: Any = None, positional: bool = False, **how: Any
+) -> Any:
     """Reads the flags of a program.
 
     Args:
@@ -80,15 +82,19 @@ def options(kind: type, argv: list[str] | None, program: str, default: Any = Non
       argv: the flags; None for those of the process.
       program: how it is called, for `--help`.
       default: values of the flags that are not given; None for those of `kind`.
+      positional: whether fields without a default are given without a flag.
     """
     import tyro  # slow
     from tyro.constructors import ConstructorRegistry
 
-    defaults = {} if default is None else {"default": default}
+    if default is not None:
+        how["default"] = default
+    if positional:
+        how["config"] = (tyro.conf.PositionalRequiredArgs,)
     registry = ConstructorRegistry()
     registry.primitive_rule(_optional_text)
     with registry, _readable_width():
-        return tyro.cli(kind, args=argv, prog=program, **defaults, **how)
+        return tyro.cli(kind, args=argv, prog=program, **how)
 
 
 @contextmanager

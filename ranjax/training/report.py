@@ -63,7 +63,7 @@ class Report:
         self.directory, self.config, self.windows, self._cost = directory, config, windows, cost
         self._same = SameFolder(directory)
         self.steps, self.at = 0, first_step
-        before = _read_rows(directory / "metrics.jsonl")
+        before = read_rows(directory / "metrics.jsonl")
         self._tracking = Tracking(config.track, directory, kept(config), before)
         self._rows = [
             row
@@ -247,7 +247,7 @@ def _checksum(row: dict[str, float]) -> int:
     return zlib.crc32(json.dumps(row).encode())
 
 
-def _read_rows(path: Path) -> list[dict[str, float]]:
+def read_rows(path: Path) -> list[dict[str, float]]:
     """The rows of a run so far. One that is damaged is left out, with a warning where no kill has cut it short."""
     try:
         lines = path.read_text("utf-8", "replace").splitlines(keepends=True)
