@@ -2,6 +2,7 @@
 
 import json
 import math
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -164,7 +165,7 @@ def draw(runs: Sequence[Compared], path: Path) -> None:
     over_epochs, over_minutes = figure.subplots(1, 2, sharey=True)
     for n, run in enumerate(runs):
         style = {"color": COLOURS[n % len(COLOURS)], "marker": MARKERS[n % len(MARKERS)], "markersize": 4}
-        style |= {"linestyle": LINES[n // len(COLOURS) % len(LINES)], "label": run.label}
+        style |= {"linestyle": LINES[n // len(COLOURS) % len(LINES)], "label": _plain(run.label)}
         epochs, minutes, values = zip(*run.curve, strict=True) if run.curve else ((), (), ())
         heights = [math.log2(value) for value in values] if unit else values
         over_epochs.plot(epochs, heights, **style)
@@ -176,4 +177,11 @@ def draw(runs: Sequence[Compared], path: Path) -> None:
         axes.grid(alpha=0.3, which="both")
     over_epochs.set_ylabel(f"validation, bits per {unit}" if unit else "validation perplexity")
     figure.legend(*over_epochs.get_legend_handles_labels(), loc="outside lower center", ncols=1, frameon=False)
-    write_figure(figure, path)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Glyph .* missing from font")  # it is drawn as a box
+        write_figure(figure, path)
+
+
+def _plain(name: str) -> str:
+    """A name as matplotlib draws it: formulas begin with a dollar, and what begins with an underscore is left out."""
+    return (" " * name.startswith("_") + name).replace("$", r"\$")

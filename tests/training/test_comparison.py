@@ -164,3 +164,15 @@ def test_what_is_no_run_is_refused(pets_run, copied_run, tmp_path):
     (copied_run.directory / "result.json").write_text("{}")
     with pytest.raises(UserError, match=r"result\.json is damaged"):
         read_runs([first, copied_run.directory])
+
+
+@pytest.mark.filterwarnings("error")
+def test_any_name_is_in_the_picture(pets_run, tmp_path, monkeypatch):
+    names = ["_a$x_$", "$\\frac{$", "宽"]
+    for name in names:
+        shutil.copytree(pets_run[0].directory, tmp_path / name)
+    figures, blank = [], comparison.blank_figure
+    monkeypatch.setattr(comparison, "blank_figure", lambda *size: figures.append(blank(*size)) or figures[-1])
+    draw(read_runs([tmp_path / name for name in names]), tmp_path / "a.png")
+    drawn = [text.get_text().replace("\\$", "$").strip() for text in figures[0].legends[0].texts]
+    assert drawn == names
