@@ -160,7 +160,8 @@ def table(runs: Sequence[Compared]) -> str:
 
 def draw(runs: Sequence[Compared], path: Path) -> None:
     """Writes a picture of the validations of some runs as PNG: over epochs, and over minutes of training."""
-    [unit] = units if len(units := {run.vocabulary.unit for run in runs}) == 1 else [None]
+    units = {run.vocabulary.unit for run in runs}
+    unit = units.pop() if len(units) == 1 else None
     figure = blank_figure(9.6, 4.0 + 0.22 * len(runs))
     over_epochs, over_minutes = figure.subplots(1, 2, sharey=True)
     for n, run in enumerate(runs):
@@ -172,14 +173,24 @@ def draw(runs: Sequence[Compared], path: Path) -> None:
         over_minutes.plot(minutes, heights, **style)
     for axes, label in ((over_epochs, "epoch"), (over_minutes, "minutes of training")):
         axes.set(xlabel=label, yscale="linear" if unit else "log")
-        axes.yaxis.set_major_formatter("{x:g}")
-        axes.yaxis.set_minor_formatter("{x:g}")
-        axes.grid(alpha=0.3, which="both")
+        axes.grid(alpha=0.3)
+    if not unit:
+        _label_logarithm(over_epochs.yaxis)
     over_epochs.set_ylabel(f"validation, bits per {unit}" if unit else "validation perplexity")
     figure.legend(*over_epochs.get_legend_handles_labels(), loc="outside lower center", ncols=1, frameon=False)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Glyph .* missing from font")  # it is drawn as a box
         write_figure(figure, path)
+
+
+def _label_logarithm(axis: Any) -> None:
+    """Ticks at 1, 2, 5, 10 and so on; within less than a factor of 5, as on a linear axis. Both axes share them."""
+    from matplotlib.ticker import AutoLocator, LogLocator, NullLocator
+
+    low, high = axis.get_view_interval()
+    axis.set_major_locator(AutoLocator() if high < 5 * low else LogLocator(subs=(1, 2, 5)))
+    axis.set_minor_locator(NullLocator())
+    axis.set_major_formatter("{x:g}")
 
 
 def _plain(name: str) -> str:

@@ -102,8 +102,8 @@ class Config:
     out: Folder | None = None
     """Directory of the run, which must be empty or not exist yet; runs/DATASET-CELL if not given."""
     resume: Resume = False
-    """Go on with the run in --out, up to --epochs. auto: if there is one, else begin it; for schedulers, which start
-    the same command again."""
+    """Alone: go on with the run in --out, up to --epochs. auto: if there is one, else begin it; for schedulers, which
+    start the same command again."""
     cell: Cell = "ran"
     """The recurrent cell."""
     gates: Gates = "recurrent"

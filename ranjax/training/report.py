@@ -146,8 +146,7 @@ class Report:
             "skipped_steps": int(state.bad),
             "parameters": sum(p.size for p in jax.tree.leaves(state.params)),
             "config": kept(self.config),
-        }
-        result |= self._process(valid)
+        } | self._process(valid)
         self._same.check()
         if not (self.directory / "result.json").exists():
             self._tracking.open()

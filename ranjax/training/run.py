@@ -72,9 +72,7 @@ def train(config: Config, *, constrain: Constraint = unconstrained, stop: Stop |
 
 def _train(config: Config, constrain: Constraint, stop: Stop | None) -> dict[str, Any]:
     """Trains with settings that have been checked, and whose `resume` is true or false."""
-    _check_directory(config)
-    check_trackers(config.track)
-    config = checked_profile_dir(config)
+    config = _checked(config)
     corpus = load_corpus(config.dataset, config.data_dir, config.tokenizer)
     _check_words(config, corpus)
     text = columns(corpus.train, config.batch_size, config.steps)
@@ -124,6 +122,13 @@ def _check_words(config: Config, corpus: Corpus) -> None:
             "--softmax adaptive needs words, whose ids are in the order of frequency; the tokens of this text are of "
             f"the kind {kind}. Use --tokenizer word or --softmax full."
         )
+
+
+def _checked(config: Config) -> Config:
+    """The settings, after a check of all that is beside them: directories and packages."""
+    _check_directory(config)
+    check_trackers(config.track)
+    return checked_profile_dir(config)
 
 
 def _check_directory(config: Config) -> None:

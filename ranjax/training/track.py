@@ -55,10 +55,11 @@ class TensorBoard:
     """
 
     def __init__(self, directory: Path, identity: str, config: dict[str, Any]):
-        from tensorboardX import proto, summary  # pyright: ignore[reportMissingImports]
+        from tensorboardX import summary  # pyright: ignore[reportMissingImports]
         from tensorboardX.event_file_writer import EventsWriter  # pyright: ignore[reportMissingImports]
+        from tensorboardX.proto.event_pb2 import Event  # pyright: ignore[reportMissingImports]
 
-        self._event, self._summary = proto.event_pb2.Event, summary
+        self._event, self._summary = Event, summary
         folder = directory / "tensorboard"
         folder.mkdir(exist_ok=True)
         self._writer = EventsWriter(str(folder / "events"), f".{secrets.token_hex(4)}")
@@ -156,8 +157,8 @@ class Tracking:
             if not path.exists():
                 write_sealed(path, {"identity": secrets.token_hex(4)})
             identity = read_sealed(path, {"identity": is_text})["identity"]
-        except OSError as error:
-            warn(f"{path} cannot be written: {error.strerror or error}. The run goes on without --track.")
+        except (OSError, UserError) as error:
+            warn(f"the run goes on without --track: {error}")
             return
         for name in self._names:
             with self._attempt(name):

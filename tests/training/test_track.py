@@ -160,6 +160,18 @@ def refusing(mkdir, name):
     return refused
 
 
+def test_a_run_whose_identity_is_damaged_goes_on_without_trackers(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(track, "TRACKERS", {"tensorboard": lambda *_: pytest.fail("it was opened")})
+    (tmp_path / "track.json").write_text("{}")
+    tracking = Tracking(["tensorboard"], tmp_path, {}, [])
+    tracking.open()
+    tracking.row({"step": 1, "epoch": 0.5})
+    tracking.close()
+    assert re.fullmatch(
+        r"warning: the run goes on without --track: .*track\.json is damaged.*\n", capsys.readouterr().err
+    )
+
+
 class Recorded:
     """A tracker that notes what it is given."""
 
