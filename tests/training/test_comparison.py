@@ -8,6 +8,7 @@ import shutil
 import pytest
 from small_runs import TEXT, exported_by_the_program, metrics_rows, settings, train_until, windows_of
 
+from ranjax.data.vocabulary import Words
 from ranjax.errors import UserError
 from ranjax.training import comparison
 from ranjax.training.comparison import draw, read_runs, table, warn_if_not_comparable
@@ -88,9 +89,12 @@ def test_a_result_of_fewer_epochs_is_not_that_of_the_run(pets_run, copied_run, m
 def test_a_run_that_has_just_begun_has_no_figures(pets_run, copied_run):
     (copied_run.directory / "metrics.jsonl").unlink()
     (copied_run.directory / "result.json").unlink()
-    found = columns_of(read_runs([pets_run[0].directory, copied_run.directory]))
-    names = "epochs", "trained on", "valid", "test", "minutes", "tokens/s"
+    runs = read_runs([pets_run[0].directory, copied_run.directory])
+    found, names = columns_of(runs), ("epochs", "trained on", "valid", "test", "minutes", "tokens/s")
     assert [found[name][1] for name in names] == ["0 of 3", "0", "-", "unfinished", "0.0", "-"]
+    again = dataclasses.replace(runs[1], vocabulary=Words(("a", "b")))
+    for both in (runs, [again, again]):  # over bits, over perplexities
+        draw(both, copied_run.directory / "picture.png")
 
 
 def test_perplexities_of_words_are_shown_and_other_texts_warned_of(pets_run, lstm_run, words_run, capsys):
