@@ -47,15 +47,17 @@ WRONG = {
         "--weight-decay": (*NO_NUMBER, "-1", "nan", "inf", "1e308"),
         "--dropout": NO_RATE,
         **dict.fromkeys(["--cell", "--gates", "--activation", "--optimizer", "--schedule"], NO_CHOICE),
-        **dict.fromkeys(["--solver", "--tokenizer", "--preset"], NO_CHOICE),
+        **dict.fromkeys(["--solver", "--tokenizer", "--preset", "--track"], NO_CHOICE),
         "--dataset": ("", "x", "\0", LONG, "{out}", "{place}/empty"),
         "--out": ("", "\0", LONG, "{run}", "{text}", "{text}/x", "/dev/null", "/dev/null/x", "/proc/x"),
+        "--profile-dir": ("", "\0", LONG, "{run}", "{text}", "{text}/x", "/dev/null", "/dev/null/x", "/proc/x"),
     },
     "evaluate": {
         "--checkpoint": NO_RUN,
         "--split": (*NO_CHOICE, "TEST", "training"),
         "--dataset": ("", "x", "\0", LONG, "{out}", "{place}/empty"),
         "--data-dir": ("", "\0", "{out}", "{text}"),
+        "--text": ("", "\0", LONG, "{out}", "{place}", "{text}/x"),
     },
     "generate": {
         "--checkpoint": NO_RUN,
@@ -95,13 +97,19 @@ TOGETHER = {
         (("--batch-size", "100000"), "--batch-size"),
         (("--steps", "100000"), "--steps"),
         (("--resume",), "{out}"),
+        (("--resume", "x"), "x"),
         (("--solver", "pallas", "--gates", "recurrent"), "solver"),
         (("--dataset", "ptb", "--data-dir", "{out}"), "--data-dir"),
         (("--dataset", "ptb", "--data-dir", "{text}"), "--data-dir"),
         (("--dataset", "copy-0"), "copy-0"),
         (("--dataset", "copy--1"), "copy--1"),
     ],
-    "evaluate": [(("--dataset", "ptb", "--data-dir", "{out}"), "--data-dir")],
+    "evaluate": [
+        (("--dataset", "ptb", "--data-dir", "{out}"), "--data-dir"),
+        (("--text", "{text}", "--split", "test"), "--split"),
+        (("--text", "{text}", "--out", "{place}"), "--out"),
+        (("--out", "{out}.jsonl"), "--text"),
+    ],
     "generate": [(("--top-k", "1.0"), "--top-k")],
     "explain": [(("--file", "{text}"), "--file")],
 }
@@ -137,7 +145,7 @@ def command_lines() -> Iterator[Call]:
         for name, values in WRONG[program].items():
             for value in values:
                 yield Call(program, (*_without(base, name), name, value), _named(name, value))
-        for name in WRONG[program]:
+        for name in (name for name in WRONG[program] if name != "--track"):  # which takes none, too
             yield Call(program, (*_without(base, name), name), name)
         for more, named in TOGETHER[program]:
             yield Call(program, (*base, *more), named)
@@ -196,10 +204,11 @@ SETTINGS = {
     **dict.fromkeys(["softmax", "average", "precision"], (None, *CHOICES)),
     "tokenizer": CHOICES,
     "mesh": (*PATHS, "x", "data", "data=", "data=0", "rows=2", "data=3", "data=999"),
+    "track": (None, "x", "wandb", ("x",), 1, True),
     "cutoffs": ("x", (), (0,), (1.5,), (True,), ("8",), (3,)),
-    **dict.fromkeys(["tie", "resume", "locked"], (None, 1, 0, "x", "True", [])),
+    **dict.fromkeys(["tie", "resume", "locked"], (None, 1, 0, "x", "True", "AUTO", [])),
     "dataset": (None, *PATHS),
-    **dict.fromkeys(["data_dir", "out"], PATHS),
+    **dict.fromkeys(["data_dir", "out", "profile_dir"], PATHS),
 }
 
 

@@ -17,8 +17,9 @@ Gates that see x only are known beforehand (`gates="input"`, without W_ih and W_
 Public names: `RANCell`, `RAN`, `ResidualBlock`, `FixedPoint`, `solve`, `linear_recurrence`, `LanguageModel`,
 `load_model` (a trained model from a folder or the hub); the modules `weights` (the inputs that a state is the sum of),
 `attribution` (the words that a prediction is the sum of), `memory` (how long states last over a corpus), `nnx` (cell,
-layer and block for Flax NNX) and `data`; `config`, `train`, `evaluate`, `generate`, `explain` and `export`, the
-programs from Python; `__version__`. They are imported when first used, so that programs answer `--help` at once.
+layer and block for Flax NNX) and `data`; `config`, `train`, `evaluate`, `generate`, `explain`, `compare` and
+`export`, the programs from Python; `__version__`. They are imported when first used, so that programs answer `--help`
+at once.
 """
 
 import signal
@@ -31,6 +32,7 @@ if sys.argv[:1] == ["-m"] and signal.getsignal(signal.SIGINT) is signal.default_
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 if TYPE_CHECKING:
+    from ranjax import compare as compare
     from ranjax import data as data
     from ranjax import evaluate as evaluate
     from ranjax import explain as explain
@@ -63,7 +65,7 @@ _NAMES = {
     "load_model": "training.model",
     "solve": "solvers",
 }
-_PROGRAMS = "evaluate", "explain", "export", "generate", "train"
+_PROGRAMS = "compare", "evaluate", "explain", "export", "generate", "train"
 _MODULES = {name: name for name in ("cell", "data", "kernels", "layer", "lm", "nnx", "scan", *_PROGRAMS)} | {
     "attribution": "interpret.attribution",
     "config": "training.config",
@@ -78,6 +80,7 @@ __all__ = [
     "RANCell",
     "ResidualBlock",
     "attribution",
+    "compare",
     "config",
     "data",
     "evaluate",

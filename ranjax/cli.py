@@ -14,7 +14,7 @@ from importlib import import_module
 from itertools import pairwise
 from pathlib import Path
 from types import NoneType, UnionType
-from typing import Annotated, Any, Union, get_args, get_origin
+from typing import IO, Annotated, Any, Union, get_args, get_origin
 
 from ranjax.errors import UserError
 
@@ -72,7 +72,9 @@ def _is_the_process(main: Callable[[], None]) -> bool:
     return spec is None and os.path.exists(given[0]) and os.path.samefile(given[0], file)
 
 
-def options(kind: type, argv: list[str] | None, program: str, default: Any = None, **how: Any) -> Any:
+def options(
+    kind: type, argv: list[str] | None, program: str, default: Any = None, positional: bool = False, **how: Any
+) -> Any:
     """Reads the flags of a program.
 
     Args:
@@ -80,15 +82,19 @@ def options(kind: type, argv: list[str] | None, program: str, default: Any = Non
       argv: the flags; None for those of the process.
       program: how it is called, for `--help`.
       default: values of the flags that are not given; None for those of `kind`.
+      positional: whether fields without a default are given without a flag.
     """
     import tyro  # slow
     from tyro.constructors import ConstructorRegistry
 
-    defaults = {} if default is None else {"default": default}
+    if default is not None:
+        how["default"] = default
+    if positional:
+        how["config"] = (tyro.conf.PositionalRequiredArgs,)
     registry = ConstructorRegistry()
     registry.primitive_rule(_optional_text)
     with registry, _readable_width():
-        return tyro.cli(kind, args=argv, prog=program, **defaults, **how)
+        return tyro.cli(kind, args=argv, prog=program, **how)
 
 
 @contextmanager
@@ -263,11 +269,19 @@ def check_utf8(flag: str, text: str) -> None:
 
 def write_whole(path: Path, content: str | bytes) -> None:
     """Writes a file all or not at all: until the new one is complete the old one stays."""
+    with written_whole(path) as file:
+        file.write(content.encode() if isinstance(content, str) else content)
+
+
+@contextmanager
+def written_whole(path: Path) -> Iterator[IO[bytes]]:
+    """A file to write to in parts, which takes its name once all of them are there."""
     new = path.with_name(f".{path.name}.new")
     try:
-        new.write_bytes(content.encode() if isinstance(content, str) else content)
+        with new.open("wb") as file:
+            yield file
         new.replace(path)
-    except OSError:
+    except BaseException:
         new.unlink(missing_ok=True)
         raise
 

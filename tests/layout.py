@@ -19,7 +19,7 @@ ORDER = (
     ("block",),
     ("lm", "nnx"),
     ("sampling", "interpret", "training"),
-    ("train", "evaluate", "generate", "explain", "export"),
+    ("train", "evaluate", "generate", "explain", "export", "compare"),
 )
 CORE = (
     "kernels",

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 import ranjax
-from ranjax import evaluate, explain, export, generate
+from ranjax import compare, evaluate, explain, export, generate
 from ranjax.training.config import Config
 
 ROOT = Path(__file__).parents[1]
@@ -42,7 +42,7 @@ def test_the_version_is_that_of_the_project_file():
 def test_every_flag_named_in_the_readme_exists():
     known = {
         field.name
-        for options in (Config, evaluate.Options, generate.Options, explain.Options, export.Options)
+        for options in (Config, evaluate.Options, generate.Options, explain.Options, export.Options, compare.Options)
         for field in fields(options)
     }
     named = {flag.replace("-", "_") for flag in re.findall(r"--([a-z][a-z-]+)", README.read_text("utf-8"))}

@@ -40,6 +40,7 @@ def test_an_error_is_one_message_and_exit_code_1(tmp_path):
         (["--resume", "--preset", "ptb-small"], "runs/ptb-ran is not a run"),
         (["--resume", "--out", "{tmp}/none"], "none is not a run: it has no config.json"),
         (["--resume", "--out", "{run}", "--features", "9"], "another configuration .*--features"),
+        (["--resume", "auto", "--out", "{run}", "--features", "9"], "another configuration .*--features"),
         (["--layers", "0"], "--layers must be a whole number, at least 1 and at most 1,000; got 0"),
         (["--learning-rate", "0"], "--learning-rate must be finite and above 0; got 0"),
         (["--learning-rate", "inf"], "--learning-rate must be finite and above 0; got inf"),

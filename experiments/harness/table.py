@@ -218,7 +218,8 @@ def _settings(config: Config | dict[str, Any]) -> dict[str, Any]:
     if isinstance(config, dict):
         saved: dict[str, Any] = {**config, "features": tuple(config["features"])}
         config = Config(**saved)
-    return dataclasses.asdict(dataclasses.replace(config, out=None, resume=False, data_dir=None))
+    elsewhere = {"out": None, "resume": False, "data_dir": None, "track": (), "profile_dir": None}
+    return dataclasses.asdict(dataclasses.replace(config, **elsewhere))
 
 
 def _name(config: Config) -> str:

@@ -145,7 +145,7 @@ def load_split(name: str | Path, split: str, vocabulary: Vocabulary, data_dir: s
     name = str(name)
     check_choice("split", split, (*SPLITS, WHOLE) if split_of(name) == WHOLE else SPLITS)
     texts = _texts(name, data_dir, [split])
-    return _encoded(
+    return encoded(
         vocabulary, texts.parts[0], texts.source if split == WHOLE else f"the {split} split of {texts.source}"
     )
 
@@ -198,7 +198,7 @@ def _corpus(name: str, source: str, texts: list[bytes], tokenizer: str, known: K
         if not text.strip():
             raise UserError(f"the {split} split of {source} is empty; expected text.")
     vocabulary = _built(tokenizer, source, texts, closed=known is not None and known.closed)
-    parts = [_encoded(vocabulary, text, f"the {split} split of {source}") for split, text in _named(texts)]
+    parts = [encoded(vocabulary, text, f"the {split} split of {source}") for split, text in _named(texts)]
     train, valid, test = parts
     totals = len(train), len(valid), len(test), len(vocabulary)
     if known and tokenizer == known.tokenizer and not known.has(totals, source):
@@ -223,17 +223,16 @@ def _built(tokenizer: str, source: str, texts: list[bytes], closed: bool) -> Voc
     return Words.build(train, at_least=1 if closed else 2) if tokenizer == "word" else BytePairs.build(train)
 
 
-def _encoded(vocabulary: Vocabulary, text: bytes, where: str) -> np.ndarray:
+def encoded(vocabulary: Vocabulary, text: bytes, where: str) -> np.ndarray:
+    """The ids of a text. A UserError names it `where`: if it is not UTF-8, does not fit, or has less than 2 tokens."""
     decoded = "" if isinstance(vocabulary, Bytes) else _decoded(text, where)
     if isinstance(vocabulary, Words) and not decoded.endswith("\n"):
         decoded += "\n"  # the last line is a line too
     with fitting(where):
         ids = vocabulary.encode_bytes(text) if isinstance(vocabulary, Bytes) else vocabulary.encode(decoded)
     if len(ids) < 2:
-        raise UserError(
-            f"{where} must have at least 2 tokens, to predict one from another; got {len(ids)}. Give more text (a "
-            "single file is split 90/5/5)."
-        )
+        more = "Give more text" + (" (a single file is split 90/5/5)." if " split of " in where else ".")
+        raise UserError(f"{where} must have at least 2 tokens, to predict one from another; got {len(ids)}. {more}")
     return ids
 
 

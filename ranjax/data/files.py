@@ -30,7 +30,7 @@ def path_texts(path: Path, wanted: Sequence[str] = SPLITS) -> list[bytes]:
     """These splits of a directory or of a single text; of the latter also the whole."""
     found = _found(path)
     if WHOLE in found:
-        text = _read_file(found[WHOLE][0])
+        text = read_file(found[WHOLE][0])
         parts: dict[str, bytes] = dict(zip((*SPLITS, WHOLE), (*split_text(text), text), strict=True))
         return [parts[split] for split in wanted]
     if not all(_is_split(found.get(split, [])) for split in wanted):
@@ -39,7 +39,7 @@ def path_texts(path: Path, wanted: Sequence[str] = SPLITS) -> list[bytes]:
             f"{path} must hold one file each for {', '.join(wanted)} ({', '.join(SUFFIXES)}, each also .gz; or all "
             f"shards of one, as train-00000-of-00002.parquet), or one text alone; got {got}."
         )
-    return [b"".join(map(_read_file, found[split])) for split in wanted]
+    return [b"".join(map(read_file, found[split])) for split in wanted]
 
 
 def is_one_text(path: Path) -> bool:
@@ -68,7 +68,8 @@ def _suffix(path: Path) -> str:
     return Path(path.name.lower().removesuffix(".gz")).suffix
 
 
-def _read_file(path: Path) -> bytes:
+def read_file(path: Path) -> bytes:
+    """The text in a file, also in a packed one (.gz) or in the column `text` of a table (.parquet)."""
     if _suffix(path) in PACKED:
         raise UserError(f"{path} is an archive; expected a text, plain or as .gz. Unpack it first.")
     try:

@@ -3,8 +3,10 @@
 import dataclasses
 import math
 import os
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from numbers import Integral, Real
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple, get_args, get_origin, get_type_hints
@@ -19,14 +21,16 @@ from ranjax.choices import (
     Gates,
     Optimizer,
     Precision,
+    Resume,
     Softmax,
     Solver,
     Tokenizer,
+    Tracker,
 )
 from ranjax.data import is_named
 from ranjax.errors import UserError, flag, is_choice, is_number, is_path, is_size
 from ranjax.saved import MEND, read_sealed, write_sealed
-from ranjax.training.folder import absolute
+from ranjax.training.folder import absolute, is_empty
 
 ITERATING = "fixed_point", "newton"  # solvers that iterate over all steps until they agree
 
@@ -95,6 +99,13 @@ Mesh = Annotated[
         lambda v: is_path(v) and mesh_sizes(v), "axes of data, model and time with their sizes, such as data=4,model=2"
     ),
 ]
+Trackers = Annotated[
+    tuple[Tracker, ...],
+    Rule(
+        lambda v: isinstance(v, tuple | list) and all(is_choice(one, get_args(Tracker)) for one in v),
+        "any of " + ", ".join(get_args(Tracker)),
+    ),
+]
 Text = Annotated[str, Rule(is_path, "a name or a path")]
 Folder = Annotated[str, Rule(is_path, "a path")]
 
@@ -114,9 +125,10 @@ class Config:
     tokenizer: Tokenizer | None = None
     """How text becomes tokens. If not given, the data set's usual way; characters for a file, words for a folder."""
     out: Folder | None = None
-    """Directory of the run, which must not exist yet; runs/DATASET-CELL if not given."""
-    resume: bool = False
-    """Go on with the run in --out, up to --epochs."""
+    """Directory of the run, which must be empty or not exist yet; runs/DATASET-CELL if not given."""
+    resume: Resume = False
+    """Alone: go on with the run in --out, up to --epochs. auto: if there is one, else begin it; for schedulers, which
+    start the same command again."""
     cell: Cell = "ran"
     """The recurrent cell."""
     gates: Gates = "recurrent"
@@ -214,6 +226,11 @@ class Config:
     but the first begins 512 tokens before those that it counts."""
     seed: Count = 0
     """Seed of the weights and of dropout."""
+    track: Trackers = ()
+    """Trackers that are given the rows of metrics.jsonl, one or more. tensorboard: event files in --out. Each needs its
+    package: pip install 'ranjax[NAME]'."""
+    profile_dir: Folder | None = None
+    """Directory, empty or not there yet, for a trace of 5 steps after a warm-up of 10, by JAX's profiler."""
 
     @property
     def directory(self) -> Path:
@@ -346,8 +363,9 @@ RECIPES = {
     ),
 }  # fmt: skip
 
+RESUME_WORDS = "True", "False", "auto"
 # What may differ between a run and its resumption.
-_FREE = {"out", "resume", "data_dir", "epochs", "mesh"}
+_FREE = {"out", "resume", "data_dir", "epochs", "mesh", "track", "profile_dir"}
 
 
 @dataclass(frozen=True)
@@ -360,7 +378,7 @@ class _Start:
     block: str | None = None
     gates: str | None = None
     out: str | None = None
-    resume: bool = False
+    resume: Resume = False
 
 
 @dataclass(frozen=True)
@@ -391,10 +409,11 @@ class _Flags(Cluster, Config):
 def parse(argv: list[str] | None = None) -> Config:
     """Reads the flags; their defaults are a preset, the settings that --resume finds, or the recipe of the data set."""
     program = "python -m ranjax.train"
+    argv = _with_values(sys.argv[1:] if argv is None else argv)
     start, _ = cli.options(_Start, argv, program, return_unknown_args=True, add_help=False)
     default = PRESETS[start.preset] if start.preset else recipe(start.dataset, start.cell, start.block, start.gates)
-    if start.resume and not start.preset:
-        begun = normalised(Config(dataset=start.dataset, cell=start.cell, out=start.out))
+    begun = normalised(Config(dataset=start.dataset, cell=start.cell, out=start.out, resume=start.resume))
+    if not start.preset and goes_on(begun):
         default = replace(load_config(begun.directory), out=str(begun.directory))
     flags = vars(cli.options(_Flags, argv, program, default=_Flags(**vars(default))))
     config = normalised(Config(**{name: flags[name] for name in vars(default)}))
@@ -422,6 +441,25 @@ def parse_cluster(argv: list[str] | None = None) -> Cluster:
     return found
 
 
+def _with_values(argv: Sequence[str]) -> list[str]:
+    """The flags with a value of --resume where it has none, which tyro has no way to leave out of more than two."""
+    words = ["--resume=False" if word == "--no-resume" else word for word in argv]
+    return [
+        "--resume=True" if word == "--resume" and after not in RESUME_WORDS else word
+        for word, after in pairwise([*words, ""])
+    ]
+
+
+def goes_on(config: Config) -> bool:
+    """Whether a training goes on with the run in its directory: with `resume="auto"`, whether there is something there.
+
+    What is no run is then refused, as with `resume=True`.
+    """
+    if config.resume != "auto":
+        return config.resume
+    return os.path.lexists(config.directory) and not is_empty(config.directory)
+
+
 def recipe(dataset: str, cell: str = "ran", block: str | None = None, gates: str | None = None) -> Config:
     """The recipe of a data set, or the defaults, where these are given.
 
@@ -440,7 +478,7 @@ def normalised(config: Config) -> Config:
     """
     config = replace(config, **{name: _number(value) for name, value in vars(config).items()})
     dataset, data_dir = str(config.dataset), config.data_dir
-    lists = {name: getattr(config, name) for name in ("features", "cutoffs")}
+    lists = {name: getattr(config, name) for name in ("features", "cutoffs", "track")}
     path = Path(os.path.expanduser(dataset))
     if dataset and (path.is_file() or path.is_dir()) and not is_named(dataset):  # a pipe has no path of its own
         dataset = str(absolute(dataset))
@@ -476,7 +514,12 @@ def check_same(config: Config, saved: Config) -> None:
 
 def save_config(config: Config, directory: Path) -> None:
     """Writes the settings beside the checkpoints."""
-    write_sealed(directory / "config.json", dataclasses.asdict(config) | {"resume": False})
+    write_sealed(directory / "config.json", kept(config))
+
+
+def kept(config: Config) -> dict[str, Any]:
+    """The settings of a run, without what is of one process."""
+    return dataclasses.asdict(config) | {"resume": False, "profile_dir": None}
 
 
 def load_config(directory: str | Path) -> Config:

@@ -11,6 +11,18 @@ def absolute(path: str | os.PathLike) -> Path:
     return Path(os.path.realpath(os.path.expanduser(path)))  # which, unlike Path.resolve, takes a loop of links
 
 
+def is_empty(path: Path) -> bool:
+    """Whether it is a directory with nothing in it.
+
+    Raises:
+      UserError: for a directory that may not be read.
+    """
+    try:
+        return os.path.isdir(path) and not os.listdir(path)
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror or error}.") from None
+
+
 class SameFolder:
     """Knows a run's directory, so that one which was moved, removed or replaced is not written to.
 

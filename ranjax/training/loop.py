@@ -11,7 +11,7 @@ from ranjax.errors import DivergedError
 from ranjax.training.checkpoint import Saver
 from ranjax.training.metrics import Evaluation
 from ranjax.training.processes import decided, is_first, whole
-from ranjax.training.report import Report
+from ranjax.training.report import Report, Silent
 from ranjax.training.step import BAD_STEPS, NOT_YET, TrainState, triggered
 
 SAVE_SECONDS = 60.0
@@ -32,7 +32,7 @@ class Loop:
     """
 
     saver: Saver
-    report: Report
+    report: Report | Silent
     step: Callable[[TrainState, Any, int], TrainState]
     text: Any
     windows: int

@@ -137,4 +137,4 @@ def over_time(part: Callable, mesh: Mesh | None) -> Callable:
 
 def _manual(mesh: Mesh) -> set[str]:
     """The axes that `shard_map` is over; XLA splits over `model` in it too."""
-    return set(AXES) - ({"model"} if mesh.shape["model"] > 1 else set())
+    return set[str](AXES) - ({"model"} if mesh.shape["model"] > 1 else set())

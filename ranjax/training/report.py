@@ -7,7 +7,6 @@ import platform
 import shlex
 import time
 import zlib
-from dataclasses import asdict
 from datetime import date
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -23,10 +22,12 @@ from ranjax.data.vocabulary import unknown
 from ranjax.errors import UserError
 from ranjax.figure import blank_figure, write_figure
 from ranjax.saved import Schema, is_count, is_number, is_text, parse_object, read_json
-from ranjax.training.config import ITERATING, Config
+from ranjax.training.config import ITERATING, Config, kept
+from ranjax.training.cost import Cost
 from ranjax.training.folder import SameFolder
 from ranjax.training.metrics import Evaluation, perplexity, shown
 from ranjax.training.step import TrainState
+from ranjax.training.track import Tracking
 
 LOG_SECONDS = 15.0
 ROW: Schema = {"step": is_count, "epoch": is_number, "train_perplexity": is_number}
@@ -51,6 +52,7 @@ class Report:
       first_step: where this process begins; what an earlier one logged beyond it is dropped.
       validated: epochs whose validation has been saved by then; what an earlier one logged of others is dropped.
       devices: how many it trains on.
+      cost: of a step, which the rows with a speed have beside it; None where it is not known.
 
     Attributes:
       steps: how many this process has reported.
@@ -58,14 +60,24 @@ class Report:
     """
 
     def __init__(
-        self, directory: Path, config: Config, windows: int, first_step: int, validated: int, devices: int = 1
+        self,
+        directory: Path,
+        config: Config,
+        windows: int,
+        first_step: int,
+        validated: int,
+        devices: int = 1,
+        cost: Cost | None = None,
     ):
-        self.directory, self.config, self.windows, self.devices = directory, config, windows, devices
+        self.directory, self.config, self.windows = directory, config, windows
+        self.devices, self._cost = devices, cost
         self._same = SameFolder(directory)
         self.steps, self.at = 0, first_step
+        before = read_rows(directory / "metrics.jsonl")
+        self._tracking = Tracking(config.track, directory, kept(config), before)
         self._rows = [
             row
-            for row in _read_rows(directory / "metrics.jsonl")
+            for row in before
             if row["step"] <= first_step and ("valid_perplexity" not in row or row["epoch"] <= validated)
         ]
         with refusals(directory / "metrics.jsonl"):
@@ -81,11 +93,14 @@ class Report:
         self._logged = time.monotonic()
 
     def __enter__(self) -> "Report":
+        if self.at < self.config.epochs * self.windows:
+            self._tracking.open()
         self._bar.start()
         return self
 
     def __exit__(self, *_: object) -> None:
         self._bar.stop()
+        self._tracking.close()
 
     def progress(self, state: TrainState, steps: int, seconds: float) -> None:
         """After a burst of steps: the bar, and now and then a row and a line."""
@@ -98,7 +113,8 @@ class Report:
         if time.monotonic() - self._logged > LOG_SECONDS or int(state.step) % self.windows == 0:
             self._logged = time.monotonic()
             done = int(state.step) / self.windows - int(state.epoch)
-            self._row(state, train_perplexity=so_far, tokens_per_second=speed)
+            cost = {} if self._cost is None else self._cost.row(steps / seconds)
+            self._row(state, train_perplexity=so_far, tokens_per_second=speed, **cost)
             if not self._live:
                 print(f"{heading} {done:4.0%}: {status}", flush=True)
 
@@ -139,14 +155,16 @@ class Report:
             "training_seconds": float(state.seconds),
             "skipped_steps": int(state.bad),
             "parameters": sum(p.size for p in jax.tree.leaves(state.params)),
-            "config": asdict(self.config) | {"resume": False},
-        }
-        result |= self._process(valid)
+            "config": kept(self.config),
+        } | self._process(valid)
         self._same.check()
+        if not (self.directory / "result.json").exists():
+            self._tracking.open()
         with refusals(self.directory):
             write_whole(self.directory / "result.json", json.dumps(result, indent=2) + "\n")
             if epochs:
                 draw_loss(self._rows, self.windows, self.directory / "loss.png")
+        self._tracking.close(result)
         line = test.line(corpus.vocabulary.unit, unknown(corpus.vocabulary, corpus.test[1:]))  # as of `ranjax.evaluate`
         print(f"test: {line}; saved in {self.directory}")
         return result
@@ -184,6 +202,7 @@ class Report:
         self._same.check()
         with refusals(path), path.open("a", encoding="utf-8") as file:
             file.write(_line(row))
+        self._tracking.row(row)
 
 
 def _so_far(state: TrainState) -> float:
@@ -267,7 +286,7 @@ def _checksum(row: dict[str, float]) -> int:
     return zlib.crc32(json.dumps(row).encode())
 
 
-def _read_rows(path: Path) -> list[dict[str, float]]:
+def read_rows(path: Path) -> list[dict[str, float]]:
     """The rows of a run so far. One that is damaged is left out, with a warning where no kill has cut it short."""
     try:
         lines = path.read_text("utf-8", "replace").splitlines(keepends=True)

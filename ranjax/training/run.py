@@ -22,9 +22,10 @@ from ranjax.data.vocabulary import load_vocabulary, save_vocabulary
 from ranjax.errors import UserError, check_path
 from ranjax.saved import read_sealed, write_sealed
 from ranjax.training.checkpoint import Checkpoints, Saver
-from ranjax.training.config import Config, check, check_same, load_config, normalised, save_config
+from ranjax.training.config import Config, check, check_same, goes_on, load_config, normalised, save_config
+from ranjax.training.cost import step_cost
 from ranjax.training.environment import check_environment, save_environment
-from ranjax.training.folder import absolute
+from ranjax.training.folder import absolute, is_empty
 from ranjax.training.loop import Loop
 from ranjax.training.loss import Constraint, unconstrained
 from ranjax.training.mesh import described, make_mesh, put, put_text, shardings
@@ -32,9 +33,11 @@ from ranjax.training.metrics import finite, make_evaluator
 from ranjax.training.model import Run, build_model
 from ranjax.training.optimizer import evaluated, make_optimizer
 from ranjax.training.processes import agree, alone, from_first, is_first, on_first, say, whole
+from ranjax.training.profile import checked_profile_dir, profiled
 from ranjax.training.report import Report, Silent
 from ranjax.training.size import COPIES, check_memory, check_step
 from ranjax.training.step import TrainState, initial_state, make_step
+from ranjax.training.track import check_trackers
 from ranjax.training.windows import Steps
 
 UNFINISHED = ".ranjax-"  # begins the name of a run's directory until it is complete
@@ -61,8 +64,19 @@ def train(config: Config, *, constrain: Constraint = unconstrained, stop: Stop |
     """
     check(config)
     config = normalised(config)
+    resume = bool(from_first(on_first(lambda: np.bool(goes_on(config)), np.False_)))
+    try:
+        return _train(replace(config, resume=resume), constrain, stop)
+    except _BegunError:  # by another start of the same command, meanwhile
+        if config.resume != "auto" or not alone():
+            raise
+        return _train(replace(config, resume=True), constrain, stop)
+
+
+def _train(config: Config, constrain: Constraint, stop: Stop | None) -> dict[str, Any]:
+    """Trains with settings that have been checked, and whose `resume` is true or false."""
     mesh = make_mesh(config)
-    on_first(lambda: _check_directory(config), None)
+    config = on_first(lambda: _checked(config), replace(config, track=(), profile_dir=None))
     corpus = _corpus(config)
     text = columns(corpus.train, config.batch_size, config.steps)
     windows = windows_per_epoch(text.shape[1], config.steps)
@@ -76,11 +90,13 @@ def train(config: Config, *, constrain: Constraint = unconstrained, stop: Stop |
         with _nothing_left(config):
             steps = Steps(step, state, text, config, windows)
             say(check_step(steps.longest), *described(mesh))
+        cost = step_cost(config, state.params, corpus.train, steps.longest, mesh.size)
         reporter, at = Report if is_first() else Silent, (int(state.step), int(state.epoch))
-        report = held.enter_context(reporter(config.directory, config, windows, *at, mesh.size))
+        report = held.enter_context(reporter(config.directory, config, windows, *at, mesh.size, cost))
         saver = held.enter_context(Saver(Checkpoints(config.directory)))
         evaluate = make_evaluator(model, config.streams, stop.check if alone() else lambda: None, mesh)
-        loop = Loop(saver, report, steps, text, windows, stop, evaluated(config))
+        traced = held.enter_context(profiled(steps, config.profile_dir))
+        loop = Loop(saver, report, traced, text, windows, stop, evaluated(config))
         try:
             state = loop.epochs(state, config.epochs, lambda params: evaluate(whole(params), corpus.valid))
             best = from_first(on_first(lambda: saver.checkpoints.load("best", state.params), whole(state.params)))
@@ -94,7 +110,8 @@ def train(config: Config, *, constrain: Constraint = unconstrained, stop: Stop |
 def _corpus(config: Config) -> Corpus:
     """The text, after checks that its vocabulary is for these settings and that all processes have it."""
     corpus = load_corpus(config.dataset, config.data_dir, config.tokenizer)
-    agree((replace(config, data_dir=None, out=None), _identity(corpus), corpus.vocabulary))
+    shared = replace(config, data_dir=None, out=None, track=(), profile_dir=None)
+    agree((shared, _identity(corpus), corpus.vocabulary))
     _check_words(config, corpus)
     check_memory(config, len(corpus.vocabulary), COPIES[config.optimizer] + (config.average != "never"))
     return corpus
@@ -121,19 +138,30 @@ def _check_words(config: Config, corpus: Corpus) -> None:
         )
 
 
+def _checked(config: Config) -> Config:
+    """The settings, after a check of all that is beside them: directories and packages."""
+    _check_directory(config)
+    check_trackers(config.track)
+    return checked_profile_dir(config)
+
+
 def _check_directory(config: Config) -> None:
     """Raises a UserError for a run that would go on with other settings, or overwrite something."""
     directory = config.directory
     if config.resume:
         check_same(config, load_config(directory))
-    elif os.path.lexists(directory):
+    elif os.path.lexists(directory) and not is_empty(directory):
         raise _exists(directory)
+
+
+class _BegunError(UserError):
+    """The directory of a run that is to begin exists."""
 
 
 def _exists(directory: Path) -> UserError:
     resume = f"Go on with it: --out {shlex.quote(str(directory))} --resume; or give"
     mend = resume if (directory / "config.json").exists() else "Give"
-    return UserError(f"--out {directory} exists and is left unchanged. {mend} another --out.")
+    return _BegunError(f"--out {directory} exists and is left unchanged. {mend} another --out.")
 
 
 def _begin(config: Config, corpus: Corpus, state: TrainState, windows: int, held: ExitStack) -> TrainState:

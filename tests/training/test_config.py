@@ -120,6 +120,35 @@ def test_defaults_and_presets_pass_the_checks_and_are_saved_whole(config, tmp_pa
     assert load_config(tmp_path) == normalised(config) == normalised(normalised(config))
 
 
+@pytest.mark.parametrize(
+    ("flags", "resume"),
+    [
+        ([], False),
+        (["--resume"], True),
+        (["--no-resume"], False),
+        (["--resume", "auto"], "auto"),
+        (["--resume=auto"], "auto"),
+        (["--resume", "--epochs", "9"], True),
+        (["--epochs", "9", "--resume"], True),
+        (["--resume", "--no-resume"], False),
+    ],
+)
+def test_resume_is_given_with_a_value_or_without(flags, resume, tmp_path):
+    out = ["--dataset", "markov", "--out", str(tmp_path)]
+    save_config(parse(out), tmp_path)
+    found = parse([*out, *flags]).resume
+    assert (type(found), found) == (type(resume), resume)
+
+
+def test_with_auto_the_saved_settings_are_the_defaults_where_there_is_a_run(tmp_path):
+    flags = ["--dataset", "markov", "--out", str(tmp_path / "run"), "--resume", "auto"]
+    assert parse(flags).clip == Config.clip
+    (tmp_path / "run").mkdir()
+    assert parse(flags).clip == Config.clip
+    save_config(settings("markov", tmp_path / "run", clip=0.5), tmp_path / "run")
+    assert parse(flags).clip == 0.5
+
+
 def test_resuming_takes_the_saved_settings_as_defaults(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     config = settings("markov", "run", learning_rate=0.3, features=(8, 9), layers=2)
@@ -202,6 +231,8 @@ SIZES = "one or more whole numbers, each at least 1 and below 2**31"
         ({"schedule": "linear"}, "--schedule must be one of constant, cosine, decay; got 'linear'"),
         ({"tokenizer": "words"}, "--tokenizer must be one of word, character, byte, bpe, None; got 'words'"),
         ({"tie": "no"}, "--tie must be one of True, False; got 'no'"),
+        ({"resume": "x"}, "--resume must be one of True, False, auto; got 'x'"),
+        ({"resume": 1}, "--resume must be one of True, False, auto; got 1"),
         ({"tie": 1}, "--tie must be one of True, False; got 1"),
         ({"dataset": None}, "--dataset must be a name or a path; got None"),
         ({"dataset": ""}, "--dataset must be a name or a path; got ''"),
@@ -313,7 +344,7 @@ def test_a_run_resumes_with_its_own_settings_only(tmp_path):
     config = Config(out=str(tmp_path))
     check_same(dataclasses.replace(config, epochs=9, data_dir="x", resume=True), config)
     for field in dataclasses.fields(Config):
-        if field.name not in ("out", "resume", "data_dir", "epochs", "mesh"):
+        if field.name not in ("out", "resume", "data_dir", "epochs", "mesh", "track", "profile_dir"):
             with pytest.raises(UserError, match=f"--{field.name.replace('_', '-')} "):
                 check_same(dataclasses.replace(config, **{field.name: "another"}), config)
 

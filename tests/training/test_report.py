@@ -78,7 +78,7 @@ def test_rows_beyond_the_saved_state_are_dropped_on_resumption(pets, tmp_path):
     before = early, early | {"valid_perplexity": 2.0}, early | {"step": 6, "epoch": 1.2}
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in before))
     Report(tmp_path, pets, windows=5, first_step=5, validated=0)
-    assert report._read_rows(tmp_path / "metrics.jsonl") == [early]
+    assert report.read_rows(tmp_path / "metrics.jsonl") == [early]
 
 
 def test_only_solvers_that_iterate_report_iterations(pets, tmp_path):
@@ -93,7 +93,7 @@ ROW = {"step": 1, "epoch": 0.5, "train_perplexity": 3.0}
 
 def test_a_row_that_a_kill_cut_short_is_dropped(tmp_path, capsys):
     (tmp_path / "metrics.jsonl").write_text(json.dumps(ROW) + '\n{"step": 2, "ep')
-    assert report._read_rows(tmp_path / "metrics.jsonl") == [ROW]
+    assert report.read_rows(tmp_path / "metrics.jsonl") == [ROW]
     assert capsys.readouterr().err == ""
 
 
@@ -115,7 +115,7 @@ def test_a_row_that_a_kill_cut_short_is_dropped(tmp_path, capsys):
 )
 def test_a_damaged_row_costs_that_row(line, why, tmp_path, capsys):
     (tmp_path / "metrics.jsonl").write_text(line + "\n" + json.dumps(ROW) + "\n")
-    assert report._read_rows(tmp_path / "metrics.jsonl") == [ROW]
+    assert report.read_rows(tmp_path / "metrics.jsonl") == [ROW]
     said = capsys.readouterr().err
     assert said.startswith(f"warning: line 1 of {tmp_path}/metrics.jsonl is left out: ")
     assert why in said
@@ -123,7 +123,7 @@ def test_a_damaged_row_costs_that_row(line, why, tmp_path, capsys):
 
 def test_a_damaged_last_row_is_reported_where_its_line_is_whole(tmp_path, capsys):
     (tmp_path / "metrics.jsonl").write_text(report._line(ROW) + report._line(ROW).replace("3.0", "3.5"))
-    assert report._read_rows(tmp_path / "metrics.jsonl") == [ROW]
+    assert report.read_rows(tmp_path / "metrics.jsonl") == [ROW]
     assert capsys.readouterr().err.startswith(f"warning: line 2 of {tmp_path}/metrics.jsonl is left out: ")
 
 

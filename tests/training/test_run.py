@@ -6,7 +6,9 @@ import os
 import re
 import shutil
 import signal
+import subprocess
 import threading
+import time
 
 import jax
 import jax.numpy as jnp
@@ -16,6 +18,7 @@ from filelock import FileLock
 from small_runs import (
     TEXT,
     assert_same,
+    command,
     files_of_at_most,
     metrics_rows,
     position,
@@ -164,10 +167,17 @@ def test_settings_are_checked_before_anything_is_written(tmp_path):
 
 
 def test_a_directory_that_exists_is_left_unchanged(pets_run, pets_text, tmp_path):
+    (tmp_path / "notes.txt").touch()
     with pytest.raises(UserError, match=r"exists and is left unchanged\. Give another --out"):
         train(settings(pets_text, tmp_path))
     with pytest.raises(UserError, match=r"Go on with it: --out .*pets --resume; or give another --out"):
         train(pets_run[0])
+
+
+def test_an_empty_directory_is_taken(pets_text, tmp_path):
+    (tmp_path / "run").mkdir()
+    train(settings(pets_text, tmp_path / "run", epochs=1))
+    assert (tmp_path / "run" / "result.json").exists()
 
 
 def test_a_run_that_could_not_be_created_leaves_no_directory(pets_text, tmp_path, monkeypatch):
@@ -214,6 +224,26 @@ def test_a_run_is_trained_by_one_program_at_a_time(pets_text, tmp_path, monkeypa
 
     monkeypatch.setattr(run_module, "make_step", meanwhile)
     assert train(config)["test_perplexity"] == train(resumed(config))["test_perplexity"]  # unlocked again
+
+
+def test_of_two_starts_at_once_one_trains_and_the_other_is_refused(pets_text, tmp_path):
+    flags = ["--dataset", pets_text, "--features", "8", "--layers", "1", "--epochs", "100000", "--resume", "auto"]
+    pipes = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE, "text": True}
+    starts = [subprocess.Popen(command("train", *flags, "--out", tmp_path / "run"), **pipes) for _ in range(2)]
+    try:
+        deadline = time.monotonic() + 120
+        while all(process.poll() is None for process in starts):
+            assert time.monotonic() < deadline
+            time.sleep(0.1)
+        refused, trains = sorted(starts, key=lambda process: process.poll() is None)
+        assert refused.returncode == 1
+        assert re.fullmatch(r"error: the run in .* is being trained by another program\..*\n", refused.stderr.read())
+        trains.terminate()
+        assert trains.wait(timeout=60) in (143, -signal.SIGTERM)  # the latter before it listens
+    finally:
+        for process in starts:
+            process.kill()
+            process.communicate()
 
 
 def test_training_in_a_thread_leaves_signals_alone(pets_text, tmp_path):

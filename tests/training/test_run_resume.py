@@ -4,6 +4,7 @@ import dataclasses
 import gc
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -333,3 +334,49 @@ def test_a_damaged_row_does_not_end_a_finished_training(pets_run, copied_run, ca
     again = train(resumed(copied_run))
     assert again["valid_perplexities"] == pets_run[1]["valid_perplexities"]
     assert "line 1 of" in capsys.readouterr().err
+
+
+def test_the_same_command_begins_goes_on_and_ends(straight, tmp_path, monkeypatch, capsys):
+    broken = dataclasses.replace(straight, out=str(tmp_path / "broken"), resume="auto")
+    train_until(lambda state: int(state.step) > 20, broken, monkeypatch)
+    assert 20 < position(broken)[0] < windows_of(broken)
+    result = train(broken)
+    assert_same(saved_state(broken), saved_state(straight))
+    capsys.readouterr()
+    assert train(broken) == result
+    assert re.fullmatch(r"a step takes .*\ntest: perplexity .*\n", capsys.readouterr().out)
+    assert load_config(broken.directory).resume is False
+
+
+def test_the_same_command_line_begins_and_goes_on(pets_text, tmp_path, capsys):
+    command_line = ["--dataset", str(pets_text), "--features", "8", "--layers", "1", "--batch-size", "40"]
+    command_line += ["--epochs", "1", "--out", str(tmp_path / "run"), "--resume", "auto"]
+    for epochs in ("1", "2"):
+        main([*command_line, "--epochs", epochs])
+    assert [row["epoch"] for row in metrics_rows(load_config(tmp_path / "run")) if "valid_perplexity" in row] == [1, 2]
+    with pytest.raises(SystemExit, match="1"):
+        main([*command_line, "--clip", "9"])
+    assert "began with another configuration (--clip 5.0 -> 9.0)" in capsys.readouterr().err
+
+
+def test_what_is_no_run_is_refused_also_where_one_may_begin(pets_text, tmp_path):
+    (tmp_path / "notes.txt").write_text("mine")
+    with pytest.raises(UserError, match=r"is not a run: it has no config\.json"):
+        train(settings(pets_text, tmp_path, resume="auto"))
+    with pytest.raises(UserError, match=r"is not a run: it has no config\.json"):
+        train(settings(pets_text, tmp_path / "notes.txt", resume="auto"))
+    assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
+
+
+def test_a_start_that_another_has_overtaken_goes_on_with_its_run(straight, tmp_path, monkeypatch):
+    late = dataclasses.replace(straight, out=str(tmp_path / "late"), resume="auto")
+
+    def overtaken(*args):
+        monkeypatch.undo()
+        shutil.copytree(straight.directory, late.directory)
+        save_config(*args)
+
+    monkeypatch.setattr(run_module, "save_config", overtaken)
+    train(late)
+    assert_same(saved_state(late), saved_state(straight))
+    assert [path.name for path in tmp_path.iterdir()] == ["late"]
