@@ -46,7 +46,7 @@ python_maximum_signature_line_length = 100
 def in_rst(app, what, name, obj, options, lines):
     """Docstrings have tables and `names` as Markdown has them, and values that are returned without a type."""
     out, table, math = [], [], -1
-    for line in [*lines, ""]:
+    for line in [*one_by_one(lines), ""]:
         text, indent = line.lstrip(), len(line) - len(line.lstrip())
         if text.startswith("| "):
             table.append([cell.strip() for cell in text.strip("|").split("|")])
@@ -63,6 +63,20 @@ def in_rst(app, what, name, obj, options, lines):
                 line = " " * indent + ":" + line.lstrip()  # or what stands before a colon would be the type
         out.append(line)
     lines[:] = out[:-1]
+
+
+def one_by_one(lines: list[str]) -> list[str]:
+    """Attributes that are described together, `a, b: what both are`, each on its own."""
+    out, names, described = [], [], []
+    for line in [*lines, ""]:
+        if names and line.startswith(" " * 4):
+            described.append(line)
+            continue
+        out += [part for name in names for part in (f"  {name}{described[0]}", *described[1:])]
+        together = re.fullmatch(r"  (\w+(?:, \w+)+)(: .*)", line)
+        names, described = (together[1].split(", "), [together[2]]) if together else ([], [])
+        out += [] if together else [line]
+    return out[:-1]
 
 
 def literal(line: str) -> str:
@@ -86,7 +100,8 @@ def without_internals(app, what, name, obj, options, signature, return_annotatio
     if signature is None:
         return None
     signature = re.sub(r", parent=<[^>]*>, name=None(?=\))", "", signature)
-    signature = re.sub(r"<function (?:\w+\.<locals>\.)?(\w+)(?:\.<locals>\.\w+)? at 0x[0-9a-f]+>", r"\1()", signature)
+    signature = re.sub(r"<function (\w+)\.<locals>\.\w+(?: at 0x[0-9a-f]+)?>", r"\1()", signature)  # an initialiser
+    signature = re.sub(r"<function (\w+)(?: at 0x[0-9a-f]+)?>", r"\1", signature)
     signature = re.sub(r"<class '(?:\w+\.)*(\w+)'>", r"\1", signature)
     return signature, return_annotation
 
