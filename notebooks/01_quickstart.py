@@ -3,9 +3,10 @@
 #
 # [![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/OWNER/ranjax/blob/main/notebooks/01_quickstart.ipynb)
 #
-# A recurrent additive network in place of an LSTM, in one minute on a TPU or a GPU and two on two CPU cores. You will
-# see that a layer and its cell agree, that all solvers of a linear recurrence agree, and which of them is fastest on
-# the device that you have.
+# A recurrent additive network in place of an LSTM. You will see that a layer and its cell agree, that all solvers of
+# a linear recurrence agree, and which of them is fastest on the device that you have. Two minutes on two CPU cores;
+# most of the time is compilation, on an accelerator too. The outputs below are of a whole run on two CPU cores, which
+# other programs shared: compare their times with each other, and only roughly.
 
 # %%
 # Installs ranjax where it is missing. A JAX that is there and new enough is kept as it is.

@@ -4,8 +4,9 @@
 # [![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/OWNER/ranjax/blob/main/notebooks/04_long_sequences.ipynb)
 #
 # A linear recurrence over up to a million steps: how long each solver takes against the length, how exact each is,
-# and the same over several devices. Two minutes on two CPU cores, about one on a TPU or a GPU. On a CPU expect a loop
-# to be the fastest; on an accelerator a solver that is parallel over time.
+# and the same over several devices. On a CPU expect loops and chunks to be the fastest; on an accelerator look for a
+# solver that is parallel over time. Two minutes on two CPU cores. The outputs below are of a whole run on two CPU
+# cores, which other programs shared: compare their times with each other, and only roughly.
 
 # %%
 # Installs ranjax where it is missing. A JAX that is there and new enough is kept as it is.

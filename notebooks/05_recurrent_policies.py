@@ -4,9 +4,10 @@
 # [![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/OWNER/ranjax/blob/main/notebooks/05_recurrent_policies.ipynb)
 #
 # Reinforcement learning with memory: episodes of different lengths in parallel environments, with resets in the
-# middle of a rollout. One minute on two CPU cores or an accelerator. The policy is trained on a corridor whose exit
-# was announced at its entrance: from 50 % to nearly all exits right. You will see that acting step by step and
-# learning over whole rollouts compute the same.
+# middle of a rollout. The policy is trained on a corridor whose exit was announced at its entrance: from 50 % to
+# nearly all exits right. You will see that acting step by step and learning over whole rollouts compute the same. One
+# minute on two CPU cores. The outputs below are of a whole run on two CPU cores, which other programs shared: compare
+# their times with each other, and only roughly.
 
 # %%
 # Installs ranjax where it is missing. A JAX that is there and new enough is kept as it is.
@@ -143,10 +144,8 @@ def rollout(key, variables, states, carry):
     return jax.lax.scan(step, (states, carry), jax.random.split(key, TIME))
 
 
-(later, _), recorded = rollout(jax.random.key(2), variables, states, carry)
-observations, resets, actions, rewards, ended, acted = recorded
-with jax.default_matmul_precision("float32"):
-    (_, _), (*_, acted) = rollout(jax.random.key(2), variables, states, carry)
+with jax.default_matmul_precision("float32"):  # TPUs and GPUs round products otherwise
+    _, (observations, resets, actions, _, _, acted) = rollout(jax.random.key(2), variables, states, carry)
     _, learned, _ = policy.apply(variables, carry, observations, resets)
 print(
     int(resets.sum()),
@@ -155,7 +154,7 @@ print(
     "steps; largest difference of logits:",
     float(jnp.abs(learned - acted).max()),
 )
-assert jnp.allclose(learned, acted, atol=1e-2)
+assert jnp.allclose(learned, acted, atol=1e-4)
 
 # %% [markdown]
 # ## Learning
