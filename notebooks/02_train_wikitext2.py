@@ -4,9 +4,10 @@
 # [![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/OWNER/ranjax/blob/main/notebooks/02_train_wikitext2.ipynb)
 #
 # A language model of residual blocks around RANs that one scan solves, trained for one epoch on WikiText-2 with a
-# live curve, stopped, resumed, sampled, and compared with an LSTM of the same width. About seven minutes on two CPU
-# cores, less on a TPU or a GPU; expect a test perplexity near 210 for the RAN. The full recipe, `python -m
-# ranjax.train --dataset wikitext-2`, reaches 112.10 in 32 minutes.
+# live curve, stopped, resumed, sampled, and compared with an LSTM of the same width. Expect test perplexities of some
+# 181 and 211. The outputs below took some twenty minutes on two CPU cores that several other programs shared, half of
+# what they can do or less; accelerators have not been timed. The full recipe, `python -m ranjax.train --dataset
+# wikitext-2`, reaches 112.10 in 32 minutes.
 
 # %%
 # Installs ranjax where it is missing. A JAX that is there and new enough is kept as it is.
@@ -73,7 +74,8 @@ settings = replace(
 if SHORT:  # a small text
     small = {"data_dir": None, "features": (8,), "layers": 1, "cutoffs": (8,), "batch_size": 4, "steps": 7, "warmup": 2}
     settings = replace(settings, dataset="text.txt", tokenizer="word", **small)
-print({name: value for name, value in vars(settings).items() if value != getattr(config.Config, name, None)})
+changed = {name: value for name, value in vars(settings).items() if value != getattr(config.Config, name, None)}
+print({name: value for name, value in changed.items() if name != "data_dir"})
 
 # %% [markdown]
 # ## Training with a live curve
@@ -82,10 +84,11 @@ print({name: value for name, value in vars(settings).items() if value != getattr
 # `Stop` is what Ctrl-C sets in a terminal.
 
 # %%
+import io
 import json
 import threading
 import time
-from contextlib import suppress
+from contextlib import redirect_stdout, suppress
 
 import matplotlib.pyplot as plt
 from IPython.display import display
@@ -122,16 +125,18 @@ def watched(settings, curves, stop_at=None):
         with suppress(SystemExit):  # it was stopped, and has saved its state
             results.append(train(settings, stop=stop))
 
-    worker = threading.Thread(target=work)
-    worker.start()
+    worker, said = threading.Thread(target=work), io.StringIO()
     figure = display(drawn(curves), display_id=True)
-    while worker.is_alive():
-        time.sleep(0.2 if SHORT else 4)
-        figure.update(drawn(curves))
-        rows = points(settings.out)
-        if stop_at is not None and rows and rows[-1]["epoch"] >= stop_at:
-            stop.ask(2)  # SIGINT
+    with redirect_stdout(said):  # the curve takes the place of a line for each of its points
+        worker.start()
+        while worker.is_alive():
+            time.sleep(0.2 if SHORT else 4)
+            figure.update(drawn(curves))
+            rows = points(settings.out)
+            if stop_at is not None and rows and rows[-1]["epoch"] >= stop_at:
+                stop.ask(2)  # SIGINT
     figure.update(drawn(curves))
+    print(*said.getvalue().splitlines()[-1:])
     return results[0] if results else None
 
 

@@ -45,7 +45,7 @@ if importlib.util.find_spec("ranjax") is None:
 import jax
 
 print(date.today(), "Python", platform.python_version(), *(f"{name} {version(name)}" for name in FLOORS))
-print(jax.devices(), f"{len(os.sched_getaffinity(0))} CPU cores")
+print(jax.devices(), f"{os.cpu_count()} CPU cores")
 
 # %% [markdown]
 # ## A model
@@ -134,7 +134,8 @@ from ranjax import memory
 from ranjax.evaluate import load_text
 
 text = load_text(run, OUT, "valid")[: 300 if SHORT else 20_000]
-layers = memory.memory(run.model, run.params, text, most=64 if SHORT else 256, window=128 if SHORT else 2048)
+most, window = (16, 64) if SHORT else (256, 2048)
+layers = memory.memory(run.model, run.params, text, most=most, window=window)
 figure, axes = plt.subplots(figsize=(6, 2.8), dpi=80)
 for number, layer in enumerate(layers, 1):
     lives = layer.quantile(0.5)

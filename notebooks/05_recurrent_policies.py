@@ -45,7 +45,7 @@ if importlib.util.find_spec("ranjax") is None:
 import jax
 
 print(date.today(), "Python", platform.python_version(), *(f"{name} {version(name)}" for name in FLOORS))
-print(jax.devices(), f"{len(os.sched_getaffinity(0))} CPU cores")
+print(jax.devices(), f"{os.cpu_count()} CPU cores")
 
 # %% [markdown]
 # ## The task
@@ -221,9 +221,9 @@ figure.tight_layout()
 # ## The layer beside the usual pattern
 #
 # The gradient over a rollout by the cell in a scan, as policies are often written, and by the layer, which has one
-# product with all observations and one for the gradient of each weight. Medians of alternating measurements. With few
-# observations and features, as here, the loop itself takes most of the time. `examples/policy.py` is the same
-# comparison at another size.
+# product with all observations and one for the gradient of each weight. Medians of alternating measurements. Which is
+# faster depends on the size and the device: in the outputs below, on shared CPU cores and with only 3 observations, it
+# is the scan. `examples/policy.py` is the same comparison at another size.
 
 # %%
 import time
