@@ -71,8 +71,8 @@ print(f"test perplexity {result['test_perplexity']:.2f}")
 # %% [markdown]
 # ## The weights of a text
 #
-# `attribution.decompositions` returns gates, contents and states of each layer. The state of step t is the sum over j
-# of the weight w^t_j times the content u_j, in every component, exactly:
+# `attribution.decompositions` returns gates, contents and states of each layer. The state of step $t$ is the sum over
+# $j$ of the weight $w^t_j$ times the content $u_j$, in every component, exactly:
 
 # %%
 import jax.numpy as jnp
