@@ -101,7 +101,7 @@ def without_internals(app, what, name, obj, options, signature, return_annotatio
         return None
     signature = re.sub(r", parent=<[^>]*>, name=None(?=\))", "", signature)
     signature = re.sub(r"<function (\w+)\.<locals>\.\w+(?: at 0x[0-9a-f]+)?>", r"\1()", signature)  # an initialiser
-    signature = re.sub(r"<function (\w+)(?: at 0x[0-9a-f]+)?>", r"\1", signature)
+    signature = re.sub(r"<function (?:\w+\.)*(\w+|<lambda>)(?: at 0x[0-9a-f]+)?>", r"\1", signature)
     signature = re.sub(r"<class '(?:\w+\.)*(\w+)'>", r"\1", signature)
     return signature, return_annotation
 
