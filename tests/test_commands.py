@@ -165,7 +165,7 @@ KINDS = [
     re.compile(r"\S*python -m pytest.*"),
     re.compile(r"\S*python -m sphinx -W --keep-going -c docs \. build/docs"),
     re.compile(r"\S*python notebooks/build\.py NAME"),
-    re.compile(r"\.venv/bin/(ruff (check|format --check) \.|pyright)"),
+    re.compile(r"\.venv/bin/(ruff (check|format --check) \.|pyright --pythonpath \.venv/bin/python)"),
 ]
 
 

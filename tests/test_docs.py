@@ -76,6 +76,7 @@ def test_what_the_reference_documents_exists():
         assert resolved(name) is not None
 
 
+@pytest.mark.quick
 @pytest.mark.shipped
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_the_examples_of_a_page_run_in_sequence(page):
