@@ -18,7 +18,7 @@ from jax.typing import ArrayLike
 
 from ranjax.cell import Params, plus_bias, promoted
 from ranjax.scan import state_dtype, unroll
-from ranjax.sharding import varying_as
+from ranjax.sharding import placed_as, varying_as
 
 
 class Stepwise(nn.Module):
@@ -70,6 +70,7 @@ class Stepwise(nn.Module):
         weights, rows = weights_and_rows(params, x)  # with time and batch as one axis XLA would gather a sharded batch
         carry = jax.tree.map(lambda c: jnp.asarray(c, state_dtype(c, rows)), carry)  # at least as wide as its summands
         weights, carry = jax.tree.map(lambda a: varying_as(a, (rows,)), (weights, carry))
+        carry = jax.tree.map(lambda c: placed_as(c, rows, first=1), carry)
         return _scan_steps(step, weights, carry, rows)
 
 
@@ -132,7 +133,7 @@ def _scan_steps_forward(step, weights, carry, rows):
     def scan(carry, added):
         return lax.scan(advance, carry, (rows, added), unroll=unroll())
 
-    zeros = jax.tree.map(lambda c: varying_as(jnp.zeros((len(rows), *c.shape), c.dtype), (c,)), carry)
+    zeros = jax.tree.map(lambda c: placed_as(varying_as(jnp.zeros((len(rows), *c.shape), c.dtype), (c,)), rows), carry)
     (last, (before, h)), back = jax.vjp(scan, carry, zeros)  # the gradient of `zeros` is the adjoint of each carry
     return (last, h), (weights, before, rows, back)
 

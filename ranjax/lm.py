@@ -21,7 +21,7 @@ from ranjax.block import ResidualBlock, check_expansion
 from ranjax.cell import ACTIVATIONS, GATES, RANCell, check_half_life, checked_carry, half_life_biases, uniform
 from ranjax.errors import check_choice, check_rate, check_size
 from ranjax.layer import RAN
-from ranjax.output import AdaptiveSoftmax, FullSoftmax, check_cutoffs, default_cutoffs
+from ranjax.output import AdaptiveSoftmax, FullSoftmax, Words, check_cutoffs, default_cutoffs
 from ranjax.scan import state_dtype
 from ranjax.solvers import check_solver, is_sequential
 from ranjax.solvers.fixed_point import FixedPoint
@@ -250,7 +250,7 @@ class LanguageModel(nn.Module):
             sizes = self.vocabulary, self.output_size, self.word_clusters
             self.adaptive = AdaptiveSoftmax(*sizes, self.init_scale or 0.1, self.dtype)
         if not (adaptive and self.tie):
-            self.embed = nn.Embed(self.vocabulary, self.embedding_size, dtype=self.dtype, embedding_init=init)
+            self.embed = Words(self.vocabulary, self.embedding_size, dtype=self.dtype, embedding_init=init)
         self.stack = [self._layer(size) for size in self.sizes]
         over = (0 if self.time_major else 1,) if self.locked else ()
         self.drop = nn.Dropout(self.dropout, over)

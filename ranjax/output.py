@@ -16,12 +16,13 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
+from flax.linen.dtypes import promote_dtype
 from flax.typing import Dtype
 from jax import Array, lax
 
 from ranjax.cell import uniform
 from ranjax.errors import is_size
-from ranjax.sharding import alike, varying_as
+from ranjax.sharding import alike, rows_of, varying_as
 
 HELD = 2**22  # logits, at most, that a loss holds at once (16 MB); but those of LEAST rows
 FEW = 64  # rows a chunk where only some are taken
@@ -204,6 +205,14 @@ def tail_features(features: int, number: int) -> int:
     return max(1, features // FACTOR**number)
 
 
+class Words(nn.Embed):
+    """flax's embedding, whose rows are sharded as the tokens are on a mesh with explicit axes."""
+
+    def __call__(self, inputs: Array) -> Array:
+        [table] = promote_dtype(self.embedding, dtype=self.dtype, inexact=False)
+        return rows_of(table, inputs)
+
+
 class AdaptiveSoftmax(nn.Module):
     r"""An output layer whose cost follows the text: rare words are computed only where they are predicted.
 
@@ -276,10 +285,10 @@ class AdaptiveSoftmax(nn.Module):
     def embed(self, tokens: Array) -> Array:
         """The embeddings of words, `(..., features)`."""
         (head,) = self._narrow(self.head)
-        found = jnp.take(head, jnp.minimum(tokens, self.cutoffs[0] - 1), axis=0)
+        found = rows_of(head, jnp.minimum(tokens, self.cutoffs[0] - 1))
         for (first, last), (projection, words, _) in zip(self._ranges, self.tails, strict=True):
             projection, words = self._narrow(projection, words)
-            rare = jnp.take(words, jnp.clip(tokens - first, 0, last - first - 1), axis=0) @ projection
+            rare = rows_of(words, jnp.clip(tokens - first, 0, last - first - 1)) @ projection
             found = jnp.where(((tokens >= first) & (tokens < last))[..., None], rare, found)
         return found
 

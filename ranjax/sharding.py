@@ -51,6 +51,29 @@ def automatic(function: Callable, *arguments: Any, like: Array, others: tuple[Pa
     return jax.sharding.auto_axes(function, out_sharding=split if others else split[0])(*arguments)
 
 
+def rows_of(table: Array, indices: Array) -> Array:
+    """`jnp.take(table, indices, axis=0)`, sharded as the indices are on a mesh with explicit axes."""
+    kind = jax.typeof(indices).sharding
+    if not kind.mesh.explicit_axes or kind.mesh.manual_axes:
+        return jnp.take(table, indices, axis=0)
+    split = NamedSharding(kind.mesh, PartitionSpec(*kind.spec, *(None,) * (table.ndim - 1)))
+    return table.at[indices].get(mode="fill", fill_value=jnp.nan, out_sharding=split)
+
+
+def placed_as(array: Array, like: Array, first: int = 0) -> Array:
+    """The array, sharded as `like` is on a mesh with explicit axes.
+
+    Args:
+      array: of as many axes as `like` has from `first` on.
+      like: an array.
+      first: how many of its axes are left out.
+    """
+    kind = jax.typeof(like).sharding
+    if not kind.mesh.explicit_axes or kind.mesh.manual_axes:
+        return array
+    return jax.sharding.reshard(array, NamedSharding(kind.mesh, PartitionSpec(*kind.spec[first:])))
+
+
 def check_spread(name: str, arrays: Iterable[Array], axis_name: str | None) -> None:
     """Raises a ValueError if all devices hold the same steps; `check_vma=False` disables the check."""
     if axis_name is None or axis_name not in varying_axes(lax.axis_index(axis_name)):
@@ -77,6 +100,7 @@ def before(states: Array, initial: Array, axis: int, reverse: bool = False, axis
         return states
     begin, end = (1, size) if reverse else (0, size - 1)
     others = lax.slice_in_dim(states, begin, end, axis=axis)
+    boundary = placed_as(boundary, states)
     if axis_name is not None:
         last = lax.index_in_dim(states, 0 if reverse else size - 1, axis)
         boundary = jnp.where(_first(reverse, axis_name), boundary, _from_neighbour(last, reverse, axis_name))

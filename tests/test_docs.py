@@ -15,7 +15,13 @@ ROOT = Path(__file__).parents[1]
 PAGES = sorted((ROOT / "docs").glob("*.md"))
 # Names of public modules that are of the programs, and of no use elsewhere.
 INTERNAL = {
-    "config": {"Rule", "check", "check_same", "load_config", "normalised", "parse", "save_config"},
+    "compare": {"checked_out"},
+    "config": {
+        *("Rule", "check", "check_same", "goes_on", "kept", "load_config", "normalised", "parse", "parse_cluster"),
+        "save_config",
+    },
+    "data": {"encoded"},
+    "evaluate": {"check_options", "evaluate_corpus", "evaluate_text", "read_ids"},
     "explain": {"checked_out", "read_text", "writing"},
 }
 

@@ -329,3 +329,33 @@ def test_a_layer_on_an_explicit_mesh(x64, explicit, gates, solver):
     assert_close(parts.c, solved, 1e-11)
     assert_close(parts.i[:, 0] * parts.u[:, 0], parts.c[:, 0], 1e-11)
     assert_close(spread_gradient, gradient, 1e-9)
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"gates": "input", "block": "residual"},
+        {"cell": "lstm", "tie": False},
+        {"gates": "diagonal", "softmax": "adaptive", "cutoffs": (4,)},
+    ],
+)
+def test_a_language_model_on_an_explicit_mesh(options, explicit):
+    """Tokens on a mesh as `jax.make_mesh` makes it: logits are sharded as they are."""
+    model, tokens = ranjax.LanguageModel(11, features=FEATURES, **options), np.arange(4 * 7).reshape(4, 7) % 11
+    params = model.init(jax.random.key(0), tokens, deterministic=True)["params"]
+
+    def loss(params, tokens):
+        logits, state = model.apply({"params": params}, tokens, deterministic=True)
+        return jnp.mean(jnp.sin(logits)), (logits, state)
+
+    found = jax.jit(jax.value_and_grad(loss, has_aux=True))
+    expected = found(params, tokens)
+    placed = (
+        jax.device_put(params, NamedSharding(explicit, P())),
+        jax.device_put(tokens, NamedSharding(explicit, P("batch"))),
+    )
+    (total, (logits, state)), gradient = found(*placed)
+    assert {jax.typeof(a).sharding.spec[0] for a in (logits, *jax.tree.leaves(state))} == {"batch"}
+    assert_close(((total, (logits, state)), gradient), expected, 1e-5)

@@ -183,7 +183,7 @@ def test_a_signal_during_training_saves_the_run_and_says_how_to_resume(wait, num
 
 def test_the_program_trains_with_the_settings_of_its_flags(pets_text, tmp_path, capsys):
     out = tmp_path / "run"
-    flags = "--features 8 --layers 1 --batch-size 40 --steps 7 --epochs 1"
+    flags = "--features 8 --layers 1 --batch-size 40 --steps 7 --epochs 1 --mesh data=1"
     train.main(["--dataset", str(pets_text), "--out", str(out), *flags.split()])
     assert load_config(out) == settings(pets_text, out, batch_size=40, epochs=1)
     *_, last = capsys.readouterr().out.splitlines()

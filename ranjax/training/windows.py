@@ -24,6 +24,9 @@ class Steps:
 
     def __init__(self, step: Any, state: Any, text: Any, config: Config, windows: int):
         self._step, self._config, self._windows, self._compiled = step, config, windows, {}
+        several = any(len(a.devices()) > 1 for a in jax.tree.leaves(state))
+        # On a CPU the threads of two programs at once can wait for each other's collectives.
+        self._one_at_a_time = several and jax.default_backend() == "cpu"
         length = min(config.steps + 2 * config.vary_steps, config.steps * windows)
         self.longest = self._of(state, text, length)
 
@@ -38,9 +41,7 @@ class Steps:
 
     def _run(self, step: Any, *given: Any) -> Any:
         state = step(*given)
-        if len(state.step.devices()) > 1 and jax.default_backend() == "cpu":
-            jax.block_until_ready(state)  # the threads of two programs at once can wait for each other's collectives
-        return state
+        return jax.block_until_ready(state) if self._one_at_a_time else state
 
     def _of(self, state: Any, text: Any, length: int) -> Any:
         if length not in self._compiled:

@@ -111,6 +111,7 @@ def test_processes_with_other_settings_are_refused(pets_text, tmp_path):
 
 def test_what_the_first_refuses_ends_all(pets_text, tmp_path):
     (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "notes.txt").touch()
     with processes(*[flags(pets_text, tmp_path / "run")] * 2) as both:
         first, second = map(ended, both)
     assert (first[0], second[0]) == (1, 1)

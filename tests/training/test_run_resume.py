@@ -121,8 +121,8 @@ def test_a_signal_on_the_last_step_of_an_epoch_loses_nothing(straight, tmp_path,
 def test_a_signal_during_an_evaluation_stops_it_and_loses_nothing(send, call, epoch, straight, tmp_path, monkeypatch):
     broken, calls = dataclasses.replace(straight, out=str(tmp_path / "broken")), []
 
-    def make_signalled(model, streams, between):
-        evaluate = make_evaluator(model, streams, between)
+    def make_signalled(*settings):
+        evaluate = make_evaluator(*settings)
 
         def signalled(*args):
             calls.append(None)
@@ -217,7 +217,7 @@ def test_a_run_killed_before_its_first_step_resumes(straight, tmp_path, monkeypa
 
 def test_kill_9_and_resumption_are_bitwise(pets_text, tmp_path):
     flags = ["--dataset", str(pets_text), "--features", "8", "--layers", "1", "--batch-size", "2", "--steps", "5"]
-    flags += ["--epochs", "4", "--dropout", "0.1", "--out"]
+    flags += ["--epochs", "4", "--dropout", "0.1", "--mesh", "data=1", "--out"]
     killed, whole = str(tmp_path / "killed"), str(tmp_path / "whole")
     process = subprocess.Popen(command("train", *flags, killed), stdout=subprocess.DEVNULL)
     metrics, deadline = Path(killed) / "metrics.jsonl", time.monotonic() + 120
@@ -344,7 +344,7 @@ def test_the_same_command_begins_goes_on_and_ends(straight, tmp_path, monkeypatc
     assert_same(saved_state(broken), saved_state(straight))
     capsys.readouterr()
     assert train(broken) == result
-    assert re.fullmatch(r"a step takes .*\ntest: perplexity .*\n", capsys.readouterr().out)
+    assert re.fullmatch(r"a step takes .*\n(it runs on 1 of 8 devices\.\n)?test: perplexity .*\n", capsys.readouterr().out)
     assert load_config(broken.directory).resume is False
 
 
