@@ -77,8 +77,8 @@ def measured(options: Options, mesh: str, model: dict) -> dict:
     return row | {"losses": losses}
 
 
-def main() -> None:
-    options = cli.options(Options, None, "python benchmarks/train_mesh.py")
+def main(options: Options) -> None:
+    """The table, row by row, and the file."""
     rows = []
     for name, model in MODELS.items():
         for mesh in MESHES:
@@ -96,4 +96,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    main(cli.options(Options, None, "python benchmarks/train_mesh.py"))

@@ -18,7 +18,7 @@ from small_runs import TEXT, run_program
 
 import ranjax.data
 from ranjax import cli
-from ranjax.training.config import parse
+from ranjax.training.config import parse, parse_cluster
 
 ROOT = Path(__file__).parents[1]
 PAGES = ["README.md", "CONTRIBUTING.md", *sorted(str(p.relative_to(ROOT)) for p in (ROOT / "docs").glob("*.md"))]
@@ -27,7 +27,7 @@ MEASURED = ["benchmarks/README.md", *STUDIES]
 PROGRAM = re.compile(r"(?:\S*python3?) -m ranjax\.([a-z]+)(?: (.*))?")
 SCRIPT = re.compile(r"python ((?:experiments|benchmarks|notebooks|examples)/\S+\.py)(?: (.*))?")
 IS_COMMAND = re.compile(r"(python3?|pip|\.venv/bin/\S+)( |$)")
-SMALL = ["--features", "8", "--batch-size", "4", "--steps", "7", "--epochs", "1", "--mesh", "data=1"]
+SMALL = ["--features", "8", "--batch-size", "4", "--steps", "7", "--epochs", "1"]
 ELSEWHERE = {"xprof"}  # packages that a page installs beside the project
 
 
@@ -69,6 +69,7 @@ def texts(tmp_path, monkeypatch):
             path.write_text(text)
     (tmp_path / "DIR").symlink_to("DATA")
     (tmp_path / "my" / "folder").mkdir(parents=True)
+    (tmp_path / "chapter.txt").write_text(text)
     (tmp_path / "my" / "text.txt").write_text("Once upon a time\n" * 200)
     for split in ("train", "valid", "test"):
         (tmp_path / "my" / "folder" / f"{split}.txt").write_text(text)
@@ -92,6 +93,8 @@ def shortened(name, arguments):
         arguments = [*arguments, *SMALL, "--features", *["8"] * len(sizes)]
     else:
         arguments = [*arguments, *SMALL]
+    if "--mesh" not in arguments:
+        arguments = [*arguments, "--mesh", "data=1"]
     return [*arguments, "--cutoffs", "4"] if parse(arguments).softmax == "adaptive" else arguments
 
 
@@ -102,6 +105,9 @@ def test_the_programs_of_a_page_run(page, texts):
         if found := PROGRAM.fullmatch(command.text):
             name, arguments = found[1], flags(found[2])
             if name == "train" and command.text in ran:  # trained already
+                continue
+            if "--distributed" in arguments:  # tests/training/test_processes.py runs it
+                assert parse_cluster(arguments).distributed
                 continue
             if name == "export":  # the shape checks of the tests do not support its symbolic sizes
                 done = run_program(name, *arguments)

@@ -57,7 +57,7 @@ class TensorBoard:
     def __init__(self, directory: Path, identity: str, config: dict[str, Any]):
         from tensorboardX import summary  # pyright: ignore[reportMissingImports]
         from tensorboardX.event_file_writer import EventsWriter  # pyright: ignore[reportMissingImports]
-        from tensorboardX.proto.event_pb2 import Event  # pyright: ignore[reportMissingImports]
+        from tensorboardX.proto.event_pb2 import Event  # pyright: ignore[reportMissingImports, reportAttributeAccessIssue]
 
         self._event, self._summary = Event, summary
         folder = directory / "tensorboard"
