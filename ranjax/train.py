@@ -22,14 +22,19 @@ def main(argv: list[str] | None = None) -> None:
         from ranjax.training.config import parse, parse_cluster
 
         config, cluster = parse(argv), parse_cluster(argv)
-        if cluster.distributed:
-            from ranjax.training.processes import join
+        if not cluster.distributed:
+            check_device()
+            from ranjax.training.run import train
 
-            join(cluster)
-        check_device()
-        from ranjax.training.run import train
+            train(config)
+            return
+        from ranjax.training.processes import ending, join
 
-        train(config)
+        join(cluster)
+        with ending():
+            from ranjax.training.run import train
+
+            train(config)
 
 
 if __name__ == "__main__":

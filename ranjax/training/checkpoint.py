@@ -136,6 +136,9 @@ class Saver:
 
     def __exit__(self, *_: object) -> None:
         self._thread.shutdown()
+        error = None if self._written is None else self._written.exception()
+        if error is not None:  # of a training that has ended by another error
+            warn(f"the last checkpoint in {self.checkpoints.directory} could not be written: {error}")
 
     def save(self, kind: str, number: int, tree: Any) -> None:
         """Saves `tree`, whose arrays may be donated or overwritten after the call; see `Checkpoints.save`."""

@@ -290,10 +290,11 @@ def _check_mesh(config: Config) -> None:
     if sizes.get("time", 1) > 1:
         random = ("dropout", "dropout_input", "dropout_output", "dropout_words", "dropout_weights")
         taken = [getattr(config, name) for name in (*random, "activation_penalty", "change_penalty", "vary_steps")]
-        if any(taken) or sizes.get("model", 1) > 1 or config.cell != "ran":
+        if any(taken) or sizes.get("model", 1) > 1 or config.cell != "ran" or config.solver == "pallas":
             raise UserError(
-                f"--mesh {config.mesh}: time is split for --cell ran only, without a split of model, and with all of "
-                f"these at 0: {', '.join(map(flag, random))}, penalties and --vary-steps. Split data instead."
+                f"--mesh {config.mesh}: time is split for --cell ran only, without a split of model or --solver pallas "
+                f"and with all of these at 0: {', '.join(map(flag, random))}, penalties and --vary-steps. Split data "
+                "instead."
             )
 
 

@@ -23,7 +23,14 @@ from ranjax.training.folder import absolute
 from ranjax.training.model import TENSORS, Run, load_run
 
 PLATFORMS = "cpu", "cuda", "tpu"
-LOCAL = ("out", "resume", "data_dir", "track", "profile_dir")  # settings that are of one machine, and do not travel
+LOCAL = (
+    "out",
+    "resume",
+    "data_dir",
+    "mesh",
+    "track",
+    "profile_dir",
+)  # settings that are of one machine, and do not travel
 RESULT = {
     "test_perplexity": is_number,
     "valid_perplexity": is_number,

@@ -33,7 +33,7 @@ def make_mesh(config: Config) -> Mesh:
     sizes = {axis: sizes.get(axis, most if axis == "data" else 1) for axis in AXES}
     asked = math.prod(sizes.values())
     if asked > there:
-        raise UserError(f"--mesh {config.mesh} takes {asked} devices; there are {there}.")
+        raise UserError(f"--mesh {config.mesh} takes {asked} devices; there are {there}. Give another one.")
     if config.mesh and there % asked:
         raise UserError(f"--mesh {config.mesh} takes {asked} devices; that must divide the {there} there are.")
     if jax.process_count() > 1 and asked != there:

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -14,7 +14,7 @@ from jax.sharding import Mesh
 from ranjax.errors import DivergedError, UserError, check_size
 from ranjax.lm import LanguageModel, checked_text, zero_state
 from ranjax.training.mesh import over_streams
-from ranjax.training.processes import alone
+from ranjax.training.processes import alone, from_first
 
 MOST = 1e100  # perplexity: JSON and pictures have no infinity
 # Tokens a call. The state goes on from one to the next, so the result does not depend on it; of several streams,
@@ -58,6 +58,11 @@ class Evaluation:
         bits = f", {self.bits:.4f} bits per {unit}" if unit else ""
         tokens = f"{self.tokens:,} tokens" + (f", {unknown:,} of them <unk>" if unknown else "")
         return f"perplexity {shown(self.perplexity)}{bits}, {self.nats:.4f} nats, {tokens}"
+
+
+def agreed(evaluation: Evaluation) -> Evaluation:
+    """The same evaluation, with the loss that the first process has found; others may differ in the last bits."""
+    return evaluation if alone() else replace(evaluation, nats=float(from_first(np.float32(evaluation.nats))))
 
 
 def finite(evaluation: Evaluation) -> Evaluation:
@@ -114,7 +119,7 @@ def make_evaluator(
         """The parameters where they are computed with, and what reads a window."""
         if mesh is None or mesh.size == 1:
             return params, on_one
-        if number % mesh.shape["data"] == 0 and alone():
+        if number % mesh.shape["data"] == 0 and alone() and model.solver != "pallas":  # not for `shard_map`
             return params, on_all
         return (params if mesh.shape["model"] > 1 else jax.device_put(params, jax.local_devices()[0])), on_one
 

@@ -4,8 +4,11 @@ What one of them finds out, a wish to stop, the time, an error, all of them must
 waits for all. With one process every function here returns what it is given.
 """
 
+import os
+import threading
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, TypeVar
 
 import jax
@@ -32,6 +35,22 @@ def join(cluster: Cluster) -> None:
             f"--distributed: {why}. Start all processes within five minutes; where neither a TPU pod nor SLURM says "
             "which they are, give --coordinator HOST:PORT, --processes and --process."
         ) from None
+
+
+@contextmanager
+def ending(seconds: float = 10.0) -> Iterator[None]:
+    """Ends this process some time after an error, also if others do not end: JAX would wait for them first.
+
+    They wait for this one, too, at their next step or exchange; once it is gone, JAX ends them.
+    """
+    try:
+        yield
+    except BaseException:
+        if not alone():
+            timer = threading.Timer(seconds, os._exit, (1,))
+            timer.daemon = True
+            timer.start()
+        raise
 
 
 def alone() -> bool:
@@ -109,6 +128,8 @@ def whole(tree: Any) -> Any:
     """The arrays in full, also those whose parts are on devices of other processes. All processes must call it."""
 
     def one(a):
-        return a if a.is_fully_addressable else process_allgather(a, tiled=True)
+        if a.is_fully_addressable:
+            return a
+        return a.addressable_data(0) if a.is_fully_replicated else process_allgather(a, tiled=True)
 
     return tree if alone() else jax.tree.map(one, tree)

@@ -29,7 +29,7 @@ from ranjax.training.folder import absolute, is_empty
 from ranjax.training.loop import Loop
 from ranjax.training.loss import Constraint, unconstrained
 from ranjax.training.mesh import described, make_mesh, put, put_text, shardings
-from ranjax.training.metrics import finite, make_evaluator
+from ranjax.training.metrics import agreed, finite, make_evaluator
 from ranjax.training.model import Run, build_model
 from ranjax.training.optimizer import evaluated, make_optimizer
 from ranjax.training.processes import agree, alone, from_first, is_first, on_first, say, whole
@@ -98,7 +98,7 @@ def _train(config: Config, constrain: Constraint, stop: Stop | None) -> dict[str
         traced = held.enter_context(profiled(steps, config.profile_dir))
         loop = Loop(saver, report, traced, text, windows, stop, evaluated(config))
         try:
-            state = loop.epochs(state, config.epochs, lambda params: evaluate(whole(params), corpus.valid))
+            state = loop.epochs(state, config.epochs, lambda params: agreed(evaluate(whole(params), corpus.valid)))
             best = from_first(on_first(lambda: saver.checkpoints.load("best", state.params), whole(state.params)))
             return report.result(corpus, state, finite(evaluate(best, corpus.test)))
         except Stopped:
@@ -122,8 +122,8 @@ def _nothing_left(config: Config) -> Iterator[None]:
     """Removes the directory of a new run whose step cannot be compiled or takes too much memory."""
     try:
         yield
-    except (UserError, RuntimeError):  # the latter of XLA
-        if not config.resume:
+    except (UserError, RuntimeError, ValueError):  # the latter of JAX and XLA
+        if not config.resume and is_first():
             shutil.rmtree(config.directory, ignore_errors=True)
         raise
 

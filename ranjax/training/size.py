@@ -77,7 +77,7 @@ def check_memory(config: Config, vocabulary: int, copies: int = 1) -> None:
       vocabulary: number of tokens.
       copies: how many arrays of the size of all parameters there are at least.
     """
-    device = jax.devices()[0]
+    device = jax.local_devices()[0]
     parameters, free = parameter_count(config, vocabulary), free_memory(device)
     takes = 4 * parameters * copies
     if takes > (UNKNOWN if free is None else free):
@@ -97,7 +97,7 @@ def check_step(compiled: Any) -> str:
     Raises:
       UserError: where what it takes beside them is more than is free.
     """
-    takes, device = compiled.memory_analysis(), jax.devices()[0]
+    takes, device = compiled.memory_analysis(), jax.local_devices()[0]
     more = takes.temp_size_in_bytes + takes.output_size_in_bytes - takes.alias_size_in_bytes
     state = takes.argument_size_in_bytes
     described = f"a step takes {more / 1e6:,.0f} MB beside the {state / 1e6:,.0f} of its state and text"

@@ -109,9 +109,12 @@ def test_split_parameters_are_a_share_of_the_memory():
 
 
 @needs_devices
-@pytest.mark.parametrize("streams", [1, 4])
-def test_evaluation_on_a_mesh(streams):
-    config = settings(mesh="data=4")
+@pytest.mark.parametrize(
+    ("mesh", "streams", "options"),
+    [("data=4", 1, {}), ("data=4", 4, {}), ("data=2,model=2", 2, {}), ("data=2", 2, BLOCK | {"solver": "pallas"})],
+)
+def test_evaluation_on_a_mesh(mesh, streams, options):
+    config = settings(mesh=mesh, **options)
     model, mesh = build_model(config, VOCABULARY), make_mesh(config)
     params = initial_state(model, make_optimizer(config, WINDOWS), config).params
     ids = np.random.default_rng(1).integers(0, VOCABULARY, 5 * WINDOW)
@@ -135,7 +138,7 @@ def test_the_batch_is_split_over_as_many_devices_as_divide_it():
 @pytest.mark.parametrize(
     ("mesh", "options", "message"),
     [
-        ("data=4,time=4", {"dropout": 0.0}, "--mesh data=4,time=4 takes 16 devices; there are 8."),
+        ("data=4,time=4", {"dropout": 0.0}, "--mesh data=4,time=4 takes 16 devices; there are 8. Give another one."),
         ("data=3", {"batch_size": 6}, "--mesh data=3 takes 3 devices; that must divide the 8 there are."),
     ],
 )
@@ -156,6 +159,11 @@ def test_devices_that_are_not_there(mesh, options, message):
         ("time=5", {"dropout": 0.0}, "time must divide --steps / --remat, which is 12; got 5"),
         ("time=2", {}, "time is split for --cell ran only, .* with all of these at 0: --dropout, "),
         ("time=2", {"dropout": 0.0, "cell": "lstm"}, "time is split for --cell ran only"),
+        (
+            "time=2",
+            {"dropout": 0.0, "gates": "input", "solver": "pallas"},
+            "without a split of model or --solver pallas",
+        ),
     ],
 )
 def test_a_mesh_that_divides_nothing_is_refused(mesh, options, message):

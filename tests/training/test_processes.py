@@ -27,7 +27,7 @@ def processes(*flags_of_each):
     cluster = ("--distributed", "--coordinator", at, "--processes", number, "--process")
     started = [
         subprocess.Popen(
-            command("train", *flags, "--mesh", f"data={number}", *cluster, n),
+            command("train", *flags, *(() if "--mesh" in flags else ("--mesh", f"data={number}")), *cluster, n),
             env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
         )
         for n, flags in enumerate(flags_of_each)
@@ -58,10 +58,11 @@ def begun(out, epochs):
         time.sleep(0.1)
 
 
-def test_two_processes_equal_one(pets_text, pets_run, tmp_path):
+@pytest.mark.parametrize("mesh", ["data=2", "data=1,model=2"])
+def test_two_processes_equal_one(mesh, pets_text, pets_run, tmp_path):
     """The settings of the run that one process has trained; only the first writes and says anything."""
     config, one = pets_run
-    more = "--epochs", config.epochs, "--learning-rate", config.learning_rate
+    more = "--epochs", config.epochs, "--learning-rate", config.learning_rate, "--mesh", mesh
     with processes(*[flags(pets_text, tmp_path / "run", *more)] * 2) as both:
         codes, outputs, errors = zip(*map(ended, both))
     assert codes == (0, 0), errors
@@ -69,7 +70,7 @@ def test_two_processes_equal_one(pets_text, pets_run, tmp_path):
     assert found["devices"] == 2
     assert found["valid_perplexities"] == pytest.approx(one["valid_perplexities"], rel=1e-4)
     assert found["test_perplexity"] == pytest.approx(one["test_perplexity"], rel=1e-4)
-    assert "it runs on 2 of 2 devices: data 2." in outputs[0]
+    assert f"it runs on 2 of 2 devices: {mesh[-7:].strip(',').replace('=', ' ')}." in outputs[0]
     assert "test: perplexity" in outputs[0]
     assert "perplexity" not in outputs[1]
 
@@ -107,6 +108,16 @@ def test_processes_with_other_settings_are_refused(pets_text, tmp_path):
         assert "error: processes 1 have other settings, or another text, than process 0." in error
         assert "Traceback" not in error
     assert not out.exists()
+
+
+def test_an_error_in_one_process_ends_all(pets_text, tmp_path):
+    """Whatever it is: what the process says is the message, and the other does not wait for ever."""
+    with processes(flags(pets_text, tmp_path / "run"), flags(tmp_path / "none.txt", tmp_path / "run")) as both:
+        first, second = map(ended, both)
+    assert second[0] == 1
+    assert "none.txt" in second[2]
+    assert first[0] not in (0, None)
+    assert not (tmp_path / "run").exists()
 
 
 def test_what_the_first_refuses_ends_all(pets_text, tmp_path):
