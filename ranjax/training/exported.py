@@ -23,14 +23,8 @@ from ranjax.training.folder import absolute
 from ranjax.training.model import TENSORS, Run, load_run
 
 PLATFORMS = "cpu", "cuda", "tpu"
-LOCAL = (
-    "out",
-    "resume",
-    "data_dir",
-    "mesh",
-    "track",
-    "profile_dir",
-)  # settings that are of one machine, and do not travel
+# Settings that are of one machine, and do not travel.
+LOCAL = ("out", "resume", "data_dir", "mesh", "track", "profile_dir")
 RESULT = {
     "test_perplexity": is_number,
     "valid_perplexity": is_number,

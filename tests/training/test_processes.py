@@ -58,8 +58,8 @@ def begun(out, epochs):
         time.sleep(0.1)
 
 
-@pytest.mark.parametrize("mesh", ["data=2", "data=1,model=2"])
-def test_two_processes_equal_one(mesh, pets_text, pets_run, tmp_path):
+@pytest.mark.parametrize(("mesh", "axes"), [("data=2", "data 2"), ("data=1,model=2", "model 2")])
+def test_two_processes_equal_one(mesh, axes, pets_text, pets_run, tmp_path):
     """The settings of the run that one process has trained; only the first writes and says anything."""
     config, one = pets_run
     more = "--epochs", config.epochs, "--learning-rate", config.learning_rate, "--mesh", mesh
@@ -70,7 +70,7 @@ def test_two_processes_equal_one(mesh, pets_text, pets_run, tmp_path):
     assert found["devices"] == 2
     assert found["valid_perplexities"] == pytest.approx(one["valid_perplexities"], rel=1e-4)
     assert found["test_perplexity"] == pytest.approx(one["test_perplexity"], rel=1e-4)
-    assert f"it runs on 2 of 2 devices: {mesh[-7:].strip(',').replace('=', ' ')}." in outputs[0]
+    assert f"it runs on 2 of 2 devices: {axes}." in outputs[0]
     assert "test: perplexity" in outputs[0]
     assert "perplexity" not in outputs[1]
 
