@@ -96,7 +96,7 @@ def test_the_card_has_the_figures_and_its_code_runs(exports):
     assert f"| parameters | {result['parameters']:,} |" in card
     command = re.search(r"python -m ranjax\.train (.*)", card)[1]
     assert parse([*shlex.split(command), "--dataset", load_run(directory).config.dataset]) == dataclasses.replace(
-        load_run(directory).config, out=None
+        load_run(directory).config, out=None, mesh=None
     )
     ours, alone = (part.split("```")[0] for part in card.split("```python\n")[1:])
     assert "ranjax" not in alone
