@@ -21,7 +21,8 @@ def partitioned(solver: Solver) -> Solver:
     def solve(recurrence: Recurrence) -> tuple[Rows, Rows]:
         operands = recurrence.carry, recurrence.arrays, recurrence.constants, recurrence.ahead
         leaves, tree = jax.tree.flatten(operands)
-        axes, *_ = _axes(recurrence)
+        axes, results = _axes(recurrence)
+        rule = f"{', '.join(axes)} -> {', '.join(results)}"
 
         def run(*leaves):
             carry, arrays, constants, ahead = jax.tree.unflatten(tree, leaves)
@@ -30,9 +31,8 @@ def partitioned(solver: Solver) -> Solver:
         @custom_vmap
         def call(*leaves):
             split = custom_partitioning(run)
-            split.def_partition(
-                _on_each(run, _axes(recurrence)), sharding_rule=_rule(recurrence), need_replication_factors=_whole(axes)
-            )
+            partition = _on_each(run, axes, results)
+            split.def_partition(partition, sharding_rule=rule, need_replication_factors=_whole(axes))
             return split(*leaves)
 
         @call.def_vmap
@@ -59,17 +59,12 @@ def _axes(recurrence: Recurrence) -> tuple[list[str], list[str]]:
     return operands, carries + [arrays[number] for number, _ in recurrence.outs]
 
 
-def _rule(recurrence: Recurrence) -> str:
-    operands, results = _axes(recurrence)
-    return f"{', '.join(operands)} -> {', '.join(results)}"
-
-
 def _whole(axes: list[str]) -> tuple[str, ...]:
     """The axes that are not split, in the order in which they appear, which XLA asks for."""
     return tuple(dict.fromkeys(axis for one in axes for axis in one.split() if axis not in ("b", "f")))
 
 
-def _on_each(run: Any, axes: tuple[list[str], list[str]]) -> Any:
+def _on_each(run: Any, axes: list[str], of_results: list[str]) -> Any:
     """Each device runs the solver on its sequences and features, of which it has all steps."""
 
     def partition(mesh, operands, results):
@@ -77,14 +72,14 @@ def _on_each(run: Any, axes: tuple[list[str], list[str]]) -> Any:
             raise NotImplementedError(
                 "a kernel inside `jax.shard_map` over some axes of a mesh only: name all of them in its `axis_names`."
             )
-        found = [_split(one, a.sharding) for one, a in zip(axes[0], operands, strict=True)]
+        found = [_split(one, a.sharding) for one, a in zip(axes, operands, strict=True)]
         names = {axis: name for one in found for axis, name in one.items() if name is not None}
 
         def placed(one):
             spec = PartitionSpec(*(names.get(axis) for axis in one.split()))
             return NamedSharding(mesh, spec)
 
-        split, leaves = tuple(map(placed, axes[0])), [placed(one) for one in axes[1]]
+        split, leaves = tuple(map(placed, axes)), list(map(placed, of_results))
         return mesh, run, jax.tree.unflatten(jax.tree.structure(results), leaves), split
 
     return partition

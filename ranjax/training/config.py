@@ -250,15 +250,7 @@ def check(config: Config) -> None:
         for rule in rules:
             if not _holds(rule.holds, value):
                 raise UserError(f"{flag(name)} must be {rule.expected}; got {value!r}.")
-    for name, whole in (("accumulate", "batch_size"), ("remat", "steps")):
-        part, of = getattr(config, name), getattr(config, whole)
-        if of % part:
-            raise UserError(f"{flag(name)} must divide {flag(whole)} {of}; got {part}.")
-    if 2 * config.vary_steps >= config.steps or (config.vary_steps and config.remat > 1):
-        raise UserError(
-            f"--vary-steps must be below half of --steps {config.steps}, and 0 with --remat; got {config.vary_steps} "
-            f"with --remat {config.remat}."
-        )
+    _check_parts(config)
     _check_mesh(config)
     if config.dropout_weights and config.cell == "ran" and config.gates == "input":
         raise UserError(
@@ -271,6 +263,19 @@ def check(config: Config) -> None:
         raise UserError(
             f"--optimizer schedule_free takes the place of a schedule; got it with --schedule {config.schedule}. Give "
             "--schedule constant."
+        )
+
+
+def _check_parts(config: Config) -> None:
+    """Raises a UserError for parts of a batch or of a window that do not divide it, windows that vary too much."""
+    for name, whole in (("accumulate", "batch_size"), ("remat", "steps")):
+        part, of = getattr(config, name), getattr(config, whole)
+        if of % part:
+            raise UserError(f"{flag(name)} must divide {flag(whole)} {of}; got {part}.")
+    if 2 * config.vary_steps >= config.steps or (config.vary_steps and config.remat > 1):
+        raise UserError(
+            f"--vary-steps must be below half of --steps {config.steps}, and 0 with --remat; got {config.vary_steps} "
+            f"with --remat {config.remat}."
         )
 
 

@@ -34,6 +34,24 @@ def make_loss(
     activations are computed once more in the backward pass, and only those of one part are held at a time. Each part
     then has its own masks of dropout; where they are locked, the same ones. `mesh` is as in `make_step`.
     """
+    part = _part(model, config, mesh)
+
+    def loss(params, carry, window, key):
+        params = constrain(params)
+        if config.dropout_weights:
+            params = drop_weights(params, config.dropout_weights, jax.random.fold_in(key, WEIGHTS))
+        run = partial(part, {"params": params})
+        if config.remat == 1:
+            loss, nats, carry, iterations = run(carry, key, window[:, :-1], window[:, 1:])
+            return loss, (nats, carry, iterations)
+        keys = jnp.stack([key if config.locked else jax.random.fold_in(key, n) for n in range(config.remat)])
+        return _recomputed(run, carry, keys, window)
+
+    return loss
+
+
+def _part(model: LanguageModel, config: Config, mesh: Mesh | None) -> Callable:
+    """`part(params, carry, key, tokens, targets) -> (loss, nats, carry, iterations)`, of some steps of a window."""
     if mesh is not None and mesh.shape["time"] > 1:
         model = model.clone(axis_name="time")
     random = any(getattr(config, name) for name in DROPOUTS)
@@ -56,18 +74,7 @@ def make_loss(
             loss = nats + penalty(outputs, alpha, beta, 0 if model.time_major else 1)
         return loss, nats, carry, mean_iterations(sown)
 
-    def loss(params, carry, window, key):
-        params = constrain(params)
-        if config.dropout_weights:
-            params = drop_weights(params, config.dropout_weights, jax.random.fold_in(key, WEIGHTS))
-        run = partial(over_time(part, mesh), {"params": params})
-        if config.remat == 1:
-            loss, nats, carry, iterations = run(carry, key, window[:, :-1], window[:, 1:])
-            return loss, (nats, carry, iterations)
-        keys = jnp.stack([key if config.locked else jax.random.fold_in(key, n) for n in range(config.remat)])
-        return _recomputed(run, carry, keys, window)
-
-    return loss
+    return over_time(part, mesh)
 
 
 def _recomputed(run: Callable, carry: Any, keys: Array, window: Array) -> tuple[Array, Any]:

@@ -109,22 +109,7 @@ def make_evaluator(
     """
     check_size("streams", streams)
 
-    def window(params, state, tokens, targets):
-        apply = partial(model.apply, {"params": params})
-        hidden, state = apply(tokens, state, deterministic=True, method="hidden")
-        nats = jnp.asarray(apply(hidden, jnp.maximum(targets, 0), method="nats"))
-        return state, jnp.sum(jnp.where(targets < 0, 0.0, nats))
-
-    def placed(params, number):
-        """The parameters where they are computed with, and what reads a window."""
-        if mesh is None or mesh.size == 1:
-            return params, on_one
-        if number % mesh.shape["data"] == 0 and alone() and model.solver != "pallas":  # not for `shard_map`
-            return params, on_all
-        return (params if mesh.shape["model"] > 1 else jax.device_put(params, jax.local_devices()[0])), on_one
-
-    on_one = jax.jit(window, donate_argnums=1)
-    on_all = on_one if mesh is None else jax.jit(over_streams(window, mesh), donate_argnums=1)
+    reader = _reader(model, mesh)
 
     def evaluate(params, ids, counted=None) -> Evaluation:
         ids = checked_text("ids", ids, model.vocabulary)
@@ -133,7 +118,7 @@ def make_evaluator(
         counts = np.ones(len(ids) - 1, bool) if counted is None else _checked_marks(np.asarray(counted), len(ids))[1:]
         side_by_side = min(streams, max(1, -(-(len(counts) - WINDOW) // WINDOW)))  # others would have no text
         state, losses = zero_state(model, params, side_by_side), []
-        params, run = placed(params, side_by_side)
+        params, run = reader(params, side_by_side)
         for inputs, outputs in _windows(ids[:-1], np.where(counts, ids[1:], -1), side_by_side):
             between()
             state, loss = run(params, state, inputs, outputs)
@@ -142,6 +127,28 @@ def make_evaluator(
         return Evaluation(float(total) / number, number)
 
     return evaluate
+
+
+def _reader(model: LanguageModel, mesh: Mesh | None) -> Callable[[Any, int], tuple[Any, Callable]]:
+    """`reader(params, streams)`: the parameters where they are computed with, and what reads a window of so many."""
+
+    def window(params, state, tokens, targets):
+        apply = partial(model.apply, {"params": params})
+        hidden, state = apply(tokens, state, deterministic=True, method="hidden")
+        nats = jnp.asarray(apply(hidden, jnp.maximum(targets, 0), method="nats"))
+        return state, jnp.sum(jnp.where(targets < 0, 0.0, nats))
+
+    on_one = jax.jit(window, donate_argnums=1)
+    if mesh is None or mesh.size == 1:
+        return lambda params, _: (params, on_one)
+    on_all = jax.jit(over_streams(window, mesh), donate_argnums=1)
+
+    def reader(params, streams):
+        if streams % mesh.shape["data"] == 0 and alone() and model.solver != "pallas":  # not for `shard_map`
+            return params, on_all
+        return (params if mesh.shape["model"] > 1 else jax.device_put(params, jax.local_devices()[0])), on_one
+
+    return reader
 
 
 def _checked_marks(counted: np.ndarray, tokens: int) -> np.ndarray:

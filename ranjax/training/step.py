@@ -114,24 +114,26 @@ def make_step(
         running = state.bad_in_row < BAD_STEPS
         good = running & jnp.isfinite(loss) & jnp.isfinite(optax.tree.norm(gradient))
         kept = jax.tree.map(lambda a, b: jnp.where(good, a, b), new, (state.params, state.optimizer, carry))
-        fresh = position == 0
         average, averaged = _averaged(state, kept[0], good)
-        new_state = state._replace(
-            average=average,
-            averaged=averaged,
-            params=kept[0],
-            optimizer=kept[1],
-            carry=kept[2],
-            step=state.step + 1,
-            loss=jnp.where(fresh, 0, state.loss) + jnp.where(good, nats, 0) * config.batch_size,
-            tokens=jnp.where(fresh, 0, state.tokens) + jnp.where(good, config.batch_size * length, 0),
-            bad=jnp.where(good, state.bad, state.bad + 1),
-            bad_in_row=jnp.where(good, 0, state.bad_in_row + 1),
-            iterations=jnp.where(fresh, 0, state.iterations) + iterations,
-        )
+        new_state = _counted(state, position == 0, good, nats * config.batch_size, config.batch_size * length)
+        new_state = new_state._replace(
+            average=average, averaged=averaged, params=kept[0], optimizer=kept[1], carry=kept[2],
+            iterations=jnp.where(position == 0, 0, state.iterations) + iterations,
+        )  # fmt: skip
         return new_state if mesh is None else lax.with_sharding_constraint(new_state, shardings(mesh, state))
 
     return step
+
+
+def _counted(state: TrainState, fresh: Array, good: Array, loss: Array, tokens: int) -> TrainState:
+    """The state with its counters after a step, which begins an epoch if it is `fresh`."""
+    return state._replace(
+        step=state.step + 1,
+        loss=jnp.where(fresh, 0, state.loss) + jnp.where(good, loss, 0),
+        tokens=jnp.where(fresh, 0, state.tokens) + jnp.where(good, tokens, 0),
+        bad=jnp.where(good, state.bad, state.bad + 1),
+        bad_in_row=jnp.where(good, 0, state.bad_in_row + 1),
+    )
 
 
 def _averaged(state: TrainState, params: Any, good: Array) -> tuple[Any, Array]:

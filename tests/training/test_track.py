@@ -6,7 +6,6 @@ import re
 import struct
 import subprocess
 import sys
-from importlib.util import find_spec
 
 import pytest
 from small_runs import command, metrics_rows, resumed, settings, train_until, windows_of, with_startup_code
@@ -20,9 +19,6 @@ from ranjax.training.run import train
 from ranjax.training.track import Tracking
 
 pytestmark = pytest.mark.usefixtures("_often")
-tensorboard = pytest.mark.skipif(
-    find_spec("tensorboardX") is None, reason="tensorboardX is not installed: pip install 'ranjax[tensorboard]'"
-)
 
 
 @pytest.fixture
@@ -63,7 +59,6 @@ def assert_tracked(config, scalars, before=()):
     assert [one[0] for one in rows] == sorted(one[0] for one in rows)
 
 
-@tensorboard
 def test_tensorboard_has_the_rows_the_settings_and_the_result(pets_text, tmp_path):
     config = settings(pets_text, tmp_path / "run", track=("tensorboard",))
     result = train(config)
@@ -77,7 +72,6 @@ def test_tensorboard_has_the_rows_the_settings_and_the_result(pets_text, tmp_pat
     assert load_config(config.directory).track == ("tensorboard",)
 
 
-@tensorboard
 @pytest.mark.parametrize("when", ["in an epoch", "after a validation"])
 def test_a_run_that_goes_on_is_tracked_without_a_step_twice(when, pets_text, tmp_path, monkeypatch):
     """Here with rows beyond the state that was saved, which are computed again."""
@@ -109,7 +103,6 @@ def test_a_run_that_goes_on_is_tracked_without_a_step_twice(when, pets_text, tmp
     assert events(config.directory) == before
 
 
-@tensorboard
 def test_a_run_goes_on_with_its_trackers_or_with_others(pets_text, tmp_path, monkeypatch):
     config = settings(pets_text, tmp_path / "run", track=("tensorboard",))
     train_until(lambda state: int(state.step) > 20, config, monkeypatch)
@@ -120,7 +113,6 @@ def test_a_run_goes_on_with_its_trackers_or_with_others(pets_text, tmp_path, mon
     assert max(step for step, *_ in events(config.directory)[0]) == 2 * windows_of(config)
 
 
-@tensorboard
 def test_a_full_disk_ends_the_tracker_and_not_the_training(pets_text, tmp_path, monkeypatch, capsys):
     config = settings(pets_text, tmp_path / "run", track=("tensorboard",))
     log, calls = track.TensorBoard.log, []
@@ -143,7 +135,6 @@ def test_a_full_disk_ends_the_tracker_and_not_the_training(pets_text, tmp_path, 
     assert metrics_rows(config)[-1]["epoch"] == 2
 
 
-@tensorboard
 def test_a_tracker_that_cannot_begin_does_not_end_the_training(pets_text, tmp_path, monkeypatch, capsys):
     config = settings(pets_text, tmp_path / "run", track=("tensorboard",), epochs=1)
     monkeypatch.setattr(track.Path, "mkdir", refusing(track.Path.mkdir, "tensorboard"))
