@@ -85,7 +85,10 @@ def test_what_the_reference_documents_exists():
 @pytest.mark.quick
 @pytest.mark.shipped
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
-def test_the_examples_of_a_page_run_in_sequence(page):
+def test_the_examples_of_a_page_run_in_sequence(page, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("my").mkdir()
+    Path("my/text.txt").write_text("Once upon a time\n" * 99)
     scope = {}
     for code in re.findall(r"```python\n(.*?)```", page.read_text("utf-8"), re.DOTALL):
         with jax.numpy_rank_promotion("allow"):  # as users have it

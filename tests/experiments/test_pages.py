@@ -39,11 +39,14 @@ def test_the_table_of_tasks_has_the_figures_of_its_rows(script, page, recorded):
         assert f"| {model} | {' | '.join(cells)} |" in page("long-context")
 
 
-def test_the_readme_has_the_figures_of_the_page(page):
-    readme = (EXPERIMENTS.parent / "README.md").read_text("utf-8")
-    table = " ".join(re.findall(r"^\| (?:Penn Treebank|the same with|the same, rate|text8).*", readme, re.MULTILINE))
-    assert len(figures := re.findall(r"\d+\.\d+", table)) > 10
-    assert set(figures) <= set(re.findall(r"\d+\.\d+", page("parity")))
+def test_the_readme_and_the_recipes_have_the_figures_of_the_page(page):
+    found = []
+    for path in ("README.md", "docs/recipes.md"):
+        text = (EXPERIMENTS.parent / path).read_text("utf-8")
+        rows = re.findall(r"^\| (?:Penn Treebank|the same with|the same, rate|text8).*", text, re.MULTILINE)
+        found += re.findall(r"\d+\.\d+", " ".join(rows))
+    assert len(found) > 10
+    assert set(found) <= set(re.findall(r"\d+\.\d+", page("parity")))
 
 
 def test_a_table_of_parity_has_its_figures_in_the_line_of_their_model(script, page, recorded):
