@@ -4,10 +4,12 @@
 
 Every model of a study has as many parameters as its LSTM, within 3 %. Its learning rate, and where the text is short
 its dropout, are those of the grid with the lowest validation perplexity of seed 0. A run that was stopped is continued.
-A finished run adds its row to results.jsonl, and on-par.png is drawn again.
+A finished run adds its row to results.jsonl, and two pictures are drawn again: on-par.png, every RAN of this study and of
+../parity beside its LSTM, and minutes.png, the test figure against the minutes of training.
 """
 
 import gzip
+import json
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -30,6 +32,7 @@ from ranjax.training.config import Config
 from ranjax.training.size import parameter_count
 
 HERE = Path(__file__).resolve().parent
+PARITY = HERE.parent / "parity" / "results.jsonl"
 
 Settings = dict[str, Any]
 
@@ -93,7 +96,7 @@ TEXT8 = Config(dataset="text8", tie=False, dropout=0.0, epochs=1, steps=50, sche
 PTB = Config(dataset="ptb", tie=True, dropout=0.35, epochs=13, steps=35, schedule="cosine", batch_size=20)
 DOCS = Config(dataset="python-docs", schedule="cosine")
 STUDIES = {
-    "python-docs": Study(DOCS, 4096, 200, 2, RATES, MODELS),
+    "python-docs": Study(DOCS, 4096, 168, 2, RATES, MODELS),
     "text8": Study(TEXT8, 27, 256, 5, RATES, MODELS),
     "text8-3-epochs": Study(replace(TEXT8, epochs=3), 27, 256, 5, RATES, MODELS),
     "enwik8": Study(replace(TEXT8, dataset="enwik8", streams=20), 202, 256, 5, RATES, MODELS),
@@ -101,6 +104,32 @@ STUDIES = {
     "ptb-medium": Study(replace(PTB, epochs=25), 10_000, 650, 3, RATES | DROPOUTS, MODELS),
     "pieces": Study(TEXT8, 27, 256, 5, {}, PIECES),
     "gates": Study(TEXT8, 27, 256, 5, {}, GATES),
+}
+
+class Beside(NamedTuple):
+    """A line of on-par.png: a task, and the study of RANs and of the LSTM that they are compared with."""
+
+    title: str
+    table: str
+    study: str
+    lstm: str | None = None  # None: the same study
+
+
+BESIDE = (
+    Beside("Penn Treebank, 2 x 200, tuned", "parity", "ptb-small-tuned", "ptb-small-20-tuned"),  # its better length
+    Beside("the same, tied", "parity", "ptb-small-tied-tuned"),
+    Beside("Penn Treebank, 2 x 650", "parity", "ptb-medium"),
+    Beside("the same, tied", "parity", "ptb-medium-tied"),
+    Beside("Penn Treebank, 2 x 1500", "parity", "ptb-large"),
+    Beside("WikiText-2, 2 x 200, not tuned", "parity", "wikitext-2"),
+    Beside("enwik8, 2 x 200, not tuned", "parity", "enwik8-small"),
+    Beside("python-docs, 1.1M parameters, tuned", "on-par", "python-docs"),
+    Beside("text8 (10 MB), 1.07M parameters, tuned", "on-par", "text8"),
+)
+MARKS = {
+    "RAN": ("oC0", "recurrent gates"),
+    "RAN, input gates": ("vC7", "one scan, plain"),
+    "RAN, input gates, residual": ("DC2", "one scan, in residual blocks"),
 }
 TOLERANCE = 0.03  # of the parameters
 BITS = {"text8": "bits per character", "enwik8": "bits per byte"}  # other data sets: perplexity
@@ -179,7 +208,50 @@ def first_of_enwik8(data_dir: str, runs: Path) -> str:
     return str(part)
 
 
-def draw(rows: list[dict[str, Any]], path: Path) -> None:
+def draw(table: Table) -> None:
+    """Both pictures."""
+    others = [json.loads(line) for line in PARITY.read_text("utf-8").splitlines()]
+    draw_beside({"on-par": table.rows, "parity": others}, table.folder / "on-par.png")
+    draw_minutes(table.rows, table.folder / "minutes.png")
+
+
+def draw_beside(tables: dict[str, list[dict[str, Any]]], path: Path) -> None:
+    """The perplexity of every RAN relative to the mean of its LSTM: a line for each task, a mark for each seed."""
+    drawn = [line for line in BESIDE if relative(tables, line)]
+    figure = blank_figure(8, 1.3 + 0.34 * len(drawn))
+    axes = figure.subplots()
+    axes.axvline(0, color="black", linewidth=1)
+    for number, line in enumerate(drawn):
+        for model, shares in relative(tables, line).items():
+            if model == "LSTM":
+                axes.plot(shares, [number] * len(shares), "|k", markersize=11)
+            else:
+                axes.plot(shares, [number] * len(shares), MARKS[model][0], markersize=6)
+    axes.plot([], [], "|k", markersize=11, label="LSTM, seeds")
+    for style, label in MARKS.values():
+        axes.plot([], [], style, label=label)
+    axes.set_yticks(range(len(drawn)), [line.title for line in drawn])
+    axes.set(ylim=(len(drawn) - 0.5, -0.5), xlabel="test perplexity against the LSTM, %; left is better")
+    axes.grid(alpha=0.3)
+    figure.legend(loc="outside upper center", ncols=4, frameon=False, fontsize=9)
+    figure.savefig(path, dpi=110)
+
+
+def relative(tables: dict[str, list[dict[str, Any]]], line: Beside) -> dict[str, list[float]]:
+    """For the LSTM and each RAN of a line, the perplexities of its seeds over the mean of the LSTM's, less 1, in percent.
+
+    None where the LSTM or all RANs are missing.
+    """
+    rows = tables[line.table]
+    figures = {model: [row["test_perplexity"] for row in chosen(rows, study=line.study, model=model)] for model in MARKS}
+    lstm = [row["test_perplexity"] for row in chosen(rows, study=line.lstm or line.study, model="LSTM")]
+    if not lstm or not any(figures.values()):
+        return {}
+    mean = sum(lstm) / len(lstm)
+    return {model: [100 * (x / mean - 1) for x in of if x] for model, of in {"LSTM": lstm, **figures}.items() if of}
+
+
+def draw_minutes(rows: list[dict[str, Any]], path: Path) -> None:
     """The test figure of every model's best setting against the minutes of its training, a panel for each study."""
     present = [name for name in STUDIES if any(row["study"] == name for row in rows)]
     figure = blank_figure(4.6 * min(len(present), 3), 3.4 * -(-len(present) // 3))
@@ -217,7 +289,7 @@ def main(options: OnPar, table: Table) -> None:
                     best = table.best(config, name, values, {}, study=options.study, model=model)
                     config = replace(config, **{name: best})
                 table.row(replace(config, seed=seed), study=options.study, model=model)
-            draw(table.rows, table.folder / "on-par.png")
+            draw(table)
 
 
 if __name__ == "__main__":

@@ -104,6 +104,16 @@ PUBLISHED = {
 }
 BITS = {"text8": "bits per character", "enwik8": "bits per byte"}  # other data sets: perplexity
 
+TITLES = {
+    "ptb-small": "Penn Treebank, 2 x 200, no dropout",
+    "ptb-small-tuned": "Penn Treebank, 2 x 200, tuned",
+    "ptb-medium": "Penn Treebank, 2 x 650",
+    "wikitext-2": "WikiText-2, 2 x 200",
+    "text8": "text8 (10 MB), 2 x 256",
+    "enwik8-small": "enwik8, 2 x 200",
+}
+LINES = sorted(MODELS, key=lambda model: model != "LSTM")  # of a panel: the LSTM first
+
 Point = tuple[float, str]  # a test figure and its model
 
 
@@ -135,63 +145,52 @@ def settings(table: Table, study: str, model: str) -> Config:
 
 
 def draw(rows: list[dict[str, Any]], path: Path) -> None:
-    """The test figure of every run beside the published ones, one panel for each study."""
-    present = [study for study in STUDIES if any(row["study"] == study for row in rows)]
+    """The test figure of every run beside the published ones, a panel for each study of more than a RAN and an LSTM.
+
+    A line is a model, the same in all panels; left of the dashed one is better than the LSTM. Figures above 1.15 times
+    the best one are written at the right.
+    """
+    of = {study: {row["model"] for row in rows if row["study"] == study} for study in STUDIES}
+    present = [study for study in STUDIES if len(of[study]) > 2] or [study for study in STUDIES if of[study]]
     columns = min(len(present), 3)
     lines = -(-len(present) // columns)
-    figure = blank_figure(4.2 * columns, 3 * lines + 0.4)
-    margin = 0.04 / columns  # for the marks beyond the axes
-    figure.get_layout_engine().set(wspace=0.06, rect=(0, 0, 1 - margin, 1))
-    shared: dict[tuple[str, bool], Axes] = {}
-    for number, study in enumerate(present, 1):
-        kind = (
-            STUDIES[study].dataset,
-            study.startswith("ptb-small"),
-        )  # studies of one kind have the same horizontal axis
-        axes = figure.add_subplot(lines, columns, number, sharex=shared.get(kind))
-        shared[kind] = axes
+    figure = blank_figure(1.3 + 3.2 * columns, 2.6 * lines + 0.4)
+    panels = figure.subplots(lines, columns, sharey=True, squeeze=False).ravel()
+    for axes, study in zip(panels, present, strict=False):
         draw_study(axes, study, rows)
-    figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=2 * columns, frameon=False)
+    for unused in panels[len(present) :]:
+        unused.remove()
+    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=2, frameon=False)
     figure.savefig(path, dpi=110)
 
 
 def draw_study(axes: "Axes", study: str, rows: list[dict[str, Any]]) -> None:
-    """The panel of one study; figures above 1.15 times the best one are marked at its right boundary."""
+    """The panel of one study."""
     unit = BITS.get(STUDIES[study].dataset, "perplexity")
     key = "test_perplexity" if unit == "perplexity" else "test_bits"
     measured = [(value(row, key), model) for model in MODELS for row in chosen(rows, study=study, model=model)]
     published = [(figure, model) for model, figure in PUBLISHED.get(study, {}).items()]
     limit = 1.15 * min(measured)[0]
-    drawn = {model for _, model in measured + published}
-    axes.yaxis.update_units([model for model in MODELS if model in drawn])  # the order of the models
-
-    mark(axes, within(measured, limit), "measured, a dot a seed", "oC0")
-    mark(axes, beyond(measured, limit), "beyond the axis", ">C0", right=1.0)
-    mark(axes, [point for point in measured if point[0] == inf], "not finite", "DC0", right=1.04)
-    mark(axes, within(published, limit), "published", "xC3")
-    mark(axes, beyond(published, limit), "beyond the axis", ">C3", right=1.04)
-
-    axes.set(title=study, xlabel=f"test {unit}")
-    axes.invert_yaxis()
+    if lstm := [figure for figure, model in measured if model == "LSTM"]:
+        axes.axvline(sum(lstm) / len(lstm), color="grey", linestyle="--", linewidth=1)
+    mark(axes, measured, limit, "measured, a dot a seed", "oC0", -0.2 if published else 0.0)
+    mark(axes, published, limit, "published", "xC3", 0.2)
+    axes.set_yticks(range(len(LINES)), LINES)
+    axes.set(xlabel=f"test {unit}", ylim=(len(LINES) - 0.5, -0.5))
+    axes.set_title(TITLES.get(study, study), fontsize=10)
     axes.grid(alpha=0.3)
+    axes.tick_params(axis="y", length=0)
 
 
-def within(points: list[Point], limit: float) -> list[Point]:
-    """The points whose figure is at most the limit."""
-    return [point for point in points if point[0] <= limit]
-
-
-def beyond(points: list[Point], limit: float) -> list[Point]:
-    """The points whose figure is above the limit, but finite."""
-    return [point for point in points if limit < point[0] < inf]
-
-
-def mark(axes: "Axes", points: list[Point], label: str, style: str, right: float | None = None) -> None:
-    """Draws points: at their figures, or all at the same share of the panel's width, `right`."""
-    figures = [figure if right is None else right for figure, _ in points]
-    models = [model for _, model in points]
-    transform = axes.transData if right is None else axes.get_yaxis_transform()
-    axes.plot(figures, models, style, label=label, transform=transform, clip_on=False, in_layout=False)
+def mark(axes: "Axes", points: list[Point], limit: float, label: str, style: str, down: float) -> None:
+    """Draws points up to the limit, and writes those beyond it, `down` below the line of their model."""
+    near = [(figure, LINES.index(model)) for figure, model in points if figure <= limit]
+    axes.plot([x for x, _ in near], [y for _, y in near], style, label=label, markersize=5)
+    far = {model: figure for figure, model in points if figure > limit}  # of several seeds the last
+    for model, figure in far.items():
+        text = "not finite" if figure == inf else f"{figure:.4g} \N{RIGHTWARDS ARROW}"
+        look = {"color": style[1:], "size": 8, "ha": "right", "va": "center"}
+        axes.text(0.98, LINES.index(model) + down, text, transform=axes.get_yaxis_transform(), **look)
 
 
 def main(options: Parity, table: Table) -> None:

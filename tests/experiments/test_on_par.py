@@ -68,7 +68,7 @@ def test_a_study_trains_the_best_of_its_grid(on_par, monkeypatch, tmp_path):
 
     table = Table(tmp_path, tmp_path)
     monkeypatch.setattr(table, "row", row)
-    monkeypatch.setattr(on_par, "draw", lambda rows, path: None)
+    monkeypatch.setattr(on_par, "draw", lambda table: None)
     on_par.main(on_par.OnPar(study="text8", models=("RAN",), seeds=2), table)
     rates = sorted({rate for _, rate, _ in asked})
     assert rates == [5e-4, 1e-3, 2e-3, 4e-3]  # the lowest was the best: its half is tried, too
@@ -97,11 +97,26 @@ def test_vocabularies_are_those_of_the_texts(on_par, real_data):
         assert len(load_corpus(study.config.dataset, real_data).vocabulary) == study.vocabulary
 
 
-def test_the_picture_has_a_panel_for_each_study(on_par, tmp_path):
-    def row(study, model, bits):
+def test_the_pictures_have_the_tasks_whose_rows_exist(on_par, tmp_path):
+    def row(study, model, bits, seed=0):
         config = on_par.settings(on_par.STUDIES[study], model)
         row = {"study": study, "model": model, "seconds": 600, "test_bits": bits, "test_perplexity": 2**bits}
-        return row | {"valid_perplexity": 2**bits, "config": json.loads(json.dumps(vars(config)))}
+        return row | {"valid_perplexity": 2**bits, "config": json.loads(json.dumps(vars(config))) | {"seed": seed}}
 
-    on_par.draw([row("text8", "LSTM", 1.85), row("ptb-small", "RAN", 6.0)], tmp_path / "on-par.png")
-    assert (tmp_path / "on-par.png").stat().st_size > 5000
+    rows = [row("text8", "LSTM", 1.85), row("text8", "RAN", 1.95), row("text8", "RAN", 1.85, 1), row("ptb-small", "RAN", 6.0)]
+    on_par.draw_minutes(rows, tmp_path / "minutes.svg")
+    drawn = (tmp_path / "minutes.svg").read_text("utf-8")
+    assert "<!-- text8 -->" in drawn
+    assert "<!-- ptb-small -->" in drawn
+    tables = {"on-par": rows, "parity": []}
+    on_par.draw_beside(tables, tmp_path / "on-par.svg")
+    drawn = (tmp_path / "on-par.svg").read_text("utf-8")
+    titles = [f"<!-- {line.title} -->" for line in on_par.BESIDE]
+    assert [title for title in titles if title in drawn] == ["<!-- text8 (10 MB), 1.07M parameters, tuned -->"]
+    assert on_par.relative(tables, on_par.BESIDE[-1]) == {"LSTM": [0.0], "RAN": pytest.approx([100 * (2**0.1 - 1), 0.0])}
+
+
+def test_every_line_of_the_picture_has_its_rows(on_par, recorded):
+    tables = {"on-par": recorded("on-par"), "parity": recorded("parity")}
+    for line in on_par.BESIDE:
+        assert {"LSTM"} < on_par.relative(tables, line).keys(), line

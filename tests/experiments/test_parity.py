@@ -118,10 +118,19 @@ def test_the_picture_shows_the_rows_that_exist(parity, tmp_path):
         tested = {"test_bits": 2.0, "valid_perplexity": 4.0}
         rows.append({"study": study, "model": "RAN", "config": vars(parity.STUDIES[study])} | tested)
     rows.append(rows[-1] | {"model": "RAN, identity", "test_bits": None, "valid_perplexity": None})
-    for some in ([row for row in rows if row["study"] == "enwik8-small"], rows):
+    for some, diverged in (([row for row in rows if row["study"] == "enwik8-small"], 1), (rows, 2)):
         parity.draw(some, tmp_path / "some.svg")
         drawn = (tmp_path / "some.svg").read_text("utf-8")  # its texts are in comments, as they are in its paths
-        marks = [float(x) for x in re.findall(r'<use [^>]*x="([\d.]+)"', drawn)]
-        assert max(marks) + 4 < float(re.search(r'viewBox="0 0 ([\d.]+)', drawn)[1])  # a mark is 6 points wide
+        assert drawn.count("<!-- not finite -->") == diverged
     for axis in ("test perplexity", "test bits per character", "test bits per byte"):
         assert drawn.count(f"<!-- {axis} -->") == 1
+
+
+def test_the_picture_leaves_out_studies_of_two_models(parity, recorded, tmp_path):
+    parity.draw(recorded("parity"), tmp_path / "all.svg")
+    drawn = (tmp_path / "all.svg").read_text("utf-8")
+    assert all(drawn.count(f"<!-- {title} -->") == 1 for title in parity.TITLES.values())
+    assert "tied" not in drawn
+    assert drawn.count("<!-- S-RNN -->") == 2  # once in each line of panels
+    for beyond in ("719.6", "140.9"):
+        assert f"<!-- {beyond}" in drawn
