@@ -3,7 +3,10 @@
 From Python: `ranjax.compare.read_runs([...])`, then `table(runs)` and `draw(runs, path)`.
 """
 
+import math
 import os
+import shutil
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -24,7 +27,7 @@ __getattr__ = cli.lazy(
 
 @dataclass(frozen=True)
 class Options:
-    """Prints a table of runs, finished or not, and draws how their validations went."""
+    """Prints a table of runs, and draws their validations."""
 
     runs: tuple[str, ...]
     """The --out directories of two or more runs."""
@@ -52,7 +55,7 @@ def main(argv: list[str] | None = None) -> None:
         from ranjax.training.comparison import draw, read_runs, table, warn_if_not_comparable
 
         runs = read_runs(given.runs)
-        print(table(runs))
+        print(table(runs, shutil.get_terminal_size().columns if sys.stdout.isatty() else math.inf))
         warn_if_not_comparable(runs)
         if out is not None:
             try:

@@ -40,8 +40,7 @@ __getattr__ = cli.lazy(
 
 @dataclass(frozen=True)
 class Options:
-    """Evaluates the best state of a run on a whole split, every prediction counted: one stream of text, or as many as
-    the run's --streams."""
+    """Evaluates a run on a whole split, every prediction counted."""
 
     checkpoint: str
     """The --out directory of a run, or a folder that ranjax.export wrote."""
@@ -52,11 +51,9 @@ class Options:
     split: Split | None = None
     """Which part of the corpus; if not given, the test split, or the whole of another text that is one file."""
     text: str | None = None
-    """A text file, in place of a corpus: all of it, as one stream. Its first token has nothing before it: it is not
-    counted, as in a corpus."""
+    """A text file, in place of a corpus: all of it, as one stream. Its first token is not counted."""
     out: str | None = None
-    """With --text, a file (.jsonl) to write, which must not exist yet: a line for each token, with its position, its
-    text, its id and its log-probability in nats, which is null for the first."""
+    """With --text, a new file (.jsonl): position, text, id and log-probability in nats of each token."""
 
 
 def check_options(given: Options) -> None:

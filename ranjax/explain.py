@@ -26,7 +26,7 @@ __getattr__ = cli.lazy(__name__, {"Explanation": EXPLANATION, "explain": EXPLANA
 
 @dataclass(frozen=True)
 class Options:
-    """Shows which words a model remembers: the strongest sources of every state, and of the word it expects next."""
+    """Shows which words a model remembers."""
 
     checkpoint: str
     """The --out directory of a run, or a folder that ranjax.export wrote."""
@@ -35,8 +35,7 @@ class Options:
     file: str | None = None
     """A file with the text, in its place."""
     layer: int = 1
-    """Layer whose states are shown, from 1: its sources are the words, those of later ones the outputs below. In
-    residual blocks a source is a step with the few right before it, which a convolution mixes."""
+    """Layer whose states are shown, from 1: its sources are the words, those of later ones the outputs below."""
     reduce: Reduction = "l2"
     """One number for the weights of all components: the largest, their norm, or the L1 norm of weight times content."""
     top: int = 3

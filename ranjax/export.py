@@ -16,9 +16,7 @@ __getattr__ = cli.lazy(__name__, {"export": EXPORTED, "functions": EXPORTED})
 
 @dataclass(frozen=True)
 class Options:
-    """Writes the best state of a finished run as a folder of plain files: weights (safetensors), settings, vocabulary,
-    a model card, and functions that JAX runs without ranjax (StableHLO). ranjax.load_model reads it, and so do the
-    other programs by --checkpoint."""
+    """Writes a finished run as a folder of plain files."""
 
     checkpoint: str
     """The --out directory of a run."""

@@ -22,8 +22,7 @@ __getattr__ = cli.lazy(
 
 @dataclass(frozen=True)
 class Options:
-    """Writes text that follows a prompt, token by token. On a terminal, control characters are shown as their codes; a
-    file or a pipe gets the text as it is."""
+    """Writes text that follows a prompt, token by token."""
 
     checkpoint: str
     """The --out directory of a run, or a folder that ranjax.export wrote."""

@@ -1,15 +1,18 @@
 """How programs start, stop and end; files written whole."""
 
+import ast
 import contextlib
 import dataclasses
 import gc
 import importlib
+import inspect
 import io
 import os
 import re
 import signal
 import subprocess
 import sys
+import textwrap
 import threading
 
 import jax.numpy as jnp
@@ -319,8 +322,21 @@ def test_help_has_every_flag_and_waits_for_no_large_import(program):
     ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=wide)
     said, loaded = ended.stdout.rstrip("\n").rsplit("\n", 1)
     assert all(flag(field.name) in said for field in dataclasses.fields(options))
+    description, _ = said.split("\n\n", 1)[1].split("\n\n", 1)  # which tyro does not wrap
+    assert 20 < len(description) <= 60
     assert "tyro" in loaded.split()
     assert not {"jax", "flax", "datasets", "matplotlib", "tokenizers"} & set(loaded.split())
+
+
+@pytest.mark.parametrize("program", PROGRAMS)
+def test_help_of_a_flag_is_one_paragraph(program):
+    """A docstring of two lines would keep its break, whatever the width of the terminal is."""
+    kind = ("ranjax.training.config", "_Flags") if program == "train" else (f"ranjax.{program}", "Options")
+    for one in getattr(importlib.import_module(kind[0]), kind[1]).__mro__[:-1]:
+        body = ast.parse(textwrap.dedent(inspect.getsource(one))).body[0].body
+        texts = [node.value.value for node in body[1:] if isinstance(node, ast.Expr)]
+        assert texts or one.__name__ == "_Flags"
+        assert not [text for text in texts if "\n" in text]
 
 
 @pytest.mark.parametrize("columns", ["1", "0", "-5", "x", "100000"])

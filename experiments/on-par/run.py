@@ -4,8 +4,8 @@
 
 Every model of a study has as many parameters as its LSTM, within 3 %. Its learning rate, and where the text is short
 its dropout, are those of the grid with the lowest validation perplexity of seed 0. A run that was stopped is continued.
-A finished run adds its row to results.jsonl, and two pictures are drawn again: on-par.png, every RAN of this study and of
-../parity beside its LSTM, and minutes.png, the test figure against the minutes of training.
+A finished run adds its row to results.jsonl, and two pictures are drawn again: on-par.png, every RAN of this study and
+of ../parity beside its LSTM, and minutes.png, the test figure against the minutes of training.
 """
 
 import gzip
@@ -105,6 +105,7 @@ STUDIES = {
     "pieces": Study(TEXT8, 27, 256, 5, {}, PIECES),
     "gates": Study(TEXT8, 27, 256, 5, {}, GATES),
 }
+
 
 class Beside(NamedTuple):
     """A line of on-par.png: a task, and the study of RANs and of the LSTM that they are compared with."""
@@ -238,13 +239,15 @@ def draw_beside(tables: dict[str, list[dict[str, Any]]], path: Path) -> None:
 
 
 def relative(tables: dict[str, list[dict[str, Any]]], line: Beside) -> dict[str, list[float]]:
-    """For the LSTM and each RAN of a line, the perplexities of its seeds over the mean of the LSTM's, less 1, in percent.
+    """The perplexities of the LSTM and of each RAN of a line over the mean of the LSTM's, less 1, in percent.
 
     None where the LSTM or all RANs are missing.
     """
     rows = tables[line.table]
-    figures = {model: [row["test_perplexity"] for row in chosen(rows, study=line.study, model=model)] for model in MARKS}
-    lstm = [row["test_perplexity"] for row in chosen(rows, study=line.lstm or line.study, model="LSTM")]
+    of = {model: chosen(rows, study=line.study, model=model) for model in MARKS}
+    of["LSTM"] = chosen(rows, study=line.lstm or line.study, model="LSTM")
+    figures = {model: [row["test_perplexity"] for row in seeds] for model, seeds in of.items()}
+    lstm = figures.pop("LSTM")
     if not lstm or not any(figures.values()):
         return {}
     mean = sum(lstm) / len(lstm)

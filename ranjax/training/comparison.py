@@ -146,10 +146,21 @@ def warn_if_not_comparable(runs: Sequence[Compared]) -> None:
         warn(f"perplexities are not comparable across texts or tokenizers, and these runs differ in them: {named}.")
 
 
-def table(runs: Sequence[Compared]) -> str:
-    """The runs as lines of a table, one a run below the headings."""
+def table(runs: Sequence[Compared], width: float = math.inf) -> str:
+    """The runs as lines of a table, one a run below the headings; as a list for each run, where a line is too wide.
+
+    Args:
+      runs: what `read_runs` returns.
+      width: of the terminal, in characters.
+    """
     rows = [HEADINGS, *(tuple(printable(cell) for cell in run.cells()) for run in runs)]
     widths = [max(map(cell_len, column)) for column in zip(*rows, strict=True)]
+    if sum(widths) + 2 * (len(widths) - 1) > width:
+        longest = max(map(len, HEADINGS))
+        lists = [
+            [f"{heading:{longest}}  {cell}" for heading, cell in zip(HEADINGS, row, strict=True)] for row in rows[1:]
+        ]
+        return "\n\n".join(map("\n".join, lists))
     lines = []
     for row in rows:
         columns = zip(row, widths, HEADINGS, strict=True)

@@ -112,11 +112,7 @@ Folder = Annotated[str, Rule(is_path, "a path")]
 
 @dataclass(frozen=True)
 class Config:
-    """Trains a recurrent language model, evaluates it, and saves it.
-
-    The loss is the sum over a window's time steps, averaged over the batch: learning rate and clipping are
-    relative to that. What is reported is per token.
-    """
+    """Trains a recurrent language model, and saves it."""
 
     dataset: Text = "python-docs"
     """Name of a corpus (python-docs, markov, wikitext-2, ptb, text8, enwik8, ...), or a path to text."""
@@ -127,8 +123,7 @@ class Config:
     out: Folder | None = None
     """Directory of the run, which must be empty or not exist yet; runs/DATASET-CELL if not given."""
     resume: Resume = False
-    """Alone: go on with the run in --out, up to --epochs. auto: if there is one, else begin it; for schedulers, which
-    start the same command again."""
+    """Alone: go on with the run in --out, up to --epochs. auto: if there is one, else begin it (for schedulers)."""
     cell: Cell = "ran"
     """The recurrent cell."""
     gates: Gates = "recurrent"
@@ -136,8 +131,7 @@ class Config:
     activation: Activation = "tanh"
     """A RAN's output h = g(c). With recurrent gates the identity diverges with some seeds at the default settings."""
     gate_init: GateInit = "zeros"
-    """Biases of a RAN's gates at first: zeros; forget gates by half-lives of 1 to --half-life steps; the same with
-    input gates that keep the variance."""
+    """Biases of a RAN's gates at first: zeros; by half-lives of 1 to --half-life steps; input gates to match."""
     half_life: HalfLife = 64.0
     """The longest of these half-lives, in steps."""
     block: Block = "plain"
@@ -163,8 +157,7 @@ class Config:
     dropout_words: Rate = 0.0
     """Rate at which words are dropped, each in all places of a window, or of a part of it (--remat)."""
     dropout_weights: Rate = 0.0
-    """Rate on the weights that read the last output: one mask for a window, or for a part of its batch
-    (--accumulate)."""
+    """Rate on the weights that read the last output: one mask for a window, or for a part (--accumulate)."""
     locked: bool = False
     """One mask of dropout for all steps of a window, in place of one for each step."""
     activation_penalty: NotNegative = 0.0
@@ -176,8 +169,7 @@ class Config:
     softmax: Softmax = "full"
     """The output layer: full; or adaptive, for words: rare ones cost little and, with --tie, have fewer features."""
     cutoffs: Sizes | None = None
-    """First ids of the clusters of an adaptive softmax, in the order of frequency; if not given 2000, above 20,000
-    words 2000 10000, above 100,000 words 10000 60000."""
+    """First ids of the clusters of an adaptive softmax; if not given, 2000, or by the size of the vocabulary."""
     epochs: Size = 3
     """Passes over the training text."""
     batch_size: Size = 20
@@ -189,8 +181,7 @@ class Config:
     optimizer: Optimizer = "adamw"
     """The update rule. muon: for the matrices of the layers, adamw for all else; schedule_free: adamw on averages."""
     average: Average = "never"
-    """non-monotone: once a validation is worse than the best of all but the last --patience, the parameters of all
-    later steps are averaged, and the averages are evaluated and saved as the best."""
+    """non-monotone: average parameters once a validation is worse than the best of --patience epochs ago."""
     patience: Size = 5
     """Validations that the trigger of --average leaves out."""
     learning_rate: Positive = 2e-3
@@ -198,8 +189,7 @@ class Config:
     weight_decay: NotNegative = 0.0
     """Decay of the weights: decoupled from the gradient, but for sgd."""
     schedule: Literal["constant", "cosine", "decay"] = "decay"
-    """constant; cosine: --warmup steps up, then down to a hundredth over --epochs (so more epochs stretch it);
-    decay: constant for --decay-after epochs, then times --decay each epoch."""
+    """constant; cosine: down to a hundredth over --epochs; decay: times --decay each epoch after --decay-after."""
     warmup: Count = 200
     """Steps of linear warm-up: for cosine at most half of all; for --optimizer schedule_free."""
     decay: Positive = 0.5
@@ -219,16 +209,13 @@ class Config:
     solver: Solver = "auto"
     """How a RAN layer solves its recurrence."""
     mesh: Mesh | None = None
-    """Devices: how many the batch (data), the parameters (model) and the steps of a window (time) are spread over, as
-    data=4,model=2; as many as divide the batch if not given."""
+    """Devices for batch (data), parameters (model) and time: data=4,model=2; all that divide the batch if not given."""
     streams: Size = 1
-    """Validation and test text are read as so many streams: faster for long texts, at so many times the memory. Each
-    but the first begins 512 tokens before those that it counts."""
+    """Validation and test text are read as so many streams: faster for long texts, at so many times the memory."""
     seed: Count = 0
     """Seed of the weights and of dropout."""
     track: Trackers = ()
-    """Trackers that are given the rows of metrics.jsonl, one or more. tensorboard: event files in --out. Each needs its
-    package: pip install 'ranjax[NAME]'."""
+    """Trackers of the rows of metrics.jsonl, one or more; each needs its package: pip install 'ranjax[NAME]'."""
     profile_dir: Folder | None = None
     """Directory, empty or not there yet, for a trace of 5 steps after a warm-up of 10, by JAX's profiler."""
 

@@ -1,7 +1,6 @@
 """The study of parity: its settings, its seeds, its picture."""
 
 import dataclasses
-import re
 from functools import partial
 
 import jax

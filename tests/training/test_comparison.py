@@ -131,6 +131,16 @@ def test_runs_of_one_name_are_named_by_their_paths_and_lines_are_aligned(pets_ru
     assert headings.index("parameters") + len("parameters") == first.index(number) + len(number)
 
 
+def test_a_table_that_is_wider_than_the_terminal_is_a_list_for_each_run(pets_run, copied_run):
+    runs = read_runs([pets_run[0].directory, copied_run.directory])
+    widest = max(map(len, table(runs).splitlines()))
+    assert table(runs, widest) == table(runs)
+    first, second = table(runs, widest - 1).split("\n\n")
+    assert first.splitlines()[:2] == ["run         pets", "data set    pets.txt"]
+    assert second.splitlines()[0] == "run         copy"
+    assert len(first.splitlines()) == len(comparison.HEADINGS)
+
+
 def test_the_picture_has_a_line_for_each_run_over_epochs_and_over_minutes(
     pets_run, lstm_run, unfinished_run, words_run, tmp_path, monkeypatch
 ):
