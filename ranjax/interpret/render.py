@@ -27,7 +27,8 @@ def print_sources(explanation: Explanation, number: int) -> None:
       explanation: what `explain` returns.
       number: of the layer, from 1.
     """
-    console, layer = Console(highlight=False, soft_wrap=True), explanation.layers[number - 1]
+    console, layer = Console(highlight=False), explanation.layers[number - 1]
+    console.soft_wrap = not console.is_terminal  # between words on a terminal, nowhere in a file
     words = list(map(visible, explanation.words))
     console.print(f"Layer {number}. Each word, its weight in its own state ({NAMES[explanation.reduce]}), and the")
     console.print("earlier words that are strongest in that state, with their weights and how far back they are.")
