@@ -19,7 +19,7 @@ __getattr__ = cli.lazy(
 def main(argv: list[str] | None = None) -> None:
     """The program."""
     with cli.exit_with_message():
-        from ranjax.training.config import parse, parse_cluster
+        from ranjax.training.flags import parse, parse_cluster
 
         config, cluster = parse(argv), parse_cluster(argv)
         if not cluster.distributed:

@@ -314,7 +314,7 @@ def test_control_characters_of_a_message_are_codes(capsys):
 
 @pytest.mark.parametrize("program", PROGRAMS)
 def test_help_has_every_flag_and_waits_for_no_large_import(program):
-    kind = ("ranjax.training.config", "_Flags") if program == "train" else (f"ranjax.{program}", "Options")
+    kind = ("ranjax.training.flags", "Flags") if program == "train" else (f"ranjax.{program}", "Options")
     options = getattr(importlib.import_module(kind[0]), kind[1])
     code = f"import sys, ranjax.{program} as program\n"
     code += "try: program.main(['--help'])\nexcept SystemExit: print(*sys.modules)"
@@ -331,11 +331,11 @@ def test_help_has_every_flag_and_waits_for_no_large_import(program):
 @pytest.mark.parametrize("program", PROGRAMS)
 def test_help_of_a_flag_is_one_paragraph(program):
     """A docstring of two lines would keep its break, whatever the width of the terminal is."""
-    kind = ("ranjax.training.config", "_Flags") if program == "train" else (f"ranjax.{program}", "Options")
+    kind = ("ranjax.training.flags", "Flags") if program == "train" else (f"ranjax.{program}", "Options")
     for one in getattr(importlib.import_module(kind[0]), kind[1]).__mro__[:-1]:
         body = ast.parse(textwrap.dedent(inspect.getsource(one))).body[0].body
         texts = [node.value.value for node in body[1:] if isinstance(node, ast.Expr)]
-        assert texts or one.__name__ == "_Flags"
+        assert texts or one.__name__ == "Flags"
         assert not [text for text in texts if "\n" in text]
 
 

@@ -18,7 +18,7 @@ from small_runs import TEXT, run_program
 
 import ranjax.data
 from ranjax import cli
-from ranjax.training.config import parse, parse_cluster
+from ranjax.training.flags import parse, parse_cluster
 
 ROOT = Path(__file__).parents[1]
 PAGES = ["README.md", "CONTRIBUTING.md", *sorted(str(p.relative_to(ROOT)) for p in (ROOT / "docs").glob("*.md"))]

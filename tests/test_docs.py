@@ -17,7 +17,7 @@ PAGES = sorted((ROOT / "docs").glob("*.md"))
 INTERNAL = {
     "compare": {"checked_out"},
     "config": {
-        *("Rule", "check", "check_same", "goes_on", "kept", "load_config", "normalised", "parse", "parse_cluster"),
+        *("Rule", "check", "check_same", "goes_on", "kept", "load_config", "normalised"),
         "save_config",
     },
     "data": {"encoded"},

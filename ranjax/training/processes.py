@@ -16,7 +16,7 @@ import numpy as np
 from jax.experimental.multihost_utils import broadcast_one_to_all, process_allgather
 
 from ranjax.errors import UserError
-from ranjax.training.config import Cluster
+from ranjax.training.flags import Cluster
 
 T = TypeVar("T")
 

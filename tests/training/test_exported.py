@@ -21,9 +21,10 @@ from ranjax import evaluate, generate
 from ranjax.errors import UserError
 from ranjax.saved import read_json
 from ranjax.training.arrays import by_name
-from ranjax.training.config import parse, save_config
+from ranjax.training.config import save_config
 from ranjax.training.exported import export
 from ranjax.training.exported import flags as flags_of
+from ranjax.training.flags import parse
 from ranjax.training.model import load_run
 from ranjax.training.run import train
 

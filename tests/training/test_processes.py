@@ -13,7 +13,7 @@ import pytest
 from small_runs import command
 
 from ranjax.errors import UserError
-from ranjax.training.config import parse_cluster
+from ranjax.training.flags import parse_cluster
 
 LIMIT = 120  # seconds that a test waits for a process
 
