@@ -66,12 +66,8 @@ _NAMES = {
     "solve": "solvers",
 }
 _PROGRAMS = "compare", "evaluate", "explain", "export", "generate", "train"
-_MODULES = {name: name for name in ("cell", "data", "kernels", "layer", "lm", "nnx", "scan", *_PROGRAMS)} | {
-    "attribution": "interpret.attribution",
-    "config": "training.config",
-    "memory": "interpret.memory",
-    "weights": "interpret.weights",
-}
+_ALIASES = "attribution", "config", "memory", "weights"  # modules of the folders below, by their public names
+_MODULES = {*("cell", "data", "kernels", "layer", "lm", "nnx", "scan"), *_ALIASES, *_PROGRAMS}
 
 __all__ = [
     "RAN",
@@ -101,7 +97,7 @@ def __getattr__(name: str) -> Any:
     if name in _NAMES:
         return getattr(import_module(f"ranjax.{_NAMES[name]}"), name)
     if name in _MODULES:
-        return import_module(f"ranjax.{_MODULES[name]}")
+        return import_module(f"ranjax.{name}")
     if name == "__version__":
         from importlib.metadata import version  # slow, and seldom asked for
 

@@ -19,6 +19,7 @@ ORDER = (
     ("block",),
     ("lm", "nnx"),
     ("sampling", "interpret", "training"),
+    ("weights", "attribution", "memory", "config"),
     ("train", "evaluate", "generate", "explain", "export", "compare"),
 )
 CORE = (
@@ -36,6 +37,9 @@ CORE = (
     "lm",
     "sampling",
     "interpret",
+    "weights",
+    "attribution",
+    "memory",
 )
 RENDERING = "interpret.render"  # needs more
 

@@ -1,6 +1,9 @@
 """The Python of the README runs, and the names and flags it uses exist."""
 
+import inspect
 import re
+import subprocess
+import sys
 import tomllib
 from dataclasses import fields
 from pathlib import Path
@@ -24,6 +27,12 @@ def test_the_example_of_the_readme_runs():
 @pytest.mark.parametrize("name", ranjax.__all__)
 def test_every_public_name_is_an_attribute_after_import(name):
     assert getattr(ranjax, name) is not None
+
+
+@pytest.mark.parametrize("name", [name for name in ranjax.__all__ if inspect.ismodule(getattr(ranjax, name))])
+def test_every_public_module_can_be_imported_by_its_name(name):
+    code = f"import ranjax.{name}, ranjax; assert ranjax.{name} is __import__('sys').modules['ranjax.{name}']"
+    subprocess.run([sys.executable, "-c", f"{code}; from ranjax.{name} import __doc__"], check=True)
 
 
 def test_the_version_is_that_of_the_project_file():

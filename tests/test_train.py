@@ -160,6 +160,7 @@ def wait_for_compilation(process, out):
 
 
 def wait_for_steps(process, out):
+    assert " parameters." in process.stdout.readline()
     assert process.stdout.readline().startswith("a step takes ")
     assert process.stdout.readline().startswith("epoch 1/")
 

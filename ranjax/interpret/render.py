@@ -37,7 +37,7 @@ def print_sources(explanation: Explanation, number: int) -> None:
     if explanation.horizon > 2:
         shown = _quartiles(layer.half_lives, explanation.horizon)
         console.print(f"\nHalf-lives of the {len(layer.half_lives)} components in this text: {shown}")
-    console.print("\nThe next word, and what its logit is the sum of")
+    console.print("\nThe next word, and the shares that its logit is the sum of, with how far back their words are")
     for prediction in explanation.predictions:
         console.print(_prediction(prediction, words))
 
@@ -70,6 +70,7 @@ def _prediction(prediction: Prediction, words: list[str]) -> Text:
     shown = np.argsort(-np.abs(prediction.words))[:4]
     for j in shown:
         line.append(f"  {words[j]} {prediction.words[j]:+.2f}", "green" if prediction.words[j] > 0 else "red")
+        line.append(f" -{len(words) - 1 - j}", "dim")
     rest = prediction.logit - prediction.bias - float(prediction.words[shown].sum())
     return line.append(f"  the other words {rest:+.2f}", "dim") if len(words) > len(shown) else line
 
@@ -86,7 +87,7 @@ def draw_heat_map(explanation: Explanation, number: int, path: Path) -> None:
       OSError: if the file cannot be written.
     """
     layer, words = explanation.layers[number - 1], explanation.words
-    few = len(words) <= LABELLED
+    few, shown = len(words) <= LABELLED, list(map(visible, words))
     side = max(0.2 * len(words), 3) + 1.5 if few else 8
     figure = blank_figure(side, side)
     from matplotlib.colors import PowerNorm  # once `blank_figure` has found a matplotlib that can be imported
@@ -96,10 +97,10 @@ def draw_heat_map(explanation: Explanation, number: int, path: Path) -> None:
     assert layer.pairs is not None
     image = axes.imshow(layer.pairs.T, cmap="Greys", norm=scale, interpolation="nearest" if few else "antialiased")
     if few:
-        axes.set_xticks(range(len(words)), words, rotation=90, parse_math=False)
-        axes.set_yticks(range(len(words)), words, parse_math=False)
-    axes.set(xlabel="the state at", ylabel="remembers", title=f"layer {number}, {NAMES[explanation.reduce]}")
-    figure.colorbar(image, shrink=0.6)
+        axes.set_xticks(range(len(words)), shown, rotation=90, parse_math=False)
+        axes.set_yticks(range(len(words)), shown, parse_math=False)
+    axes.set(xlabel="the state after", ylabel="holds so much of", title=f"What the states of layer {number} remember")
+    figure.colorbar(image, shrink=0.6, label=NAMES[explanation.reduce])
     write_figure(figure, path)
 
 

@@ -23,7 +23,7 @@ from ranjax.training.folder import absolute
 from ranjax.training.metrics import shown
 from ranjax.training.model import TENSORS
 from ranjax.training.report import read_rows
-from ranjax.training.size import parameter_count
+from ranjax.training.size import kind_of, parameter_count
 
 HEADINGS = (
     "run", "data set", "tokens of", "cell", "parameters", "epochs", "trained on", "valid", "test", "minutes",
@@ -70,8 +70,6 @@ class Compared:
     def cells(self) -> tuple[str, ...]:
         """Its row of the table, one text for each of `HEADINGS`."""
         config, last = self.config, self.rows[-1] if self.rows else {}
-        kind = [config.cell.upper(), *([f"{config.gates} gates"] if config.cell == "ran" else [])]
-        kind += ["residual"] if config.block == "residual" else []
         best = min((perplexity for *_, perplexity in self.curve), default=None)
         speeds = [row["tokens_per_second"] for row in self.rows if "tokens_per_second" in row]
         speed = (self.result or {}).get("tokens_per_second") or (speeds[-1] if speeds else None)
@@ -79,7 +77,7 @@ class Compared:
             self.name,
             config.dataset if is_named(config.dataset) else Path(config.dataset).name,
             f"{self.vocabulary.tokenizer}, {len(self.vocabulary):,}",
-            ", ".join(kind),
+            kind_of(config),
             f"{parameter_count(config, len(self.vocabulary)):,}",
             f"{last.get('epoch', 0):.3g} of {config.epochs}",
             f"{last.get('step', 0) * config.batch_size * config.steps:,}",

@@ -109,7 +109,7 @@ Folder = Annotated[str, Rule(is_path, "a path")]
 
 @dataclass(frozen=True)
 class Config:
-    """Trains a recurrent language model, and saves it."""
+    """Trains a language model. Defaults depend on --dataset."""
 
     dataset: Text = "python-docs"
     """Name of a corpus (python-docs, markov, wikitext-2, ptb, text8, enwik8, ...), or a path to text."""
@@ -345,6 +345,7 @@ PRESETS = {
 
 # What the program does where a data set is named and nothing else: measured in experiments/.
 _SCAN = Config(block="residual", gates="input", activation="identity", schedule="cosine")
+_OWN_TEXT = replace(_SCAN, features=(256,), learning_rate=3e-3)
 RECIPES = {
     "python-docs": replace(_SCAN, dataset="python-docs", features=(160,), learning_rate=4e-3),
     "wikitext-2": replace(
@@ -368,11 +369,11 @@ def goes_on(config: Config) -> bool:
 
 
 def recipe(dataset: str, cell: str = "ran", block: str | None = None, gates: str | None = None) -> Config:
-    """The recipe of a data set, or the defaults, where these are given.
+    """The recipe of a data set, or of a text of one's own, where these are given; other data sets have the defaults.
 
     h = c is for gates on the input: with others it can diverge.
     """
-    found = RECIPES.get(dataset, Config())
+    found = RECIPES.get(dataset) or (Config() if is_named(dataset) else _OWN_TEXT)
     if cell != "ran" or block == "plain":
         return replace(found, gates=Config.gates, activation=Config.activation)
     return found if gates in (None, "input") else replace(found, activation=Config.activation)

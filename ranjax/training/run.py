@@ -35,7 +35,7 @@ from ranjax.training.optimizer import evaluated, make_optimizer
 from ranjax.training.processes import agree, alone, from_first, is_first, on_first, say, whole
 from ranjax.training.profile import checked_profile_dir, profiled
 from ranjax.training.report import Report, Silent
-from ranjax.training.size import COPIES, check_memory, check_step
+from ranjax.training.size import COPIES, check_memory, check_step, described_run
 from ranjax.training.step import TrainState, initial_state, make_step
 from ranjax.training.track import check_trackers
 from ranjax.training.windows import Steps
@@ -89,7 +89,9 @@ def _train(config: Config, constrain: Constraint, stop: Stop | None) -> dict[str
         step = make_step(model, optimizer, config, windows, constrain, mesh)
         with _nothing_left(config):
             steps = Steps(step, state, text, config, windows)
-            say(check_step(steps.longest), *described(mesh))
+            say(described_run(config, corpus), check_step(steps.longest), *described(mesh))
+        if int(state.step):
+            say(f"it goes on from step {int(state.step):,} of {windows * config.epochs:,}, the last that was saved")
         cost = step_cost(config, state.params, corpus.train, steps.longest, mesh.size)
         reporter, at = Report if is_first() else Silent, (int(state.step), int(state.epoch))
         report = held.enter_context(reporter(config.directory, config, windows, *at, mesh.size, cost))

@@ -1,9 +1,12 @@
 """What a model takes of a device's memory, by arithmetic: before an array or a layer of it exists."""
 
+from pathlib import Path
 from typing import Any
 
 import jax
 
+from ranjax.cli import printable
+from ranjax.data import Corpus, is_named
 from ranjax.device import free_memory
 from ranjax.errors import UserError
 from ranjax.output import default_cutoffs, tail_features
@@ -35,6 +38,22 @@ def parameter_count(config: Config, vocabulary: int) -> int:
     if len(sizes) == 1:
         stack += (layers - 1) * _layer(config, outputs[0], sizes[0], outputs[0])
     return stack + _words(config, vocabulary, embedding, outputs[-1])
+
+
+def kind_of(config: Config) -> str:
+    """The cell, its gates and its block, in words."""
+    gates = f", {config.gates} gates" if config.cell == "ran" else ""
+    return config.cell.upper() + gates + (", residual" if config.block == "residual" else "")
+
+
+def described_run(config: Config, corpus: Corpus) -> str:
+    """What is trained on what, in one line."""
+    vocabulary = len(corpus.vocabulary)
+    name = config.dataset if is_named(config.dataset) else Path(config.dataset).name
+    text = f"{name}: {len(corpus.train):,} tokens ({corpus.vocabulary.tokenizer}, {vocabulary:,} kinds)"
+    layers, sizes = config.layers or (2 if len(config.features) == 1 else len(config.features)), config.features
+    size = f"{layers} x {sizes[0]}" if len(sizes) == 1 else " + ".join(map(str, sizes))
+    return f"{printable(text)}; {kind_of(config)}, {size}, {parameter_count(config, vocabulary):,} parameters"
 
 
 def _words(config: Config, vocabulary: int, embedding: int, output: int) -> int:

@@ -345,7 +345,9 @@ def test_the_same_command_begins_goes_on_and_ends(straight, tmp_path, monkeypatc
     capsys.readouterr()
     assert train(broken) == result
     assert re.fullmatch(
-        r"a step takes .*\n(it runs on 1 of 8 devices\.\n)?test: perplexity .*\n", capsys.readouterr().out
+        r"pets\.txt: .*\na step takes .*\n(it runs on 1 of 8 devices\.\n)?"
+        r"it goes on from step (\d+) of \2, .*\ntest: .*\n",
+        capsys.readouterr().out,
     )
     assert load_config(broken.directory).resume is False
 

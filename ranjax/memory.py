@@ -1,0 +1,7 @@
+"""`ranjax.interpret.memory` by its public name."""
+
+import sys
+
+from ranjax.interpret import memory
+
+sys.modules[__name__] = memory
