@@ -87,7 +87,8 @@ def draw_heat_map(explanation: Explanation, number: int, path: Path) -> None:
       OSError: if the file cannot be written.
     """
     layer, words = explanation.layers[number - 1], explanation.words
-    few, shown = len(words) <= LABELLED, list(map(visible, words))
+    few = len(words) <= LABELLED
+    shown = [visible(word).replace("␠", "·") for word in words]  # fonts of figures have no ␠
     side = max(0.2 * len(words), 3) + 1.5 if few else 8
     figure = blank_figure(side, side)
     from matplotlib.colors import PowerNorm  # once `blank_figure` has found a matplotlib that can be imported

@@ -46,7 +46,9 @@ def explained(words, pairs):
 
 def test_the_terminal_colours_shares_by_sign_and_sources_by_weight(monkeypatch, capsys):
     prediction = explanation.Prediction("cat", 0.5, np.array([2.0, -1.0]), 0.0)
-    assert [str(span.style) for span in render._prediction(prediction, ["a", "b"]).spans] == ["bold", "green", "red"]
+    line = render._prediction(prediction, ["a", "b"])
+    assert line.plain.endswith("  a +2.00 -1  b -1.00 -0")
+    assert [str(span.style) for span in line.spans] == ["bold", "green", "dim", "red", "dim"]
     weights = np.array([[0.0, 0.0], [1.0, 0.0], [0.5, 0.1], [0.0, 0.0]])
     sources = np.array([[-1, -1], [0, -1], [1, 0], [-1, -1]])
     own, none = np.ones(4), np.zeros(4)
