@@ -198,7 +198,12 @@ def _corpus(name: str, source: str, texts: list[bytes], tokenizer: str, known: K
         if not text.strip():
             raise UserError(f"the {split} split of {source} is empty; expected text.")
     vocabulary = _built(tokenizer, source, texts, closed=known is not None and known.closed)
-    parts = [encoded(vocabulary, text, f"the {split} split of {source}") for split, text in _named(texts)]
+    try:
+        parts = [encoded(vocabulary, text, f"the {split} split of {source}") for split, text in _named(texts)]
+    except UserError as error:
+        if known is None or not known.closed:
+            raise
+        raise UserError(f"{source} is not {name} as published: {error}") from None
     train, valid, test = parts
     totals = len(train), len(valid), len(test), len(vocabulary)
     if known and tokenizer == known.tokenizer and not known.has(totals, source):

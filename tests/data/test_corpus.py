@@ -76,6 +76,13 @@ def test_a_path_may_begin_with_a_tilde(tmp_path, monkeypatch):
         load_corpus("ptb", "~")
 
 
+def test_another_text_under_the_name_of_a_closed_data_set_is_called_that(tmp_path):
+    for split in ("train", "valid", "test"):
+        (tmp_path / f"{split}.txt").write_text(f"the {split} has a word of its own\n")
+    with pytest.raises(UserError, match=f"{tmp_path} is not wikitext-2 as published: the valid split of .* 'valid'"):
+        load_corpus("wikitext-2", tmp_path)
+
+
 def test_a_byte_order_mark_is_no_character(tmp_path):
     (tmp_path / "a.txt").write_bytes(b"\xef\xbb\xbf" + b"abc " * 100)
     sizes = [len(load_corpus(str(tmp_path / "a.txt"), tokenizer=name).vocabulary) for name in ("character", "byte")]
