@@ -109,7 +109,7 @@ def test_the_pictures_have_the_tasks_whose_rows_exist(on_par, tmp_path):
     drawn = (tmp_path / "minutes.svg").read_text("utf-8")
     assert "<!-- text8 -->" in drawn
     assert "<!-- ptb-small -->" in drawn
-    tables = {"on-par": rows, "parity": []}
+    tables = {"on-par": rows, "parity": [], "wikitext-2": []}
     on_par.draw_beside(tables, tmp_path / "on-par.svg")
     drawn = (tmp_path / "on-par.svg").read_text("utf-8")
     titles = [f"<!-- {line.title} -->" for line in on_par.BESIDE]
@@ -119,6 +119,6 @@ def test_the_pictures_have_the_tasks_whose_rows_exist(on_par, tmp_path):
 
 
 def test_every_line_of_the_picture_has_its_rows(on_par, recorded):
-    tables = {"on-par": recorded("on-par"), "parity": recorded("parity")}
+    tables = {"on-par": recorded("on-par"), **on_par.other_tables()}
     for line in on_par.BESIDE:
         assert {"LSTM"} < on_par.relative(tables, line).keys(), line
