@@ -52,11 +52,14 @@ def test_an_error_is_one_message_and_exit_code_1(tmp_path):
         ),
         (["--softmax", "adaptive", "--tokenizer", "word", "--cutoffs", "9", "3"], r"--cutoffs must be .* got \(9, 3\)"),
         (["--dropout", "2"], r"--dropout must be in \[0, 1\); got 2"),
-        (["--solver", "associative"], "--solver must be one of .* got '.*' with --gates recurrent"),
+        (
+            ["--solver", "associative", "--gates", "recurrent"],
+            "--solver must be .* got '.*' with --gates recurrent",
+        ),
         (["--gates", "diagonal", "--projection", "3", "--no-tie"], "--projection cannot go with --gates diagonal"),
         (["--layers", "2", "--features", "4", "5", "6"], "--features must be one size"),
         (["--batch-size", "4000"], "fewer than one batch"),
-        (["--embedding", "3"], "--tie needs the embedding .* got --embedding 3"),
+        (["--embedding", "3", "--block", "plain"], "--tie needs the embedding .* got --embedding 3"),
         (["--dataset", "copy-8"], "the distance of the task copy must be 9 to 2048; got 'copy-8'"),
         (["--seed", "2147483648"], r"--seed must be a whole number, at least 0 and below 2\*\*31"),
         (["--out", "{text}/run"], "--out .*pets.txt/run cannot be written: Not a dir"),
@@ -185,6 +188,7 @@ def test_a_signal_during_training_saves_the_run_and_says_how_to_resume(wait, num
 def test_the_program_trains_with_the_settings_of_its_flags(pets_text, tmp_path, capsys):
     out = tmp_path / "run"
     flags = "--features 8 --layers 1 --batch-size 40 --steps 7 --epochs 1 --mesh data=1"
+    flags += " --block plain --schedule decay --learning-rate 2e-3"
     train.main(["--dataset", str(pets_text), "--out", str(out), *flags.split()])
     assert load_config(out) == settings(pets_text, out, batch_size=40, epochs=1)
     *_, last = capsys.readouterr().out.splitlines()

@@ -38,7 +38,7 @@ class Checkpoints:
 
     def __init__(self, directory: Path):
         self.run, self.directory = directory, directory / "checkpoints"
-        self._same = SameFolder(directory)
+        self.same = SameFolder(directory)
         self._damaged: set[Path] = set()  # as found on loading
 
     def save(self, kind: str, number: int, tree: Any) -> None:
@@ -50,7 +50,7 @@ class Checkpoints:
           OSError: where the system refuses it, as on a disk that is full; what was saved before is intact.
           UserError: if the run's directory has been moved.
         """
-        self._same.check()
+        self.same.check()
         folder = self.directory / kind
         self.directory.mkdir(exist_ok=True)
         folder.mkdir(exist_ok=True)
@@ -154,8 +154,12 @@ class Saver:
         """
         written, self._written = self._written, None
         with refusals(self.checkpoints.directory):
-            if written is not None:
-                written.result()
+            try:
+                if written is not None:
+                    written.result()
+            except OSError:
+                self.checkpoints.same.check()  # is it the directory that is gone?
+                raise
 
 
 def _load(path: Path, like: Any) -> Any:

@@ -301,6 +301,7 @@ def test_of_a_long_text_the_map_carries_as_many_words_as_fit(browser, tmp_path):
     tab, _ = opened(browser, tmp_path / "page.html")
     for width in (1000, 400):
         tab.set_viewport_size({"width": width, "height": 700})
+        tab.evaluate("() => new Promise(done => requestAnimationFrame(() => requestAnimationFrame(done)))")  # drawn
         labels = tab.locator("#rows .label")
         shown = labels.all_inner_texts()
         every = 300 // len(shown) + (300 % len(shown) > 0)

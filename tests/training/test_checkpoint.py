@@ -241,3 +241,17 @@ def test_all_is_written_at_the_end(tmp_path):
     with Saver(Checkpoints(tmp_path)) as saver:
         saver.save("best", 1, TREE)
     assert numbers_of(tmp_path / "checkpoints" / "best") == ["1"]
+
+
+def test_a_run_that_is_moved_while_it_is_written_is_called_that(tmp_path, monkeypatch):
+    (tmp_path / "run").mkdir()
+
+    def write(path, tree):
+        (tmp_path / "run").rename(tmp_path / "moved")
+        raise FileNotFoundError(2, "No such file or directory")
+
+    monkeypatch.setattr(checkpoint, "_write", write)
+    with Saver(Checkpoints(tmp_path / "run")) as saver:
+        saver.save("latest", 1, TREE)
+        with pytest.raises(UserError, match="run is no longer the directory of this run: it was moved or removed"):
+            saver.wait()

@@ -46,8 +46,26 @@ def ended(process):
     return process.returncode, *said
 
 
+PLAIN = "--block", "plain", "--schedule", "decay"
+
+
 def flags(text, out, *more):
-    return "--dataset", text, "--out", out, "--features", 8, "--layers", 1, "--batch-size", 4, "--steps", 7, *more
+    return (
+        "--dataset",
+        text,
+        "--out",
+        out,
+        "--features",
+        8,
+        "--layers",
+        1,
+        "--batch-size",
+        4,
+        "--steps",
+        7,
+        *PLAIN,
+        *more,
+    )
 
 
 def begun(out, epochs):
