@@ -36,6 +36,20 @@ def test_a_data_set_has_its_recipe_unless_flags_or_a_preset_say_otherwise(datase
     assert parse(["--dataset", dataset, "--preset", "ptb-small"]) == normalised(preset)
 
 
+def test_a_text_of_ones_own_is_trained_by_one_scan_in_residual_blocks(tmp_path):
+    for name in ("text.txt", "folder"):
+        config = parse(["--dataset", str(tmp_path / name)])
+        assert (config.gates, config.block, config.activation, config.features) == (
+            "input",
+            "residual",
+            "identity",
+            (256,),
+        )
+    plain = parse(["--dataset", str(tmp_path / "text.txt"), "--block", "plain"])
+    assert (plain.gates, plain.block, plain.activation) == ("recurrent", "plain", "tanh")
+    assert parse(["--dataset", "ptb"]) == normalised(Config(dataset="ptb"))
+
+
 @pytest.mark.parametrize("cell", ["ran", "lstm", "gru", "rnn"])
 def test_a_recipe_is_for_every_cell(cell):
     config = parse(["--dataset", "wikitext-2", "--cell", cell])
